@@ -1,0 +1,1 @@
+//! All messages between the product's actors.

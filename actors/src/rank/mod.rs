@@ -1,0 +1,1 @@
+//! A rank worker's actor and its step loop.

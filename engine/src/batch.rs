@@ -1,0 +1,1 @@
+//! What one step computes: the flat tokens of its sequences.

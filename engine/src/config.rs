@@ -1,0 +1,1 @@
+//! Model shape, read from a checkpoint's config.json.

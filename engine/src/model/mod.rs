@@ -1,0 +1,1 @@
+//! The models: one rank's forward pass.

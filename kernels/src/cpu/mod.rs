@@ -1,0 +1,1 @@
+//! CPU operations: each a plain version, its spec, and a fast one.

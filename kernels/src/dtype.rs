@@ -1,0 +1,1 @@
+//! Storage types of weights and their conversion to f32.

@@ -1,0 +1,1 @@
+//! Read-only memory-mapped files.

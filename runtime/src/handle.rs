@@ -1,0 +1,1 @@
+//! Typed remote handles: ask and tell.

@@ -1,0 +1,1 @@
+//! The head: registry, placement and supervision.

@@ -1,0 +1,15 @@
+//! The cluster: actors, nodes, supervision, placement, state store and wire.
+//!
+//! It knows no tensor, no model and no HTTP route: the product in `actors` stands on the same API as users do.
+
+pub mod actor;
+pub mod cluster;
+pub mod group;
+pub mod handle;
+pub mod head;
+pub mod node;
+pub mod spec;
+pub mod state;
+pub mod system;
+pub mod wire;
+pub mod worker;

@@ -1,0 +1,1 @@
+//! What users ask the cluster for: actor specs, resources, restart policies.

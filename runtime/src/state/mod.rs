@@ -1,0 +1,1 @@
+//! Where cluster state is kept: an embedded file store or etcd.

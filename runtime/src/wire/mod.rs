@@ -1,0 +1,1 @@
+//! Frames, codec and handshake between processes.

@@ -1,0 +1,1 @@
+//! A worker process: hosts the actors that the head creates on it.
