@@ -1,1 +1,8 @@
 //! Expert-parallel load balancing: policies and expert maps.
+//!
+//! Pure: loads in, maps and plans out. Who gathers the loads, moves the weights and agrees on the step at which a map
+//! takes effect is the business of the actors.
+
+pub mod map;
+
+pub use map::{ExpertMap, Layout, MapError, MapShape, PlacementStrategy};
