@@ -1,1 +1,13 @@
 //! The expert-parallel group as one rank sees it: step headers, expert slots, dispatch and combine.
+//!
+//! The rank's thread owns all of it and calls in; nothing here decides when a step runs or reads a clock.
+
+// mod exchange;
+mod header;
+// mod slots;
+mod topology;
+
+// pub use exchange::{EpGroup, EpParts, ExchangeStats};
+pub use header::{Decision, PlanProgress, StepHeader, decide};
+// pub use slots::{SharedSlots, Slot, SlotError, Slots};
+pub use topology::{Role, Topology, TopologyError};

@@ -1,0 +1,99 @@
+//! The expert weights that one EP rank owns, by layer and local slot.
+//!
+//! A slot is an address: EP rank g owns physical slots [g*S, (g+1)*S) of every layer for ever. What lies in a slot
+//! changes by [`Slots::replace`], between two steps. Weights are shared, not copied: two slots with the same expert,
+//! a staged expert and one that a peer is fetching cost one copy.
+
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+
+use crate::model::Expert;
+
+/// What lies in one slot.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Logical expert. Travels with the weights and is asserted on arrival.
+    pub logical: u32,
+    /// Its weights.
+    pub expert: Arc<Expert>,
+}
+
+/// A slot that should hold weights does not, or holds others.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SlotError {
+    /// The layer or slot does not exist on this rank.
+    #[error("MoE layer {layer} has no local slot {slot} on this rank")]
+    NoSuchSlot {
+        /// MoE layer index.
+        layer: usize,
+        /// Local slot index.
+        slot: usize,
+    },
+    /// The slot is empty.
+    #[error("local slot {slot} of MoE layer {layer} holds no weights")]
+    Empty {
+        /// MoE layer index.
+        layer: usize,
+        /// Local slot index.
+        slot: usize,
+    },
+}
+
+/// The slots of one EP rank.
+#[derive(Debug, Default)]
+pub struct Slots {
+    layers: Vec<Vec<Option<Slot>>>,
+}
+
+impl Slots {
+    /// Empty slots: `layers` MoE layers of `per_layer` slots.
+    pub fn new(layers: usize, per_layer: usize) -> Self {
+        Self { layers: vec![vec![None; per_layer]; layers] }
+    }
+
+    /// What lies in a slot.
+    pub fn get(&self, layer: usize, slot: usize) -> Result<&Slot, SlotError> {
+        let place = self.layers.get(layer).and_then(|slots| slots.get(slot));
+        place.ok_or(SlotError::NoSuchSlot { layer, slot })?.as_ref().ok_or(SlotError::Empty { layer, slot })
+    }
+
+    /// A local copy of a logical expert, wherever it lies in the layer.
+    pub fn find(&self, layer: usize, logical: u32) -> Option<Arc<Expert>> {
+        let slots = self.layers.get(layer)?;
+        slots.iter().flatten().find(|slot| slot.logical == logical).map(|slot| Arc::clone(&slot.expert))
+    }
+
+    /// Puts weights into a slot.
+    pub fn replace(&mut self, layer: usize, slot: usize, content: Slot) -> Result<(), SlotError> {
+        let place = self.layers.get_mut(layer).and_then(|slots| slots.get_mut(slot));
+        *place.ok_or(SlotError::NoSuchSlot { layer, slot })? = Some(content);
+        Ok(())
+    }
+
+    /// Logical experts of a layer by local slot; `None` for an empty slot.
+    pub fn logical(&self, layer: usize) -> Vec<Option<u32>> {
+        let slots = self.layers.get(layer).map_or(&[][..], Vec::as_slice);
+        slots.iter().map(|slot| slot.as_ref().map(|slot| slot.logical)).collect()
+    }
+}
+
+/// Slots shared by the rank's step thread, its stager and the peers that fetch from it.
+#[derive(Clone, Debug, Default)]
+pub struct SharedSlots(Arc<RwLock<Slots>>);
+
+impl SharedSlots {
+    /// Shares `slots`.
+    pub fn new(slots: Slots) -> Self {
+        Self(Arc::new(RwLock::new(slots)))
+    }
+
+    /// Reads; held for one layer's computation at most.
+    pub fn read(&self) -> RwLockReadGuard<'_, Slots> {
+        self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Puts weights into slots of one layer, all at once for readers.
+    pub fn replace(&self, layer: usize, contents: Vec<(usize, Slot)>) -> Result<(), SlotError> {
+        let mut slots = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        contents.into_iter().try_for_each(|(slot, content)| slots.replace(layer, slot, content))
+    }
+}
