@@ -1,1 +1,1 @@
-//! Heliostat.
+//! Heliostat: a distributed actor runtime that serves mixture-of-experts models with wide expert parallelism.

@@ -1,2 +1,6 @@
 //! `helio`.
-fn main() {}
+mod config;
+fn main() {
+    let _ = config::Config::load(None);
+    print!("{}", config::reference_page());
+}

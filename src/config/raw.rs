@@ -1,0 +1,251 @@
+//! cluster.toml as written: every section, key and default, before any of it is checked.
+//!
+//! Nothing here opens a file or looks at the machine. `validate` turns it into the `Config` that commands use.
+
+use super::section::{ByteSize, Count, SectionInfo, section, words};
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+words! {
+    /// Where cluster state is kept.
+    Store, "\"embedded\" or \"etcd\"" {
+        /// A file store of the head, in its run directory.
+        Embedded,
+        /// An etcd cluster.
+        Etcd,
+    }
+}
+
+words! {
+    /// What a rank computes on.
+    DeviceKind, "\"cpu\" or \"cuda\"" {
+        /// A share of this machine's cores.
+        Cpu,
+        /// An NVIDIA GPU.
+        Cuda,
+    }
+}
+
+words! {
+    /// How a new expert map is planned.
+    Policy, "\"deepseek\" or \"incremental\"" {
+        /// DeepSeek's `rebalance_experts`, exactly.
+        Deepseek,
+        /// The few moves from the present map that restore the balance.
+        Incremental,
+    }
+}
+
+words! {
+    /// The map that serving starts with.
+    PlacementStrategy, "\"linear\" or \"round_robin\"" {
+        /// Consecutive experts on one rank.
+        Linear,
+        /// Expert e on rank e modulo ep.
+        RoundRobin,
+    }
+}
+
+section! {
+    /// The cluster as a whole.
+    Cluster = "cluster" {
+        /// Its name, as shown by `helio status`.
+        name: String = "heliostat".into(),
+        /// Where logs, state and sockets of this machine's processes go. A relative path starts at the directory of
+        /// cluster.toml (without a file: at the current directory). One cluster per directory.
+        run_dir: PathBuf = "run".into(),
+        /// The cluster token: every connection between processes proves that it knows it. Needed as soon as anything
+        /// listens beyond loopback. At least 16 characters; `token_file` keeps it out of this file.
+        token: Option<String> = None,
+        /// A file that holds the cluster token (surrounding white space is ignored).
+        token_file: Option<PathBuf> = None,
+    }
+}
+
+section! {
+    /// The head: registry, placement and supervision. It is never on the path of a token.
+    Head = "head" {
+        /// Where nodes, workers and commands reach the head.
+        bind: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 6379)),
+    }
+}
+
+section! {
+    /// Where the head keeps what must survive it.
+    State = "state" {
+        /// `embedded`: a file store beside the head. `etcd`: an etcd cluster.
+        store: Store = Store::Embedded,
+        /// Directory of the embedded store. Without it: `state` in the run directory.
+        dir: Option<PathBuf> = None,
+        /// Addresses of the etcd servers.
+        endpoints: Vec<String> = vec!["http://127.0.0.1:2379".into()],
+        /// Start of every key in etcd; the cluster's name is added to it.
+        prefix: String = "/heliostat".into(),
+    }
+}
+
+section! {
+    /// One machine of the cluster. Without any `[[nodes]]` the cluster is this machine with the devices of `[devices]`.
+    /// `helio up` starts a node agent for every entry without `host`; for the others it prints the `helio node` command to
+    /// run there.
+    Node = "nodes" repeated true {
+        /// Name of the node. Without it: `node-0`, `node-1`, ...
+        name: Option<String> = None,
+        /// Name or address of another machine. Without it the node is this machine.
+        host: Option<String> = None,
+        /// How many devices it has; `auto` takes the number of `[devices]`.
+        devices: Count = Count::Auto,
+        /// What its devices are. CUDA ranks are not in this release.
+        kind: DeviceKind = DeviceKind::Cpu,
+    }
+}
+
+section! {
+    /// The devices of a node. A rank owns exactly one device.
+    Devices = "devices" {
+        /// How many CPU devices a node offers. They share its cores.
+        cpu: u32 = 4,
+        /// Threads of one CPU device; `auto` divides the cores evenly, at least one each.
+        threads: Count = Count::Auto,
+    }
+}
+
+section! {
+    /// The model that is served.
+    Model = "model" {
+        /// A Hugging Face checkpoint directory: config.json, safetensors, tokenizer.json. A relative path starts at the
+        /// directory of cluster.toml.
+        path: PathBuf = "models/sundial-20m".into(),
+        /// The model's name in the HTTP API. Without it: the name of the directory.
+        name: Option<String> = None,
+        /// Longest sequence, prompt and answer together, in tokens. Without it: the model's own limit.
+        max_model_len: Option<u32> = None,
+    }
+}
+
+section! {
+    /// How ranks share the model.
+    Parallel = "parallel" {
+        /// Data-parallel ranks: each runs attention for its own sequences. Without it: one per device (with
+        /// `colocate = false`: half of the devices).
+        dp: Option<u32> = None,
+        /// Expert-parallel ranks: each holds a share of the experts. Without it: as `dp`.
+        ep: Option<u32> = None,
+        /// True: DP rank i and EP rank i share device i. False: experts have devices of their own.
+        colocate: bool = true,
+    }
+}
+
+section! {
+    /// Expert-parallel load balancing, under vLLM's names.
+    Eplb = "eplb" {
+        /// Remap experts by their load while serving. `helio eplb rebalance` works even when this is false.
+        enable_eplb: bool = true,
+        /// Steps over which load is summed.
+        window_size: u32 = 1000,
+        /// Steps between two rebalances.
+        step_interval: u32 = 3000,
+        /// Physical slots beyond one per expert. Experts plus these must be divisible by `ep`. Without it: about one slot
+        /// per EP rank (none with one EP rank).
+        num_redundant_experts: Option<u32> = None,
+        /// Log the balancedness of every window.
+        log_balancedness: bool = false,
+        /// Move weights in the background while serving goes on. The only way in this release.
+        use_async: bool = true,
+        /// How a new map is planned: `deepseek` (from scratch, exactly DeepSeek's) or `incremental` (few moves).
+        policy: Policy = Policy::Deepseek,
+        /// A JSON file with `physical_to_logical_map` (SGLang's format) to start with.
+        initial_layout: Option<PathBuf> = None,
+        /// The first map where there is no `initial_layout`: `linear` or `round_robin`.
+        expert_placement_strategy: PlacementStrategy = PlacementStrategy::Linear,
+        /// Longest time a remap may take before it is rolled back, in seconds.
+        remap_timeout_s: f64 = 60.0,
+        /// Longest silence of a rank during a remap before it is rolled back, in seconds.
+        watchdog_timeout_s: f64 = 10.0,
+    }
+}
+
+section! {
+    /// One rank's engine, under vLLM's names.
+    Engine = "engine" {
+        /// Tokens per KV block.
+        block_size: u32 = 16,
+        /// KV blocks per DP rank. At most one of this and `kv_cache_memory_bytes`.
+        num_gpu_blocks_override: Option<u32> = None,
+        /// Memory for KV blocks per DP rank. Without it (and without `num_gpu_blocks_override`): 128MiB.
+        kv_cache_memory_bytes: Option<ByteSize> = None,
+        /// Most sequences of one rank that run at a time.
+        max_num_seqs: u32 = 64,
+        /// Most tokens of one step of one rank. At least `max_num_seqs`.
+        max_num_batched_tokens: u32 = 512,
+        /// Reuse KV blocks of equal prefixes.
+        enable_prefix_caching: bool = true,
+    }
+}
+
+section! {
+    /// The HTTP server.
+    Serve = "serve" {
+        /// Address to listen on. This release has no HTTP authentication, so it must be loopback: put a reverse proxy
+        /// before it.
+        host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
+        /// Port to listen on.
+        port: u16 = 8000,
+        /// Requests that may wait per DP rank; beyond that clients get 429 with Retry-After.
+        max_queued_requests: u32 = 256,
+    }
+}
+
+section! {
+    /// What happens when processes die.
+    Supervision = "supervision" {
+        /// Restarts of one actor within `window_s`; one more and it stays dead. The same limit holds for head and node under
+        /// `helio up`.
+        max_restarts: u32 = 10,
+        /// The window of `max_restarts`, in seconds.
+        window_s: f64 = 60.0,
+        /// Delay before the first restart, in milliseconds; it doubles with each further one.
+        backoff_min_ms: u32 = 100,
+        /// Longest delay before a restart, in milliseconds.
+        backoff_max_ms: u32 = 5000,
+        /// How long a node may be away before its actors are lost, in seconds.
+        node_grace_s: f64 = 5.0,
+        /// How long a worker lives on without its node agent, in seconds.
+        worker_grace_s: f64 = 10.0,
+        /// How often nodes report to the head, in milliseconds.
+        heartbeat_ms: u32 = 500,
+    }
+}
+
+/// The whole file.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Raw {
+    pub(crate) cluster: Cluster,
+    pub(crate) head: Head,
+    pub(crate) state: State,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) devices: Devices,
+    pub(crate) model: Model,
+    pub(crate) parallel: Parallel,
+    pub(crate) eplb: Eplb,
+    pub(crate) engine: Engine,
+    pub(crate) serve: Serve,
+    pub(crate) supervision: Supervision,
+}
+
+/// Every section, in the order of the documentation.
+pub(crate) const SECTIONS: [SectionInfo; 11] = [
+    Cluster::INFO,
+    Head::INFO,
+    State::INFO,
+    Node::INFO,
+    Devices::INFO,
+    Model::INFO,
+    Parallel::INFO,
+    Eplb::INFO,
+    Engine::INFO,
+    Serve::INFO,
+    Supervision::INFO,
+];

@@ -1,0 +1,341 @@
+//! Every error of cluster.toml as its reader sees it.
+
+use super::*;
+use std::fs;
+
+/// A directory with a model of 32 experts and 2048 positions.
+fn model_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let model = dir.path().join("models/sundial-20m");
+    fs::create_dir_all(&model).expect("create");
+    fs::write(model.join("config.json"), r#"{"n_routed_experts": 32, "max_position_embeddings": 2048}"#)
+        .expect("write");
+    dir
+}
+
+fn parse(text: &str) -> Result<Config, String> {
+    let dir = model_dir();
+    fs::write(dir.path().join("token"), "0123456789abcdef0123\n").expect("write");
+    fs::write(dir.path().join("short"), "abc\n").expect("write");
+    Config::parse(text, "c.toml", dir.path())
+        .map_err(|e| e.to_string().replace(&dir.path().display().to_string(), "DIR"))
+}
+
+#[track_caller]
+fn refused(text: &str, expected: &str) {
+    match parse(text) {
+        Ok(_) => panic!("accepted:\n{text}"),
+        Err(e) => assert_eq!(e.trim_end(), expected.trim_matches('\n'), "\ngot:\n{e}\n"),
+    }
+}
+
+#[test]
+fn an_empty_file_is_the_default_cluster() {
+    let config = parse("").expect("empty file");
+    assert_eq!(config.parallel, Parallel { dp: 4, ep: 4, colocate: true });
+    assert_eq!(config.nodes.len(), 1);
+    assert_eq!((config.nodes[0].name.as_str(), config.nodes[0].devices), ("node-0", 4));
+    assert_eq!(config.bind.to_string(), "127.0.0.1:6379");
+    assert_eq!((config.model.name.as_str(), config.model.max_model_len), ("sundial-20m", 2048));
+    assert_eq!(config.redundant_experts, 4);
+    assert!(config.run_dir.is_absolute() && config.run_dir.ends_with("run"));
+    assert!(matches!(&config.state, State::Embedded { dir } if dir.ends_with("run/state")));
+    assert_eq!(config.kv_cache, KvCache::Bytes(128 << 20));
+}
+
+#[test]
+fn ranks_follow_devices_where_they_are_not_written() {
+    let ranks = |text: &str| {
+        let c = parse(text).expect(text);
+        (c.parallel.dp, c.parallel.ep, c.redundant_experts)
+    };
+    assert_eq!(ranks("[devices]\ncpu = 2"), (2, 2, 2));
+    assert_eq!(ranks("[parallel]\ncolocate = false"), (2, 2, 2));
+    assert_eq!(ranks("[parallel]\ncolocate = false\ndp = 1"), (1, 3, 4), "32 + 4 = 36 slots on 3 ranks");
+    assert_eq!(ranks("[parallel]\ndp = 1\nep = 1"), (1, 1, 0));
+    assert_eq!(ranks("[[nodes]]\ndevices = 1\n[[nodes]]\ndevices = 2"), (3, 3, 4));
+    assert_eq!(ranks("[eplb]\nenable_eplb = false"), (4, 4, 0));
+}
+
+#[test]
+fn unknown_keys_are_shown_with_a_suggestion() {
+    refused(
+        "[eplb]\nwindow_sise = 10\n",
+        "
+c.toml:2:1: unknown key `window_sise` in [eplb]
+  |
+2 | window_sise = 10
+  | ^^^^^^^^^^^ did you mean `window_size`?",
+    );
+    refused(
+        "[head]\nport = 1\n[paralel]\ndp = 1\n",
+        "
+c.toml:2:1: unknown key `port` in [head]
+  |
+2 | port = 1
+  | ^^^^ `port` is a key of [serve]
+c.toml:3:2: unknown section [paralel]
+  |
+3 | [paralel]
+  |  ^^^^^^^ did you mean `parallel`?",
+    );
+    refused(
+        "dp = 4\n",
+        "
+c.toml:1:1: unknown section [dp]
+  |
+1 | dp = 4
+  | ^^ `dp` is a key of [parallel]",
+    );
+    refused(
+        "[nodes]\nname = \"a\"\n",
+        "
+c.toml:1:2: `nodes` is a section
+  |
+1 | [nodes]
+  |  ^^^^^ write it as [[nodes]]",
+    );
+}
+
+#[test]
+fn wrong_values_are_shown_where_they_stand() {
+    refused(
+        "[state]\nstore = \"etc\"\n",
+        "
+c.toml:2:9: unknown value `etc`, expected `embedded` or `etcd`
+  |
+2 | store = \"etc\"
+  |         ^^^^^ did you mean \"etcd\"?",
+    );
+    refused(
+        "[parallel]\ndp = \"four\"\n",
+        "
+c.toml:2:6: invalid type: string \"four\", expected u32
+  |
+2 | dp = \"four\"
+  |      ^^^^^^",
+    );
+    refused(
+        "[devices]\nthreads = \"many\"\n",
+        "
+c.toml:2:11: invalid value: string \"many\", expected a number or \"auto\"
+  |
+2 | threads = \"many\"
+  |           ^^^^^^",
+    );
+    refused(
+        "[engine]\nkv_cache_memory_bytes = \"lots\"\n",
+        "
+c.toml:2:25: invalid value: string \"lots\", expected a number of bytes, or a string such as \"256MiB\"
+  |
+2 | kv_cache_memory_bytes = \"lots\"
+  |                         ^^^^^^",
+    );
+    let syntax = parse("[head\nbind = 1").expect_err("broken header");
+    assert!(syntax.starts_with("c.toml:1:"), "{syntax}");
+}
+
+#[test]
+fn ranks_must_have_devices() {
+    refused(
+        "[parallel]\ndp = 8\n",
+        "
+c.toml:2:6: dp = 8 and ep = 8 need 8 devices, the nodes have 4
+  |
+2 | dp = 8
+  |      ^ lower dp and ep, or raise `cpu` in [devices]",
+    );
+    refused(
+        "[parallel]\ncolocate = false\ndp = 4\nep = 4\n",
+        "
+c.toml:3:6: dp = 4 and ep = 4 with colocate = false need 8 devices, the nodes have 4
+  |
+3 | dp = 4
+  |      ^ lower dp and ep, or raise `cpu` in [devices]",
+    );
+    refused(
+        "[parallel]\nep = 0\n",
+        "
+c.toml:2:6: `ep` must be at least 1
+  |
+2 | ep = 0
+  |      ^ write ep = 1 or more",
+    );
+    refused(
+        "[[nodes]]\nkind = \"cuda\"\n",
+        "
+c.toml:2:8: CUDA ranks are not in this release
+  |
+2 | kind = \"cuda\"
+  |        ^^^^^^ write kind = \"cpu\"",
+    );
+}
+
+#[test]
+fn slots_must_divide_among_ranks() {
+    refused(
+        "[eplb]\nnum_redundant_experts = 6\n",
+        "
+c.toml:2:25: 32 experts + 6 redundant = 38 slots, not divisible by ep = 4
+  |
+2 | num_redundant_experts = 6
+  |                         ^ write 4 or 8",
+    );
+    refused(
+        "[parallel]\nep = 3\n[eplb]\nnum_redundant_experts = 0\n",
+        "
+c.toml:4:25: 32 experts + 0 redundant = 32 slots, not divisible by ep = 3
+  |
+4 | num_redundant_experts = 0
+  |                         ^ write 1",
+    );
+    refused(
+        "[eplb]\nnum_redundant_experts = 100\n",
+        "
+c.toml:2:25: 100 redundant experts are more than one copy of each on every rank
+  |
+2 | num_redundant_experts = 100
+  |                         ^^^ write at most 96",
+    );
+}
+
+#[test]
+fn nothing_listens_beyond_loopback_without_a_token() {
+    refused(
+        "[head]\nbind = \"0.0.0.0:6379\"\n",
+        "
+c.toml:2:8: the head would listen on 0.0.0.0:6379, beyond loopback, without a cluster token
+  |
+2 | bind = \"0.0.0.0:6379\"
+  |        ^^^^^^^^^^^^^^ set `token_file` in [cluster]",
+    );
+    let config =
+        parse("[cluster]\ntoken_file = \"token\"\n[head]\nbind = \"0.0.0.0:6379\"\n").expect("token file");
+    assert_eq!(config.token, Some(Token("0123456789abcdef0123".into())));
+    assert!(!format!("{config:?}").contains("0123456789abcdef"), "a token must not be printed");
+    refused(
+        "[cluster]\ntoken_file = \"short\"\n",
+        "
+c.toml:2:14: the cluster token is shorter than 16 characters
+  |
+2 | token_file = \"short\"
+  |              ^^^^^^^ make one with: openssl rand -hex 32",
+    );
+    refused(
+        "[cluster]\ntoken_file = \"missing\"\n",
+        "
+c.toml:2:14: cannot read the token file: DIR/missing: No such file or directory (os error 2)
+  |
+2 | token_file = \"missing\"
+  |              ^^^^^^^^^ create it: openssl rand -hex 32 > FILE",
+    );
+    refused(
+        "[serve]\nhost = \"0.0.0.0\"\n",
+        "
+c.toml:2:8: HTTP would listen on 0.0.0.0, beyond loopback, without authentication
+  |
+2 | host = \"0.0.0.0\"
+  |        ^^^^^^^^^ keep 127.0.0.1 and put a reverse proxy before it",
+    );
+    refused(
+        "[[nodes]]\nhost = \"gpu-2\"\n",
+        "
+c.toml:2:8: a node on another host cannot reach the head at 127.0.0.1:6379
+  |
+2 | host = \"gpu-2\"
+  |        ^^^^^^^ set `bind` in [head] to this machine's address",
+    );
+}
+
+#[test]
+fn the_model_must_be_there() {
+    refused(
+        "[model]\npath = \"models/none\"\n",
+        "
+c.toml:2:8: cannot read DIR/models/none/config.json: No such file or directory (os error 2)
+  |
+2 | path = \"models/none\"
+  |        ^^^^^^^^^^^^^ name a Hugging Face checkpoint directory",
+    );
+    refused(
+        "[model]\nmax_model_len = 4096\n",
+        "
+c.toml:2:17: `max_model_len` = 4096 is beyond the model's 2048 positions
+  |
+2 | max_model_len = 4096
+  |                 ^^^^ write 2048 or less",
+    );
+}
+
+#[test]
+fn engine_and_supervision_must_make_sense() {
+    refused(
+        "[engine]\nmax_num_batched_tokens = 8\n",
+        "
+c.toml:2:26: `max_num_batched_tokens` = 8 is below `max_num_seqs` = 64: a full batch could not decode
+  |
+2 | max_num_batched_tokens = 8
+  |                          ^ write 64 or more",
+    );
+    refused(
+        "[engine]\nnum_gpu_blocks_override = 16\n",
+        "
+c.toml:2:27: 16 blocks of 16 tokens hold 256 tokens, one sequence may have 2048
+  |
+2 | num_gpu_blocks_override = 16
+  |                           ^^ raise it, or lower `max_model_len` in [model]",
+    );
+    refused(
+        "[engine]\nnum_gpu_blocks_override = 200\nkv_cache_memory_bytes = \"1GiB\"\n",
+        "
+c.toml:2:27: `num_gpu_blocks_override` and `kv_cache_memory_bytes` are both set
+  |
+2 | num_gpu_blocks_override = 200
+  |                           ^^^ keep one of them",
+    );
+    refused(
+        "[supervision]\nnode_grace_s = 0.5\n",
+        "
+c.toml:2:16: `node_grace_s` = 0.5 is less than two heartbeats of 500 ms: a late one would cost a node
+  |
+2 | node_grace_s = 0.5
+  |                ^^^ raise it, or lower `heartbeat_ms`",
+    );
+    refused(
+        "[state]\nstore = \"etcd\"\ndir = \"x\"\n",
+        "
+c.toml:3:7: `dir` belongs to store = \"embedded\"
+  |
+3 | dir = \"x\"
+  |       ^^^ leave it out with etcd",
+    );
+    refused(
+        "[eplb]\nuse_async = false\n",
+        "
+c.toml:2:13: weights always move in the background in this release
+  |
+2 | use_async = false
+  |             ^^^^^ leave `use_async` out",
+    );
+}
+
+/// `helio reference > docs/configuration.md` brings the page up to date.
+#[test]
+fn the_reference_page_is_up_to_date() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let page = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        page == reference_page(),
+        "docs/configuration.md is out of date: helio reference > docs/configuration.md"
+    );
+}
+
+/// The example in the root is the default cluster, spelt out.
+#[test]
+fn the_example_says_the_defaults() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("cluster.toml")).expect("cluster.toml");
+    let example = Config::parse(&text, "cluster.toml", root).expect("the example is valid");
+    let default = Config::parse("", "empty", root).expect("the default is valid");
+    assert_eq!(format!("{example:?}"), format!("{default:?}"));
+}

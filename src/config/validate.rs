@@ -1,0 +1,459 @@
+//! `Raw` -> `Config`: what no single value shows, such as ranks against devices or slots against ranks.
+//!
+//! Pure: what lies outside of the file (the model's shape, the token file, the number of cores) comes in as `Facts`.
+//! Everything wrong is reported at once.
+
+use super::error::Problem;
+use super::raw::{DeviceKind, Raw, Store};
+use super::read::locate;
+use super::section::ByteSize;
+use super::{Config, KvCache, Model, Node, Parallel, State, Token};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+/// What validation must know beside the file.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    /// Where relative paths start.
+    pub(crate) dir: PathBuf,
+    /// Cores of this machine.
+    pub(crate) cores: u32,
+    /// Text of the token file; None where none is named.
+    pub(crate) token_file: Option<Result<String, String>>,
+    /// The model's shape, or why it cannot be read.
+    pub(crate) model: Result<ModelShape, String>,
+}
+
+/// What the model's config.json says that other keys depend on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ModelShape {
+    /// Routed experts per MoE layer.
+    pub(crate) experts: u32,
+    /// Longest sequence.
+    pub(crate) context: u32,
+}
+
+/// Shortest token that is accepted.
+const TOKEN_CHARS_MIN: usize = 16;
+/// Memory for KV blocks where the file says nothing.
+const KV_CACHE_BYTES_DEFAULT: ByteSize = ByteSize(128 << 20);
+
+/// Checks everything and resolves what the file left open; `text` is the file that problems point into.
+pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Vec<Problem>> {
+    let mut check = Check { text, problems: Vec::new() };
+    let token = check.token(&raw, facts);
+    check.listeners(&raw, token.is_some());
+    let nodes = check.nodes(&raw, facts);
+    let devices = nodes.iter().map(|n| n.devices).sum();
+    let parallel = check.parallel(&raw, devices);
+    let model = check.model(&raw, facts);
+    let redundant_experts = check.redundant_experts(&raw, facts, parallel.ep);
+    check.eplb(&raw, &facts.dir);
+    let kv_cache = check.engine(&raw, &model);
+    let state = check.state(&raw, &facts.dir);
+    check.supervision(&raw);
+    if !check.problems.is_empty() {
+        check.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
+        return Err(check.problems);
+    }
+    let mut eplb = raw.eplb;
+    eplb.initial_layout = eplb.initial_layout.map(|path| facts.dir.join(path));
+    Ok(Config {
+        name: raw.cluster.name,
+        run_dir: facts.dir.join(raw.cluster.run_dir),
+        token,
+        bind: raw.head.bind,
+        state,
+        nodes,
+        model,
+        parallel,
+        redundant_experts,
+        eplb,
+        kv_cache,
+        engine: raw.engine,
+        serve: raw.serve,
+        supervision: raw.supervision,
+    })
+}
+
+/// Collects problems.
+struct Check<'t> {
+    text: &'t str,
+    problems: Vec<Problem>,
+}
+
+impl Check<'_> {
+    /// Reports the value at `path` unless `ok`.
+    fn require(&mut self, ok: bool, path: &str, message: impl Into<String>, help: impl Into<String>) {
+        if !ok {
+            self.problems.push(Problem::at(locate(self.text, path), message).help(help));
+        }
+    }
+
+    fn token(&mut self, raw: &Raw, facts: &Facts) -> Option<Token> {
+        let cluster = &raw.cluster;
+        let both = cluster.token.is_some() && cluster.token_file.is_some();
+        self.require(
+            !both,
+            "cluster.token_file",
+            "`token` and `token_file` are both set",
+            "keep one of them",
+        );
+        let (path, text) = match (&cluster.token, &facts.token_file) {
+            (Some(token), _) => ("cluster.token", token.clone()),
+            (None, Some(Ok(text))) => ("cluster.token_file", text.trim().to_string()),
+            (None, Some(Err(e))) => {
+                self.require(
+                    false,
+                    "cluster.token_file",
+                    format!("cannot read the token file: {e}"),
+                    "create it: openssl rand -hex 32 > FILE",
+                );
+                return None;
+            }
+            (None, None) => return None,
+        };
+        let long = text.chars().count() >= TOKEN_CHARS_MIN;
+        self.require(
+            long,
+            path,
+            format!("the cluster token is shorter than {TOKEN_CHARS_MIN} characters"),
+            "make one with: openssl rand -hex 32",
+        );
+        Some(Token(text))
+    }
+
+    fn listeners(&mut self, raw: &Raw, has_token: bool) {
+        let bind = raw.head.bind;
+        self.require(
+            bind.ip().is_loopback() || has_token,
+            "head.bind",
+            format!("the head would listen on {bind}, beyond loopback, without a cluster token"),
+            "set `token_file` in [cluster]",
+        );
+        self.require(
+            raw.serve.host.is_loopback(),
+            "serve.host",
+            format!("HTTP would listen on {}, beyond loopback, without authentication", raw.serve.host),
+            "keep 127.0.0.1 and put a reverse proxy before it",
+        );
+        let clash = bind.port() == raw.serve.port && bind.port() != 0;
+        self.require(
+            !(clash && same_interface(bind.ip(), raw.serve.host)),
+            "serve.port",
+            format!("head and HTTP would both listen on port {}", bind.port()),
+            "choose another port",
+        );
+        let remote = raw.nodes.iter().position(|n| n.host.is_some()).filter(|_| bind.ip().is_loopback());
+        if let Some(i) = remote {
+            let message = format!("a node on another host cannot reach the head at {bind}");
+            self.require(
+                false,
+                &format!("nodes.{i}.host"),
+                message,
+                "set `bind` in [head] to this machine's address",
+            );
+        }
+    }
+
+    fn nodes(&mut self, raw: &Raw, facts: &Facts) -> Vec<Node> {
+        let written =
+            if raw.nodes.is_empty() { vec![super::raw::Node::default()] } else { raw.nodes.clone() };
+        let mut nodes: Vec<Node> = Vec::with_capacity(written.len());
+        for (i, node) in written.iter().enumerate() {
+            let name = node.name.clone().unwrap_or_else(|| format!("node-{i}"));
+            let key = |leaf: &str| format!("nodes.{i}.{leaf}");
+            self.require(
+                node.kind == DeviceKind::Cpu,
+                &key("kind"),
+                "CUDA ranks are not in this release",
+                "write kind = \"cpu\"",
+            );
+            self.require(
+                nodes.iter().all(|n| n.name != name),
+                &key("name"),
+                format!("two nodes are named `{name}`"),
+                "give each its own name",
+            );
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            let named = !name.is_empty() && name.chars().all(plain);
+            self.require(
+                named,
+                &key("name"),
+                format!("`{name}` is no name for a node"),
+                "use letters, digits, `-`, `_`, `.`",
+            );
+            let devices = node.devices.or(raw.devices.cpu);
+            let path = if node.devices == super::section::Count::Auto {
+                "devices.cpu".into()
+            } else {
+                key("devices")
+            };
+            self.require(devices > 0, &path, "a node needs at least one device", "write 1 or more");
+            nodes.push(Node { name, host: node.host.clone(), devices, threads: 0 });
+        }
+        // Nodes of one machine share its cores.
+        let here: u32 = nodes.iter().filter(|n| n.host.is_none()).map(|n| n.devices).sum();
+        let threads = raw.devices.threads.or((facts.cores / here.max(1)).max(1));
+        self.require(
+            threads > 0,
+            "devices.threads",
+            "a device needs at least one thread",
+            "write 1 or more, or \"auto\"",
+        );
+        nodes.iter_mut().for_each(|n| n.threads = threads);
+        nodes
+    }
+
+    fn parallel(&mut self, raw: &Raw, devices: u32) -> Parallel {
+        let colocate = raw.parallel.colocate;
+        let share = if colocate { devices } else { devices / 2 };
+        let dp = raw.parallel.dp.unwrap_or(share);
+        let ep = raw.parallel.ep.unwrap_or(if colocate { dp } else { devices.saturating_sub(dp) });
+        for (key, n) in [("parallel.dp", dp), ("parallel.ep", ep)] {
+            let short = &key["parallel.".len()..];
+            self.require(
+                n > 0,
+                key,
+                format!("`{short}` must be at least 1"),
+                format!("write {short} = 1 or more"),
+            );
+        }
+        let needed = if colocate { dp.max(ep) } else { dp + ep };
+        let path = if colocate && ep > dp { "parallel.ep" } else { "parallel.dp" };
+        let what = if colocate {
+            format!("dp = {dp} and ep = {ep} need {needed} devices")
+        } else {
+            format!("dp = {dp} and ep = {ep} with colocate = false need {needed} devices")
+        };
+        self.require(
+            needed <= devices,
+            path,
+            format!("{what}, the nodes have {devices}"),
+            "lower dp and ep, or raise `cpu` in [devices]",
+        );
+        Parallel { dp, ep, colocate }
+    }
+
+    fn model(&mut self, raw: &Raw, facts: &Facts) -> Model {
+        let path = facts.dir.join(&raw.model.path);
+        let name = raw.model.name.clone().unwrap_or_else(|| directory_name(&path));
+        let context = match &facts.model {
+            Ok(shape) => shape.context,
+            Err(e) => {
+                self.require(false, "model.path", e.clone(), "name a Hugging Face checkpoint directory");
+                u32::MAX
+            }
+        };
+        let max_model_len = raw.model.max_model_len.unwrap_or(context);
+        let key = "model.max_model_len";
+        self.require(
+            max_model_len > 0,
+            key,
+            "`max_model_len` must be at least 1",
+            "leave it out for the model's limit",
+        );
+        self.require(
+            max_model_len <= context,
+            key,
+            format!("`max_model_len` = {max_model_len} is beyond the model's {context} positions"),
+            format!("write {context} or less"),
+        );
+        Model { path, name, max_model_len }
+    }
+
+    fn redundant_experts(&mut self, raw: &Raw, facts: &Facts, ep: u32) -> u32 {
+        let Ok(ModelShape { experts, .. }) = facts.model else { return 0 };
+        let ep = ep.max(1);
+        let fill = (ep - experts % ep) % ep;
+        let auto = if raw.eplb.enable_eplb && ep > 1 { fill + ep } else { fill };
+        let redundant = raw.eplb.num_redundant_experts.unwrap_or(auto);
+        let slots = experts + redundant;
+        let above = redundant + (ep - slots % ep);
+        let fix = match redundant.checked_sub(slots % ep) {
+            Some(below) => format!("write {below} or {above}"),
+            None => format!("write {above}"),
+        };
+        self.require(
+            slots.is_multiple_of(ep),
+            "eplb.num_redundant_experts",
+            format!("{experts} experts + {redundant} redundant = {slots} slots, not divisible by ep = {ep}"),
+            fix,
+        );
+        self.require(
+            redundant <= experts * (ep - 1),
+            "eplb.num_redundant_experts",
+            format!("{redundant} redundant experts are more than one copy of each on every rank"),
+            format!("write at most {}", experts * (ep - 1)),
+        );
+        redundant
+    }
+
+    fn eplb(&mut self, raw: &Raw, dir: &Path) {
+        let eplb = &raw.eplb;
+        self.require(
+            eplb.window_size > 0,
+            "eplb.window_size",
+            "`window_size` must be at least 1",
+            "vLLM's default is 1000",
+        );
+        self.require(
+            eplb.step_interval > 0,
+            "eplb.step_interval",
+            "`step_interval` must be at least 1",
+            "vLLM's default is 3000",
+        );
+        self.require(
+            eplb.use_async,
+            "eplb.use_async",
+            "weights always move in the background in this release",
+            "leave `use_async` out",
+        );
+        self.positive("eplb.remap_timeout_s", eplb.remap_timeout_s);
+        self.positive("eplb.watchdog_timeout_s", eplb.watchdog_timeout_s);
+        if let Some(layout) = &eplb.initial_layout {
+            let layout = dir.join(layout);
+            let message = format!("there is no file {}", layout.display());
+            self.require(
+                layout.is_file(),
+                "eplb.initial_layout",
+                message,
+                "a JSON file with `physical_to_logical_map`",
+            );
+        }
+    }
+
+    fn engine(&mut self, raw: &Raw, model: &Model) -> KvCache {
+        let engine = &raw.engine;
+        for (name, n) in [
+            ("block_size", engine.block_size),
+            ("max_num_seqs", engine.max_num_seqs),
+            ("max_num_batched_tokens", engine.max_num_batched_tokens),
+            ("num_gpu_blocks_override", engine.num_gpu_blocks_override.unwrap_or(1)),
+        ] {
+            self.require(
+                n > 0,
+                &format!("engine.{name}"),
+                format!("`{name}` must be at least 1"),
+                "leave it out for the default",
+            );
+        }
+        self.require(
+            engine.max_num_batched_tokens >= engine.max_num_seqs,
+            "engine.max_num_batched_tokens",
+            format!(
+                "`max_num_batched_tokens` = {} is below `max_num_seqs` = {}: a full batch could not decode",
+                engine.max_num_batched_tokens, engine.max_num_seqs
+            ),
+            format!("write {} or more", engine.max_num_seqs),
+        );
+        match (engine.num_gpu_blocks_override, engine.kv_cache_memory_bytes) {
+            (Some(_), Some(_)) => {
+                let message = "`num_gpu_blocks_override` and `kv_cache_memory_bytes` are both set";
+                self.require(false, "engine.num_gpu_blocks_override", message, "keep one of them");
+                KvCache::Bytes(0)
+            }
+            (Some(blocks), None) => {
+                let tokens = u64::from(blocks) * u64::from(engine.block_size);
+                self.require(
+                    tokens >= u64::from(model.max_model_len),
+                    "engine.num_gpu_blocks_override",
+                    format!(
+                        "{blocks} blocks of {} tokens hold {tokens} tokens, one sequence may have {}",
+                        engine.block_size, model.max_model_len
+                    ),
+                    "raise it, or lower `max_model_len` in [model]",
+                );
+                KvCache::Blocks(blocks)
+            }
+            (None, bytes) => KvCache::Bytes(bytes.unwrap_or(KV_CACHE_BYTES_DEFAULT).0),
+        }
+    }
+
+    fn state(&mut self, raw: &Raw, dir: &Path) -> State {
+        let state = &raw.state;
+        match state.store {
+            Store::Embedded => State::Embedded {
+                dir: match &state.dir {
+                    Some(path) => dir.join(path),
+                    None => dir.join(&raw.cluster.run_dir).join("state"),
+                },
+            },
+            Store::Etcd => {
+                let none = state.dir.is_none();
+                self.require(
+                    none,
+                    "state.dir",
+                    "`dir` belongs to store = \"embedded\"",
+                    "leave it out with etcd",
+                );
+                let any = state.endpoints.iter().any(|e| !e.trim().is_empty());
+                self.require(
+                    any,
+                    "state.endpoints",
+                    "no etcd server is named",
+                    "endpoints = [\"http://127.0.0.1:2379\"]",
+                );
+                let rooted = state.prefix.starts_with('/') && !state.prefix.ends_with('/');
+                self.require(
+                    rooted,
+                    "state.prefix",
+                    "a prefix starts with `/` and does not end with it",
+                    "prefix = \"/heliostat\"",
+                );
+                let prefix = format!("{}/{}", state.prefix, raw.cluster.name);
+                State::Etcd { endpoints: state.endpoints.clone(), prefix }
+            }
+        }
+    }
+
+    fn supervision(&mut self, raw: &Raw) {
+        let s = &raw.supervision;
+        for (key, value) in [
+            ("supervision.window_s", s.window_s),
+            ("supervision.node_grace_s", s.node_grace_s),
+            ("supervision.worker_grace_s", s.worker_grace_s),
+            ("supervision.heartbeat_ms", f64::from(s.heartbeat_ms)),
+        ] {
+            self.positive(key, value);
+        }
+        self.require(
+            s.backoff_min_ms <= s.backoff_max_ms,
+            "supervision.backoff_min_ms",
+            format!(
+                "`backoff_min_ms` = {} is above `backoff_max_ms` = {}",
+                s.backoff_min_ms, s.backoff_max_ms
+            ),
+            "swap them",
+        );
+        self.require(
+            s.node_grace_s * 1000.0 >= 2.0 * f64::from(s.heartbeat_ms),
+            "supervision.node_grace_s",
+            format!(
+                "`node_grace_s` = {} is less than two heartbeats of {} ms: a late one would cost a node",
+                s.node_grace_s, s.heartbeat_ms
+            ),
+            "raise it, or lower `heartbeat_ms`",
+        );
+    }
+
+    fn positive(&mut self, path: &str, value: f64) {
+        let name = path.rsplit('.').next().unwrap_or(path);
+        self.require(
+            value.is_finite() && value > 0.0,
+            path,
+            format!("`{name}` must be above 0"),
+            "leave it out for the default",
+        );
+    }
+}
+
+/// Whether a listener on `a` and one on `b` would meet.
+fn same_interface(a: IpAddr, b: IpAddr) -> bool {
+    a == b || a.is_unspecified() || b.is_unspecified()
+}
+
+/// Last part of a path, for a model without a name.
+fn directory_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}
