@@ -1,1 +1,311 @@
-//! What users ask the cluster for: actor specs, resources, restart policies.
+//! What users ask the cluster for: actors, their resources, where they go and how often they are restarted.
+//!
+//! Plain data. It never decides anything: `head::placement` and `head::supervise` do.
+
+use std::time::Duration;
+
+use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
+
+/// One actor that the cluster keeps alive.
+///
+/// Applying the same spec twice changes nothing; applying another spec of the same name restarts the actor with it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ActorSpec {
+    /// Unique in the cluster; letters, digits, `-`, `_` and `.`, since it also names the log file.
+    pub name: String,
+    /// `RemoteActor::TYPE` of an actor in the worker's table of types.
+    pub type_name: String,
+    /// `Spawn::Args`, encoded by the wire's codec.
+    pub args: Vec<u8>,
+    /// What the worker process needs.
+    pub resources: Resources,
+    /// Where it may go.
+    pub placement: Placement,
+    /// When it is started again.
+    pub restart: RestartPolicy,
+    /// The group it is a rank of.
+    pub group: Option<GroupMember>,
+    /// Names of further groups whose views are delivered to this actor.
+    pub subscribe: Vec<String>,
+    /// Messages that wait at most; one more is refused and handed back.
+    pub mailbox_capacity: u32,
+}
+
+impl ActorSpec {
+    /// Messages that wait at most, unless the spec says otherwise.
+    pub const MAILBOX_CAPACITY: u32 = 1024;
+
+    /// A spec with defaults: no device, anywhere, restarted, in no group.
+    pub fn new(name: impl Into<String>, type_name: impl Into<String>, args: Vec<u8>) -> Self {
+        Self {
+            name: name.into(),
+            type_name: type_name.into(),
+            args,
+            resources: Resources::default(),
+            placement: Placement::Anywhere,
+            restart: RestartPolicy::default(),
+            group: None,
+            subscribe: Vec::new(),
+            mailbox_capacity: Self::MAILBOX_CAPACITY,
+        }
+    }
+
+    /// Says what is wrong with the spec, so that a mistake is refused before anything starts.
+    pub fn validate(&self) -> Result<(), InvalidSpec> {
+        let fail = |why: String| Err(InvalidSpec { actor: self.name.clone(), why });
+        let name_ok = |name: &str| {
+            !name.is_empty()
+                && !name.starts_with('.')
+                && name.len() <= 128
+                && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        };
+        if !name_ok(&self.name) {
+            return fail(
+                "the name must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'".into(),
+            );
+        }
+        if self.type_name.is_empty() {
+            return fail("the actor type is empty".into());
+        }
+        if self.mailbox_capacity == 0 {
+            return fail("mailbox_capacity is 0: no message could ever be delivered".into());
+        }
+        if self.resources.devices > 1 {
+            return fail(format!(
+                "it asks for {} devices, a worker owns at most one",
+                self.resources.devices
+            ));
+        }
+        if let Some(member) = &self.group {
+            if !name_ok(&member.group) {
+                return fail(format!("group name {:?} is not a valid name", member.group));
+            }
+            if member.rank >= member.size {
+                return fail(format!("rank {} is not below the group size {}", member.rank, member.size));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A spec that cannot be applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
+#[error("actor {actor:?}: {why}")]
+pub struct InvalidSpec {
+    /// Name of the actor.
+    pub actor: String,
+    /// What is wrong and what would be right.
+    pub why: String,
+}
+
+/// What a worker process needs of its node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Resources {
+    /// Devices it owns alone: 0 or 1.
+    pub devices: u32,
+    /// Logical CPUs that are set aside for it; 0 reserves none.
+    pub cpus: u32,
+}
+
+/// Where an actor may be placed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub enum Placement {
+    /// The head picks; a restarted actor goes back to where it was, if it can.
+    #[default]
+    Anywhere,
+    /// Only on this node.
+    Node(String),
+    /// Only on this device of this node.
+    Device {
+        /// Name of the node.
+        node: String,
+        /// Index of the device on its node.
+        index: u32,
+    },
+}
+
+/// A device of a node, as the node's configuration lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Device {
+    /// Index on its node, from 0.
+    pub index: u32,
+    /// What it is.
+    pub kind: DeviceKind,
+}
+
+impl Device {
+    /// A share of the node's CPU with that many threads, as device `index`.
+    pub fn cpu(index: u32, threads: u32) -> Self {
+        Self { index, kind: DeviceKind::Cpu { threads } }
+    }
+}
+
+/// What a device is. Closed: the engine has a backend for each.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// A share of the node's CPU.
+    Cpu {
+        /// Threads the worker may compute with.
+        threads: u32,
+    },
+    /// A CUDA device.
+    Cuda {
+        /// Ordinal of the driver on that node.
+        ordinal: u32,
+    },
+}
+
+/// How often and how fast an actor is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct RestartPolicy {
+    /// Restarts within `window` after which one more death is final.
+    pub max_restarts: u32,
+    /// The window that `max_restarts` counts in.
+    pub window: Duration,
+    /// Delay before the second restart in the window; it doubles with each further one. The first is immediate.
+    pub backoff_min: Duration,
+    /// The delay never grows beyond this.
+    pub backoff_max: Duration,
+}
+
+impl Default for RestartPolicy {
+    /// 10 restarts in 60 s, delays 0, 100 ms, 200 ms, ... 5 s.
+    fn default() -> Self {
+        Self {
+            max_restarts: 10,
+            window: Duration::from_secs(60),
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(5),
+        }
+    }
+}
+
+impl RestartPolicy {
+    /// Never restarts: the first death is final.
+    pub fn never() -> Self {
+        Self { max_restarts: 0, ..Self::default() }
+    }
+}
+
+/// An actor's seat in a group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct GroupMember {
+    /// Name of the group.
+    pub group: String,
+    /// Rank in the group, below `size`.
+    pub rank: u32,
+    /// Number of ranks of the group.
+    pub size: u32,
+}
+
+/// How far an actor is with starting, as it says itself (loading weights, compiling, ...).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Progress {
+    /// What it is doing, in a word or two.
+    pub phase: String,
+    /// Units done (bytes, for weights).
+    pub done: u64,
+    /// Units in all; 0 when unknown.
+    pub total: u64,
+}
+
+/// Why an incarnation of an actor ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode, Serialize, Deserialize)]
+#[serde(tag = "cause", rename_all = "snake_case")]
+pub enum DeathCause {
+    /// The worker process exited by itself.
+    #[error("worker process exited with code {code}")]
+    Exited {
+        /// Its exit code.
+        code: i32,
+    },
+    /// A signal ended the worker process.
+    #[error("worker process killed by signal {signal}{}", signal_name(*.signal))]
+    Killed {
+        /// Number of the signal.
+        signal: i32,
+    },
+    /// The worker process is gone and nobody could read its exit status.
+    #[error("worker process is gone: {why}")]
+    Vanished {
+        /// What is known.
+        why: String,
+    },
+    /// The actor panicked.
+    #[error("panicked: {message}")]
+    Panicked {
+        /// The panic message.
+        message: String,
+    },
+    /// `Spawn::create` returned an error.
+    #[error("could not be created: {message}")]
+    CreateFailed {
+        /// The error.
+        message: String,
+    },
+    /// The worker process could not be started.
+    #[error("worker could not be started: {message}")]
+    StartFailed {
+        /// The error.
+        message: String,
+    },
+    /// The actor ended itself with an error.
+    #[error("failed: {message}")]
+    Failed {
+        /// The error.
+        message: String,
+    },
+    /// The actor ended itself because its work is done. It is not restarted.
+    #[error("finished")]
+    Finished,
+    /// The node was lost.
+    #[error("node {node} was lost: {why}")]
+    NodeLost {
+        /// Name of the node.
+        node: String,
+        /// How that was noticed.
+        why: String,
+    },
+    /// Somebody asked for it: a stop, a restart or another spec.
+    #[error("stopped: {why}")]
+    Stopped {
+        /// Who asked for what.
+        why: String,
+    },
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        2 => " (SIGINT)",
+        4 => " (SIGILL)",
+        6 => " (SIGABRT)",
+        7 => " (SIGBUS)",
+        9 => " (SIGKILL; by hand or by the kernel when memory ran out)",
+        11 => " (SIGSEGV)",
+        15 => " (SIGTERM)",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn validate_names_the_mistake() {
+        let spec = ActorSpec::new("rank-0", "rank", vec![]);
+        assert_eq!(spec.validate(), Ok(()));
+        let why = |spec: ActorSpec| spec.validate().unwrap_err().to_string();
+        assert!(why(ActorSpec { name: "a/b".into(), ..spec.clone() }).contains("letters, digits"));
+        assert!(why(ActorSpec { name: "..".into(), ..spec.clone() }).contains("not starting with"));
+        let group = Some(GroupMember { group: "ep".into(), rank: 4, size: 4 });
+        assert!(why(ActorSpec { group, ..spec.clone() }).contains("rank 4 is not below the group size 4"));
+        assert!(why(ActorSpec { mailbox_capacity: 0, ..spec }).contains("mailbox_capacity"));
+    }
+
+    #[test]
+    fn a_death_cause_says_what_happened() {
+        assert!(DeathCause::Killed { signal: 9 }.to_string().contains("signal 9 (SIGKILL"));
+    }
+}
