@@ -1,9 +1,8 @@
-//! Devices: CPU operations, memory-mapped checkpoints and the links between ranks.
+//! Devices: CPU operations and the links between ranks.
 //!
 //! The only crate with `unsafe`. It knows no actor, no HTTP and no model.
 
 pub mod cpu;
 pub mod dtype;
 pub mod fabric;
-pub mod mapped;
 pub mod weight;
