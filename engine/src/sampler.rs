@@ -1,1 +1,0 @@
-//! Draws the next token from logits.
