@@ -57,6 +57,8 @@ pub(crate) struct Config {
     pub(crate) serve: Serve,
     /// Restarts and grace periods.
     pub(crate) supervision: Supervision,
+    /// The same as a cluster.toml with absolute paths and without secrets: the token is read from the run directory.
+    pub(crate) effective: String,
 }
 
 /// A secret that no log shows.

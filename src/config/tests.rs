@@ -319,6 +319,18 @@ c.toml:2:13: weights always move in the background in this release
     );
 }
 
+#[test]
+fn the_effective_file_says_the_same_from_anywhere_and_holds_no_token() {
+    let dir = model_dir();
+    let text = "[cluster]\ntoken = \"0123456789abcdef\"\nrun_dir = \"r\"\n[parallel]\ndp = 2\n[[nodes]]\ndevices = 3\n";
+    let config = Config::parse(text, "c.toml", dir.path()).expect("valid");
+    assert!(!config.effective.contains("0123456789abcdef"), "{}", config.effective);
+    fs::create_dir(dir.path().join("r")).expect("create");
+    fs::write(dir.path().join("r/token"), "0123456789abcdef").expect("write");
+    let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere")).expect(&config.effective);
+    assert_eq!(format!("{again:?}"), format!("{config:?}"));
+}
+
 /// `helio reference > docs/configuration.md` brings the page up to date.
 #[test]
 fn the_reference_page_is_up_to_date() {

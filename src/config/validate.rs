@@ -56,11 +56,12 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         check.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
         return Err(check.problems);
     }
-    let mut eplb = raw.eplb;
-    eplb.initial_layout = eplb.initial_layout.map(|path| facts.dir.join(path));
+    let raw = absolute(raw, &facts.dir);
+    let effective = toml::to_string(&raw).expect("what was read from TOML can be written as TOML");
     Ok(Config {
+        effective,
         name: raw.cluster.name,
-        run_dir: facts.dir.join(raw.cluster.run_dir),
+        run_dir: raw.cluster.run_dir,
         token,
         bind: raw.head.bind,
         state,
@@ -68,12 +69,26 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         model,
         parallel,
         redundant_experts,
-        eplb,
+        eplb: raw.eplb,
         kv_cache,
         engine: raw.engine,
         serve: raw.serve,
         supervision: raw.supervision,
     })
+}
+
+/// The same file without relative paths and without the token itself.
+fn absolute(mut raw: Raw, dir: &Path) -> Raw {
+    let cluster = &mut raw.cluster;
+    cluster.run_dir = dir.join(&cluster.run_dir);
+    if cluster.token.take().is_some() || cluster.token_file.is_some() {
+        cluster.token_file = Some(cluster.run_dir.join("token"));
+    }
+    raw.model.path = dir.join(&raw.model.path);
+    for path in [&mut raw.state.dir, &mut raw.eplb.initial_layout].into_iter().flatten() {
+        *path = dir.join(&*path);
+    }
+    raw
 }
 
 /// Collects problems.

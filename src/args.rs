@@ -1,0 +1,304 @@
+//! The command line: what may be written after `helio`, with its help.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Shown under `helio --help`.
+const EXAMPLES: &str = "\
+Examples:
+  helio up                              start the cluster of ./cluster.toml (or the default cluster), Ctrl-C stops it
+  helio up cluster.toml --detach        the same in the background; returns when it serves
+  helio status                          nodes, actors, devices
+  helio eplb show                       load of the experts and where they lie
+  helio logs rank-0 -f                  follow the log of an actor
+  helio down                            stop everything
+
+Exit codes:
+  0  done    1  failed    2  wrong arguments or configuration    3  no cluster runs there    4  the cluster did not start";
+
+/// Starts, watches and stops a Heliostat cluster.
+#[derive(Debug, Parser)]
+#[command(name = "helio", version, after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Every command.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a cluster on this machine: head, node agent and workers.
+    Up(Up),
+    /// Stop the cluster and wait until nothing of it is left.
+    Down(Down),
+    /// Run a head by hand; nodes join it with `helio node --join`.
+    Head(Head),
+    /// Run this machine's node agent and join a head.
+    Node(Node),
+    /// Run a worker process (started by a node agent).
+    #[command(hide = true)]
+    Worker(Worker),
+    /// Show the state of the cluster.
+    Status(Show),
+    /// List nodes, workers or actors.
+    List(List),
+    /// Print what an actor wrote to its log.
+    Logs(Logs),
+    /// Show or rebalance the map of experts.
+    #[command(subcommand)]
+    Eplb(Eplb),
+    /// Check a cluster.toml and the files of its model without starting anything.
+    Check(Check),
+    /// Print the reference page of cluster.toml.
+    #[command(hide = true)]
+    Reference,
+}
+
+/// `helio up`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio up
+  helio up cluster.toml --detach && curl http://127.0.0.1:8000/v1/models
+
+Without a file: ./cluster.toml, or the default cluster where there is none (4 CPU devices, dp = ep = 4, the bundled model).
+Head and node agent are restarted when they die. Ctrl-C, SIGTERM or `helio down` stop everything.")]
+pub(crate) struct Up {
+    /// The cluster to start.
+    pub(crate) file: Option<PathBuf>,
+    /// Return when the cluster serves and leave it running in the background.
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Run as the background part of --detach.
+    #[arg(long, hide = true)]
+    pub(crate) daemon: bool,
+}
+
+/// `helio down`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio down                      the cluster of ./cluster.toml, or of ./run
+  helio down --run-dir /srv/helio the cluster that runs in this directory")]
+pub(crate) struct Down {
+    /// The cluster.toml that it was started with.
+    pub(crate) file: Option<PathBuf>,
+    /// Run directory of the cluster.
+    #[arg(long, value_name = "DIR", conflicts_with = "file")]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// Seconds to wait before what is left is killed.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub(crate) timeout: u64,
+}
+
+/// Options of a process that `helio up` starts.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Supervised {
+    /// Process id of the supervisor: end when it ends.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) supervised_by: Option<u32>,
+}
+
+/// `helio head`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio head cluster.toml
+  helio node --join 10.0.0.1:6379 --token-file token      on every machine")]
+pub(crate) struct Head {
+    /// The cluster to deploy.
+    pub(crate) file: Option<PathBuf>,
+    /// Run directory, instead of that of the file.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// How it was started.
+    #[command(flatten)]
+    pub(crate) supervised: Supervised,
+}
+
+/// `helio node`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio node --join 127.0.0.1:6379
+  helio node --join 10.0.0.1:6379 --devices cpu=8 --name b --token-file /etc/helio/token")]
+pub(crate) struct Node {
+    /// Address of the head.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) join: String,
+    /// Devices to offer, as KIND=COUNT.
+    #[arg(long, default_value = "cpu=4", value_parser = parse_devices)]
+    pub(crate) devices: u32,
+    /// Threads of each device. Without it: the cores, divided evenly.
+    #[arg(long)]
+    pub(crate) threads: Option<u32>,
+    /// Name of this node. Without it: the host's name.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Address at which others reach this node's processes. Without it: the one that reaches the head.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) bind: Option<std::net::IpAddr>,
+    /// Directory for logs and sockets.
+    #[arg(long, value_name = "DIR", default_value = "run")]
+    pub(crate) run_dir: PathBuf,
+    /// File that holds the cluster token.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// How long workers live on without this process.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pub(crate) worker_grace: f64,
+    /// How it was started.
+    #[command(flatten)]
+    pub(crate) supervised: Supervised,
+}
+
+/// `helio worker`: written by the node agent, read by the runtime.
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    /// As the node agent writes them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+}
+
+/// Which cluster a command talks to.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Target {
+    /// Address of the head. Without it: the one in the run directory, else 127.0.0.1:6379.
+    #[arg(long, value_name = "HOST:PORT", global = true)]
+    pub(crate) address: Option<String>,
+    /// Run directory of the cluster. Without it: that of ./cluster.toml, else ./run.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(crate) run_dir: Option<PathBuf>,
+    /// File that holds the cluster token. Without it: the one in the run directory.
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// `helio status`.
+#[derive(Debug, Args)]
+pub(crate) struct Show {
+    /// Which cluster.
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What can be listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Listed {
+    /// Machines and their devices.
+    Nodes,
+    /// Processes that host actors.
+    Workers,
+    /// Actors and their states.
+    Actors,
+}
+
+/// `helio list`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio list actors
+  helio list workers --json | jq -r '.[].pid'")]
+pub(crate) struct List {
+    /// What to list.
+    pub(crate) what: Listed,
+    /// Which cluster.
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `helio logs`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  helio logs rank-0
+  helio logs ingress -f
+  helio logs head            head, node and up are read from the run directory")]
+pub(crate) struct Logs {
+    /// Name of the actor (helio list actors), or head, node, up.
+    pub(crate) actor: String,
+    /// Go on printing what is added.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Which cluster.
+    #[command(flatten)]
+    pub(crate) target: Target,
+}
+
+/// `helio eplb`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Eplb {
+    /// Show load, map, balancedness and history.
+    Show(Show),
+    /// Plan a new map from the present load and move to it.
+    Rebalance(Show),
+}
+
+/// `helio check`.
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// The file to check.
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// Reads `cpu=4`.
+fn parse_devices(text: &str) -> Result<u32, String> {
+    let (kind, count) = text.split_once('=').unwrap_or(("cpu", text));
+    match kind {
+        "cpu" => {}
+        "cuda" => return Err("CUDA ranks are not in this release: write cpu=COUNT".into()),
+        other => return Err(format!("unknown kind of device `{other}`: write cpu=COUNT")),
+    }
+    match count.parse() {
+        Ok(0) => Err("a node needs at least one device".into()),
+        Ok(count) => Ok(count),
+        Err(_) => Err(format!("`{count}` is no number: write cpu=4")),
+    }
+}
+
+/// Reads an address that may lack the port.
+pub(crate) fn with_port(address: &str, port: u16) -> String {
+    let has_port = address.parse::<SocketAddr>().is_ok()
+        || (!address.starts_with('[') && address.matches(':').count() == 1);
+    if has_port {
+        return address.to_string();
+    }
+    let bare_v6 = address.matches(':').count() > 1 && !address.starts_with('[');
+    if bare_v6 { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn devices_are_kind_and_count() {
+        assert_eq!(parse_devices("cpu=8"), Ok(8));
+        assert_eq!(parse_devices("2"), Ok(2));
+        assert!(parse_devices("cuda=1").expect_err("cuda").contains("not in this release"));
+        assert!(parse_devices("cpu=0").is_err() && parse_devices("cpu=x").is_err());
+    }
+
+    #[test]
+    fn a_missing_port_is_filled_in() {
+        assert_eq!(with_port("10.0.0.1", 6379), "10.0.0.1:6379");
+        assert_eq!(with_port("10.0.0.1:1", 6379), "10.0.0.1:1");
+        assert_eq!(with_port("::1", 6379), "[::1]:6379");
+        assert_eq!(with_port("[::1]:5", 6379), "[::1]:5");
+        assert_eq!(with_port("head", 6379), "head:6379");
+    }
+}
