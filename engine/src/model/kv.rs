@@ -1,0 +1,123 @@
+//! Storage of the paged KV cache: `[block][position in block][elements]` for each layer, f32.
+//!
+//! Which block holds what is the scheduler's business.
+
+use heliostat_kernels::cpu::attention::{self, Pages, slot};
+
+use crate::config::{Attention, ModelConfig};
+
+/// KV blocks of all layers.
+#[derive(Debug)]
+pub struct KvPages {
+    layers: Vec<LayerPages>,
+    num_blocks: usize,
+    block_size: usize,
+    widths: Widths,
+}
+
+/// Elements of one position of one layer.
+#[derive(Clone, Copy, Debug)]
+struct Widths {
+    /// Latent and rotated key together, or all keys.
+    first: usize,
+    /// All values; 0 with latent attention.
+    second: usize,
+}
+
+#[derive(Debug)]
+struct LayerPages {
+    first: Vec<f32>,
+    second: Vec<f32>,
+}
+
+impl KvPages {
+    /// Zeroed storage of `num_blocks` blocks of `block_size` positions.
+    ///
+    /// # Panics
+    /// If `block_size` is 0.
+    pub fn new(config: &ModelConfig, num_blocks: usize, block_size: usize) -> Self {
+        assert!(block_size > 0, "a block holds at least one position");
+        let widths = Widths::of(config);
+        let pages = |width| vec![0.0; num_blocks * block_size * width];
+        let layer = |_| LayerPages { first: pages(widths.first), second: pages(widths.second) };
+        Self { layers: (0..config.num_layers).map(layer).collect(), num_blocks, block_size, widths }
+    }
+
+    /// Bytes that one block takes over all layers.
+    pub fn bytes_per_block(config: &ModelConfig, block_size: usize) -> usize {
+        config.num_layers * block_size * config.kv_elements_per_token() * size_of::<f32>()
+    }
+
+    /// Blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// Positions per block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Copies the contents of block `from` to block `to`, in all layers.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn copy_block(&mut self, from: usize, to: usize) {
+        for layer in &mut self.layers {
+            for (pages, width) in
+                [(&mut layer.first, self.widths.first), (&mut layer.second, self.widths.second)]
+            {
+                let len = self.block_size * width;
+                pages.copy_within(from * len..(from + 1) * len, to * len);
+            }
+        }
+    }
+
+    /// The latent row of a position, to write.
+    pub(super) fn latent_mut(&mut self, layer: usize, block_table: &[u32], position: usize) -> &mut [f32] {
+        let at = slot(block_table, self.block_size, position) * self.widths.first;
+        &mut self.layers[layer].first[at..at + self.widths.first]
+    }
+
+    /// The key and value rows of a position, to write.
+    pub(super) fn key_value_mut(
+        &mut self,
+        layer: usize,
+        block_table: &[u32],
+        position: usize,
+    ) -> (&mut [f32], &mut [f32]) {
+        let (slot, Widths { first, second }) = (slot(block_table, self.block_size, position), self.widths);
+        let layer = &mut self.layers[layer];
+        (
+            &mut layer.first[slot * first..(slot + 1) * first],
+            &mut layer.second[slot * second..(slot + 1) * second],
+        )
+    }
+
+    /// The latents of a layer.
+    pub(super) fn latents(&self, layer: usize) -> Pages<'_> {
+        Pages { data: &self.layers[layer].first, block_size: self.block_size, width: self.widths.first }
+    }
+
+    /// The keys and values of a layer.
+    pub(super) fn keys_values(&self, layer: usize) -> attention::KvPages<'_> {
+        let values = Pages {
+            data: &self.layers[layer].second,
+            block_size: self.block_size,
+            width: self.widths.second,
+        };
+        attention::KvPages { keys: self.latents(layer), values }
+    }
+}
+
+impl Widths {
+    fn of(config: &ModelConfig) -> Self {
+        match &config.attention {
+            Attention::Mla(_) => Self { first: config.kv_elements_per_token(), second: 0 },
+            Attention::Gqa(gqa) => {
+                let width = gqa.num_kv_heads * gqa.head_dim;
+                Self { first: width, second: width }
+            }
+        }
+    }
+}

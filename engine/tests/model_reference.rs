@@ -1,0 +1,221 @@
+//! The forward pass against transformers, and against itself: batch, chunks and blocks must not change a bit.
+
+#![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
+use heliostat_engine::checkpoint::Checkpoint;
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::model::{KvPages, LocalExperts, Model};
+use heliostat_kernels::cpu::Cpu;
+use serde::Deserialize;
+
+/// Largest difference of a logit, relative to the largest logit.
+const TOLERANCE: f32 = 1e-3;
+
+#[derive(Deserialize)]
+struct Reference {
+    prompts: Vec<Prompt>,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    prompt_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    /// All logits of the first step, or the best five.
+    first_logits: Option<Vec<f32>>,
+    top5_ids: Option<Vec<usize>>,
+    top5_logits: Option<Vec<f32>>,
+}
+
+/// A loaded checkpoint with its reference.
+struct Rig {
+    model: Model,
+    experts: LocalExperts,
+    config: Arc<ModelConfig>,
+    reference: Reference,
+}
+
+/// How a sequence is fed.
+#[derive(Clone, Copy, Debug)]
+struct Feed {
+    chunk: usize,
+    block_size: usize,
+}
+
+/// One sequence of a run.
+struct Sequence {
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    cached: usize,
+    block_table: Vec<u32>,
+    /// Logits of the rows that a token was drawn from.
+    logits: Vec<Vec<f32>>,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn models() -> Vec<PathBuf> {
+    let small =
+        std::fs::read_dir(root().join("tests/data/models")).unwrap().map(|entry| entry.unwrap().path());
+    let mut all: Vec<PathBuf> = small.chain([root().join("models/sundial-20m")]).collect();
+    all.sort();
+    all
+}
+
+impl Rig {
+    fn load(dir: &Path) -> Self {
+        let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        checkpoint.validate(&config).unwrap();
+        let cpu = Cpu::single_threaded();
+        let mut read = (0, 0);
+        let model =
+            Model::load(&checkpoint, &config, cpu.clone(), &mut |done, total| read = (done, total)).unwrap();
+        assert!(read.0 == read.1 && read.0 > 0, "progress ends at its total: {read:?}");
+        let experts = LocalExperts::load(&checkpoint, &config, cpu).unwrap();
+        let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
+        Self { model, experts, config, reference: serde_json::from_str(&reference).unwrap() }
+    }
+
+    /// Generates `new_tokens` greedily after each of the prompts, all in one batch.
+    fn generate(&mut self, prompts: &[&[u32]], new_tokens: usize, feed: Feed) -> Vec<Sequence> {
+        let blocks_each = self.blocks_each(prompts, new_tokens, feed.block_size);
+        let mut kv = KvPages::new(&self.config, prompts.len() * blocks_each, feed.block_size);
+        let sequence = |(number, prompt): (usize, &&[u32])| Sequence {
+            tokens: prompt.to_vec(),
+            prompt_len: prompt.len(),
+            cached: 0,
+            // Blocks of the sequences interleave and run backwards: nothing may rely on their order.
+            block_table: (0..blocks_each)
+                .rev()
+                .map(|block| (block * prompts.len() + number) as u32)
+                .collect(),
+            logits: Vec::new(),
+        };
+        let mut sequences: Vec<Sequence> = prompts.iter().enumerate().map(sequence).collect();
+        while sequences.iter().any(|sequence| sequence.logits.len() < new_tokens) {
+            let batch = next_batch(&sequences, new_tokens, feed);
+            let logits = self.model.forward(&batch, &mut kv, &mut self.experts).unwrap();
+            let mut rows = logits.rows.chunks_exact(logits.vocab);
+            let running = sequences.iter_mut().filter(|sequence| sequence.logits.len() < new_tokens);
+            for (sequence, step) in running.zip(&batch.seqs) {
+                sequence.cached += step.len;
+                if step.logits == LogitRows::Last {
+                    let row = rows.next().unwrap().to_vec();
+                    sequence.tokens.push(argmax(&row));
+                    sequence.logits.push(row);
+                }
+            }
+        }
+        sequences
+    }
+
+    fn blocks_each(&self, prompts: &[&[u32]], new_tokens: usize, block_size: usize) -> usize {
+        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap();
+        (longest + new_tokens).div_ceil(block_size)
+    }
+}
+
+/// Up to `chunk` tokens of every sequence that is not done.
+fn next_batch(sequences: &[Sequence], new_tokens: usize, feed: Feed) -> Batch {
+    let mut batch = Batch::default();
+    for sequence in sequences.iter().filter(|sequence| sequence.logits.len() < new_tokens) {
+        let len = (sequence.tokens.len() - sequence.cached).min(feed.chunk);
+        let rows = sequence.cached..sequence.cached + len;
+        let last = rows.end == sequence.tokens.len();
+        batch.seqs.push(BatchSeq {
+            start: batch.tokens.len(),
+            len,
+            context: sequence.cached,
+            block_table: sequence.block_table.clone(),
+            logits: if last { LogitRows::Last } else { LogitRows::None },
+        });
+        batch.tokens.extend(&sequence.tokens[rows.clone()]);
+        batch.positions.extend(rows.map(|position| position as u32));
+    }
+    batch
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+    best.0 as u32
+}
+
+impl Prompt {
+    /// Largest difference of the first step's logits, relative to the largest.
+    fn difference(&self, logits: &[f32]) -> f32 {
+        let all: Vec<usize> = (0..logits.len()).collect();
+        let (ids, wanted) = match (&self.first_logits, &self.top5_ids, &self.top5_logits) {
+            (Some(wanted), _, _) => (&all, wanted),
+            (None, Some(ids), Some(wanted)) => (ids, wanted),
+            _ => panic!("the reference has no logits"),
+        };
+        let largest = wanted.iter().fold(0f32, |max, logit| max.max(logit.abs()));
+        ids.iter().zip(wanted).map(|(&id, wanted)| (logits[id] - wanted).abs() / largest).fold(0.0, f32::max)
+    }
+}
+
+#[test]
+fn greedy_tokens_and_first_logits_are_those_of_transformers() {
+    for dir in models() {
+        let mut rig = Rig::load(&dir);
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let mut worst = 0f32;
+        for number in 0..rig.reference.prompts.len() {
+            let prompt = rig.reference.prompts[number].prompt_ids.clone();
+            let new_tokens = rig.reference.prompts[number].greedy_ids.len();
+            let feed = Feed { chunk: usize::MAX, block_size: 16 };
+            let done = rig.generate(&[&prompt], new_tokens, feed).remove(0);
+            let wanted = &rig.reference.prompts[number];
+            worst = worst.max(wanted.difference(&done.logits[0]));
+            assert!(worst < TOLERANCE, "{name}, prompt {number}: logits differ by {worst}");
+            assert_eq!(done.tokens[done.prompt_len..], wanted.greedy_ids, "{name}, prompt {number}");
+        }
+        println!("{name}: first logits within {worst:.1e}");
+    }
+}
+
+#[test]
+fn chunks_and_blocks_do_not_change_a_bit() {
+    for dir in models() {
+        let mut rig = Rig::load(&dir);
+        let prompts: Vec<Vec<u32>> =
+            rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
+        let longest = prompts.iter().max_by_key(|prompt| prompt.len()).unwrap();
+        let wanted = rig.generate(&[longest], 4, Feed { chunk: usize::MAX, block_size: 16 }).remove(0);
+        for (chunk, block_size) in [(1, 16), (3, 4), (16, 1), (usize::MAX, 1), (3, 16), (usize::MAX, 4)] {
+            let feed = Feed { chunk, block_size };
+            let got = rig.generate(&[longest], 4, feed).remove(0);
+            assert_eq!(bits(&got), bits(&wanted), "{}: {feed:?}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn neighbours_do_not_change_a_bit() {
+    for dir in models() {
+        let mut rig = Rig::load(&dir);
+        let prompts: Vec<Vec<u32>> =
+            rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let alone: Vec<Sequence> = prompts
+            .iter()
+            .map(|prompt| rig.generate(&[prompt], 6, Feed { chunk: usize::MAX, block_size: 4 }).remove(0))
+            .collect();
+        for chunk in [2, usize::MAX] {
+            let together = rig.generate(&prompts, 6, Feed { chunk, block_size: 4 });
+            for (number, (alone, together)) in alone.iter().zip(&together).enumerate() {
+                assert_eq!(bits(together), bits(alone), "{}: prompt {number}, chunk {chunk}", dir.display());
+            }
+        }
+    }
+}
+
+fn bits(sequence: &Sequence) -> Vec<Vec<u32>> {
+    sequence.logits.iter().map(|row| row.iter().map(|logit| logit.to_bits()).collect()).collect()
+}
