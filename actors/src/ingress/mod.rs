@@ -1,1 +1,6 @@
-//! The OpenAI-compatible HTTP ingress and its router.
+//! HTTP in front of the ranks: OpenAI's API, the router, metrics.
+
+pub mod dispatch;
+pub mod engine;
+pub mod router;
+pub mod text;

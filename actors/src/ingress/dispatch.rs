@@ -1,0 +1,419 @@
+//! Every sequence from submission to its end: where it runs, what it has generated, and where it goes on when its rank
+//! is lost.
+//!
+//! Pure: events and the time come in, effects go out. A sequence whose rank is lost is submitted to another with the
+//! tokens it already has, so its client sees neither a gap nor a repetition.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
+
+use heliostat_engine::request::{FinishReason, Output, RankStats, Request, RequestId};
+
+use super::engine::{RankCommand, Ranks, Refusal};
+use super::router::{Job, Router, block_hashes};
+
+/// Bounds of the dispatch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DispatchConfig {
+    /// Tokens of one KV block.
+    pub block_size: usize,
+    /// Sequences that may wait at one rank before requests are refused.
+    pub queue_max: usize,
+    /// A sequence that has lost its rank this often fails.
+    pub moves_max: u32,
+    /// A sequence without a rank fails after this long.
+    pub park_timeout: Duration,
+}
+
+impl Default for DispatchConfig {
+    fn default() -> Self {
+        Self { block_size: 16, queue_max: 256, moves_max: 8, park_timeout: Duration::from_secs(120) }
+    }
+}
+
+/// What the shell must do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Hand this to a rank.
+    Send(u32, RankCommand),
+    /// Hand new tokens to the sequence's client; never a token twice. Its rank and what it brought.
+    Deliver(u32, Output),
+    /// Tell the client that the sequence has failed.
+    Fail(RequestId, Failure),
+}
+
+/// Requests that were not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// No rank is ready yet.
+    #[error("the model is not ready: {}", if missing.is_empty() { "no rank is ready".to_owned() } else { missing.join("; ") })]
+    NotReady {
+        /// What is waited for.
+        missing: Vec<String>,
+    },
+    /// All queues are full.
+    #[error("all queues are full; try again later")]
+    QueueFull,
+    /// The client named a rank that does not exist.
+    #[error("there is no data-parallel rank {rank}: the group has {size}")]
+    NoSuchRank {
+        /// The rank.
+        rank: u32,
+        /// Ranks of the group.
+        size: u32,
+    },
+    /// The rank that the client named is not ready.
+    #[error("data-parallel rank {0} is not ready")]
+    RankNotReady(u32),
+}
+
+/// Why a sequence ended without finishing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// Its rank's queue was full, and so were all others.
+    #[error("all queues are full; try again later")]
+    QueueFull,
+    /// No rank could take it for this long.
+    #[error("no rank could take the request for {} seconds", .0.as_secs())]
+    NoRank(Duration),
+    /// Its ranks were lost one after the other.
+    #[error("the request was moved {0} times because its rank was lost, and lost it again")]
+    MovedTooOften(u32),
+    /// No rank can run it.
+    #[error("{0}")]
+    Unservable(String),
+    /// The rank reported an error.
+    #[error("the rank failed: {0}")]
+    Rank(String),
+}
+
+/// All sequences in flight.
+#[derive(Debug)]
+pub struct Dispatch {
+    config: DispatchConfig,
+    router: Router,
+    ranks: Ranks,
+    sequences: HashMap<RequestId, Sequence>,
+    /// Those without a rank.
+    parked: BTreeSet<RequestId>,
+    moves: u64,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    /// As submitted, but `generated` holds all tokens delivered so far.
+    request: Request,
+    place: Place,
+    moves: u32,
+    /// Ranks that refused it since it last had one.
+    refused_by: Vec<u32>,
+    /// The client's choice; holds until the rank is lost.
+    pinned: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    On(u32),
+    Parked { since: Duration },
+}
+
+impl Sequence {
+    fn job(&self, block_size: usize) -> Job {
+        let tokens = self.tokens();
+        let cacheable = self.request.prompt_logprobs.is_none();
+        let blocks = if cacheable { block_hashes(&tokens, block_size) } else { Vec::new() };
+        Job { tokens: tokens.len(), blocks }
+    }
+
+    fn tokens(&self) -> Vec<u32> {
+        [self.request.prompt.as_slice(), self.request.generated.as_slice()].concat()
+    }
+}
+
+impl Dispatch {
+    /// No ranks, no sequences.
+    pub fn new(config: DispatchConfig) -> Self {
+        let router = Router::new(config.block_size, config.queue_max);
+        let (sequences, parked) = (HashMap::new(), BTreeSet::new());
+        Self { config, router, ranks: Ranks::default(), sequences, parked, moves: 0 }
+    }
+
+    /// What the ranks were last said to be.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    /// Sequences in flight.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Whether nothing is in flight.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Sequences that went on at another rank, since the start.
+    pub fn moves(&self) -> u64 {
+        self.moves
+    }
+
+    /// Takes all of `requests`, or none. `pinned` is the rank that the client asked for.
+    ///
+    /// # Errors
+    /// No rank is ready, the queues are full, or the pinned rank is not there.
+    pub fn submit(
+        &mut self,
+        now: Duration,
+        requests: Vec<Request>,
+        pinned: Option<u32>,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), Refused> {
+        self.admit(requests.len(), pinned)?;
+        for request in requests {
+            let id = request.id;
+            let place = Place::Parked { since: now };
+            let sequence = Sequence { request, place, moves: 0, refused_by: Vec::new(), pinned };
+            self.sequences.insert(id, sequence);
+            if !self.place(id, effects) {
+                self.fail(id, Failure::QueueFull, effects);
+            }
+        }
+        Ok(())
+    }
+
+    fn admit(&self, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
+        let Ranks { size, ready, missing } = &self.ranks;
+        if ready.is_empty() {
+            return Err(Refused::NotReady { missing: missing.clone() });
+        }
+        let room = match pinned {
+            None => ready.keys().map(|&rank| self.router.room(rank)).sum(),
+            Some(rank) if ready.contains_key(&rank) => self.router.room(rank),
+            Some(rank) if rank < *size => return Err(Refused::RankNotReady(rank)),
+            Some(rank) => return Err(Refused::NoSuchRank { rank, size: *size }),
+        };
+        if room < requests { Err(Refused::QueueFull) } else { Ok(()) }
+    }
+
+    /// The client is gone, or has all it wanted.
+    pub fn abort(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
+        let Some(Place::On(rank)) = self.remove(id) else { return };
+        effects.push(Effect::Send(rank, RankCommand::Abort(id)));
+    }
+
+    /// Takes what a rank generated.
+    pub fn outputs(&mut self, now: Duration, rank: u32, outputs: Vec<Output>, effects: &mut Vec<Effect>) {
+        for output in outputs {
+            self.output(now, rank, output, effects);
+        }
+    }
+
+    fn output(&mut self, now: Duration, rank: u32, mut output: Output, effects: &mut Vec<Effect>) {
+        let id = output.id;
+        let sequence = self.sequences.get_mut(&id).filter(|sequence| sequence.place == Place::On(rank));
+        let Some(sequence) = sequence else {
+            // Its abort was lost, or the rank was thought lost: it must not go on unheard.
+            if output.finish.is_none() {
+                effects.push(Effect::Send(rank, RankCommand::Abort(id)));
+            }
+            return;
+        };
+        let have = sequence.request.generated.len();
+        let first = output.first_index as usize;
+        if first > have {
+            effects.push(Effect::Send(rank, RankCommand::Abort(id)));
+            self.move_away(now, id, effects);
+            return;
+        }
+        let known = (have - first).min(output.tokens.len());
+        output.tokens.drain(..known);
+        output.logprobs.drain(..known.min(output.logprobs.len()));
+        output.first_index = have as u32;
+        sequence.request.generated.extend_from_slice(&output.tokens);
+        if output.prompt_logprobs.is_some() {
+            sequence.request.prompt_logprobs = None;
+        }
+        self.router.started(rank, id);
+        match &output.finish {
+            Some(FinishReason::Error(cause)) => self.fail(id, Failure::Rank(cause.clone()), effects),
+            Some(FinishReason::Aborted) => {
+                self.fail(id, Failure::Rank("it aborted the request".into()), effects);
+            }
+            Some(FinishReason::Stop(_) | FinishReason::Length) => {
+                self.remove(id);
+                effects.push(Effect::Deliver(rank, output));
+            }
+            None if output.tokens.is_empty() && output.prompt_logprobs.is_none() => {}
+            None => effects.push(Effect::Deliver(rank, output)),
+        }
+    }
+
+    /// Takes a rank's report.
+    pub fn report(&mut self, rank: u32, stats: RankStats) {
+        self.router.report(rank, stats);
+    }
+
+    /// The ranks changed: sequences of lost ones move, parked ones go where there is room.
+    pub fn set_ranks(&mut self, now: Duration, ranks: Ranks, effects: &mut Vec<Effect>) {
+        let before = std::mem::replace(&mut self.ranks, ranks);
+        let lost: Vec<u32> = before
+            .ready
+            .iter()
+            .filter(|(rank, incarnation)| self.ranks.ready.get(rank) != Some(incarnation))
+            .map(|(&rank, _)| rank)
+            .collect();
+        lost.iter().for_each(|&rank| self.router.remove(rank));
+        let new = self.ranks.ready.iter().filter(|(rank, now)| before.ready.get(rank) != Some(now));
+        new.for_each(|(&rank, _)| self.router.add(rank));
+        self.evacuate(now, &lost, effects);
+        self.place_parked(effects);
+    }
+
+    /// A rank is known to be lost before the group says so.
+    pub fn rank_lost(&mut self, now: Duration, rank: u32, effects: &mut Vec<Effect>) {
+        if self.ranks.ready.remove(&rank).is_some() {
+            self.router.remove(rank);
+            self.evacuate(now, &[rank], effects);
+        }
+    }
+
+    fn evacuate(&mut self, now: Duration, lost: &[u32], effects: &mut Vec<Effect>) {
+        let on_lost = |sequence: &Sequence| matches!(sequence.place, Place::On(rank) if lost.contains(&rank));
+        let mut ids: Vec<RequestId> =
+            self.sequences.iter().filter(|(_, sequence)| on_lost(sequence)).map(|(&id, _)| id).collect();
+        ids.sort_unstable();
+        for id in ids {
+            self.move_away(now, id, effects);
+        }
+    }
+
+    /// A rank did not take a sequence.
+    pub fn refused(
+        &mut self,
+        now: Duration,
+        rank: u32,
+        id: RequestId,
+        refusal: Refusal,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if sequence.place != Place::On(rank) {
+            return;
+        }
+        sequence.place = Place::Parked { since: now };
+        sequence.refused_by.push(rank);
+        let fresh = sequence.moves == 0;
+        self.router.left(rank, id, &[]);
+        match refusal {
+            Refusal::Unservable(cause) => self.fail(id, Failure::Unservable(cause), effects),
+            Refusal::Full | Refusal::Gone if self.place(id, effects) => {}
+            Refusal::Full if fresh => self.fail(id, Failure::QueueFull, effects),
+            Refusal::Full | Refusal::Gone => self.park(id),
+        }
+    }
+
+    /// Fails what has been parked too long, and tries the rest again. Returns whether any is still parked, so that
+    /// the caller must call again soon.
+    pub fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) -> bool {
+        self.place_parked(effects);
+        let timeout = self.config.park_timeout;
+        let overdue = |id: &&RequestId| match self.sequences[id].place {
+            Place::Parked { since } => now.saturating_sub(since) >= timeout,
+            Place::On(_) => false,
+        };
+        let overdue: Vec<RequestId> = self.parked.iter().filter(overdue).copied().collect();
+        for id in overdue {
+            self.fail(id, Failure::NoRank(timeout), effects);
+        }
+        !self.parked.is_empty()
+    }
+
+    /// Takes a sequence off its rank, which is lost or has lost it, and places it again.
+    fn move_away(&mut self, now: Duration, id: RequestId, effects: &mut Vec<Effect>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if let Place::On(rank) = sequence.place {
+            self.router.left(rank, id, &[]);
+        }
+        sequence.place = Place::Parked { since: now };
+        sequence.moves += 1;
+        sequence.pinned = None;
+        sequence.refused_by.clear();
+        self.moves += 1;
+        let complete = sequence.request.generated.len() >= sequence.request.stop.max_tokens as usize;
+        if complete {
+            // Only the word that it has finished was lost with the rank.
+            effects.push(Effect::Deliver(0, finished(&sequence.request)));
+            self.remove(id);
+        } else if sequence.moves > self.config.moves_max {
+            self.fail(id, Failure::MovedTooOften(self.config.moves_max), effects);
+        } else if !self.place(id, effects) {
+            self.park(id);
+        }
+    }
+
+    /// Sends a sequence to the best rank that has not refused it. A moved one may overfill a queue: it was taken long
+    /// ago.
+    fn place(&mut self, id: RequestId, effects: &mut Vec<Effect>) -> bool {
+        let sequence = self.sequences.get_mut(&id).expect("placed sequences are in flight");
+        let job = sequence.job(self.config.block_size);
+        let moved = sequence.moves > 0;
+        let allowed = |rank| {
+            sequence.pinned.is_none_or(|pinned| pinned == rank)
+                && !sequence.refused_by.contains(&rank)
+                && (moved || self.router.room(rank) > 0)
+        };
+        let Some(rank) = self.router.pick(&job, allowed) else { return false };
+        sequence.place = Place::On(rank);
+        self.router.sent(rank, id, &job);
+        self.parked.remove(&id);
+        effects.push(Effect::Send(rank, RankCommand::Submit(sequence.request.clone())));
+        true
+    }
+
+    fn place_parked(&mut self, effects: &mut Vec<Effect>) {
+        for id in self.parked.clone() {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.refused_by.clear();
+                self.place(id, effects);
+            }
+        }
+    }
+
+    /// Keeps a sequence without a rank until one comes.
+    fn park(&mut self, id: RequestId) {
+        self.parked.insert(id);
+    }
+
+    fn fail(&mut self, id: RequestId, failure: Failure, effects: &mut Vec<Effect>) {
+        self.remove(id);
+        effects.push(Effect::Fail(id, failure));
+    }
+
+    /// Forgets a sequence. Returns where it was.
+    fn remove(&mut self, id: RequestId) -> Option<Place> {
+        let sequence = self.sequences.remove(&id)?;
+        self.parked.remove(&id);
+        if let Place::On(rank) = sequence.place {
+            self.router.left(rank, id, &sequence.job(self.config.block_size).blocks);
+        }
+        Some(sequence.place)
+    }
+}
+
+/// The end of a sequence that has all its tokens.
+fn finished(request: &Request) -> Output {
+    Output {
+        id: request.id,
+        first_index: request.generated.len() as u32,
+        tokens: Vec::new(),
+        logprobs: Vec::new(),
+        prompt_logprobs: None,
+        cached_tokens: 0,
+        finish: Some(FinishReason::Length),
+    }
+}
+
+#[cfg(test)]
+#[path = "dispatch_tests.rs"]
+mod tests;

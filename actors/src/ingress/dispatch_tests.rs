@@ -1,0 +1,295 @@
+//! Dispatch against simulated ranks: whatever is lost, refused or said twice, each client gets its tokens once and in
+//! order.
+
+use std::collections::BTreeMap;
+
+use heliostat_engine::request::{SamplingParams, StopConditions};
+use proptest::prelude::*;
+
+use super::*;
+
+const NOW: Duration = Duration::from_secs(1000);
+
+fn request(id: u128, max_tokens: u32) -> Request {
+    Request {
+        id: RequestId(id),
+        prompt: vec![id as u32; 20],
+        generated: Vec::new(),
+        sampling: SamplingParams::default(),
+        stop: StopConditions { max_tokens, min_tokens: 0, eos_token_ids: vec![], stop_token_ids: vec![] },
+        logprobs: None,
+        prompt_logprobs: None,
+        priority: 0,
+    }
+}
+
+fn output(id: u128, first_index: u32, tokens: &[u32], finish: Option<FinishReason>) -> Output {
+    Output { first_index, tokens: tokens.to_vec(), finish, ..finished(&request(id, 0)) }
+}
+
+fn ranks(ready: &[(u32, u64)]) -> Ranks {
+    Ranks { size: 4, ready: ready.iter().copied().collect(), missing: vec!["rank 3: starting".into()] }
+}
+
+fn dispatch(ready: &[(u32, u64)]) -> Dispatch {
+    let config = DispatchConfig { queue_max: 4, moves_max: 2, ..DispatchConfig::default() };
+    let mut dispatch = Dispatch::new(config);
+    dispatch.set_ranks(NOW, ranks(ready), &mut Vec::new());
+    dispatch
+}
+
+/// Where the one submission among `effects` went, and with how many tokens.
+fn submitted(effects: &mut Vec<Effect>) -> (u32, usize) {
+    match effects.drain(..).collect::<Vec<_>>().as_slice() {
+        [Effect::Send(rank, RankCommand::Submit(request))] => (*rank, request.generated.len()),
+        other => panic!("not one submission: {other:?}"),
+    }
+}
+
+#[test]
+fn requests_wait_for_no_one_who_is_not_there() {
+    let mut none = dispatch(&[]);
+    let refused = none.submit(NOW, vec![request(1, 4)], None, &mut Vec::new()).unwrap_err();
+    assert_eq!(refused.to_string(), "the model is not ready: rank 3: starting");
+    let mut two = dispatch(&[(0, 1), (1, 1)]);
+    let mut submit = |pinned| two.submit(NOW, vec![request(1, 4)], Some(pinned), &mut Vec::new());
+    assert_eq!(submit(3), Err(Refused::RankNotReady(3)));
+    assert_eq!(submit(4), Err(Refused::NoSuchRank { rank: 4, size: 4 }));
+    assert_eq!(submit(1), Ok(()));
+}
+
+#[test]
+fn full_queues_refuse_all_of_a_request_or_none() {
+    let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
+    let mut effects = Vec::new();
+    let mut submit = |ids: std::ops::Range<u128>, effects: &mut Vec<Effect>| {
+        dispatch.submit(NOW, ids.map(|id| request(id, 4)).collect(), None, effects)
+    };
+    assert_eq!(submit(0..9, &mut effects), Err(Refused::QueueFull));
+    assert_eq!(submit(0..8, &mut effects), Ok(()));
+    assert_eq!(effects.len(), 8);
+    assert_eq!(submit(8..9, &mut effects), Err(Refused::QueueFull));
+}
+
+#[test]
+fn a_refused_sequence_tries_the_others_then_fails() {
+    let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    let (first, _) = submitted(&mut effects);
+    dispatch.refused(NOW, first, RequestId(1), Refusal::Full, &mut effects);
+    assert_eq!(submitted(&mut effects).0, 1 - first);
+    dispatch.refused(NOW, 1 - first, RequestId(1), Refusal::Full, &mut effects);
+    assert_eq!(effects, [Effect::Fail(RequestId(1), Failure::QueueFull)]);
+    assert!(dispatch.is_empty());
+}
+
+#[test]
+fn a_restarted_rank_has_forgotten_its_sequences() {
+    let mut dispatch = dispatch(&[(0, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], Some(0), &mut effects).unwrap();
+    effects.clear();
+    dispatch.outputs(NOW, 0, vec![output(1, 0, &[7, 8], None)], &mut effects);
+    effects.clear();
+    dispatch.set_ranks(NOW, ranks(&[(0, 2)]), &mut effects);
+    assert_eq!(submitted(&mut effects), (0, 2));
+    assert_eq!(dispatch.moves(), 1);
+}
+
+#[test]
+fn a_sequence_without_a_rank_waits_so_long_then_fails() {
+    let mut dispatch = dispatch(&[(0, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4), request(2, 4)], None, &mut effects).unwrap();
+    effects.clear();
+    dispatch.outputs(NOW, 0, vec![output(2, 0, &[1, 2, 3, 4], None)], &mut effects);
+    effects.clear();
+    dispatch.rank_lost(NOW, 0, &mut effects);
+    assert!(matches!(&effects[..], [Effect::Deliver(_, end)] if end.finish == Some(FinishReason::Length)));
+    effects.clear();
+    assert!(dispatch.tick(NOW + Duration::from_secs(119), &mut effects) && effects.is_empty());
+    assert!(!dispatch.tick(NOW + Duration::from_secs(120), &mut effects));
+    let [Effect::Fail(RequestId(1), failure)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(failure.to_string(), "no rank could take the request for 120 seconds");
+}
+
+#[test]
+fn ranks_lost_again_and_again_end_in_an_error() {
+    let mut dispatch = dispatch(&[(0, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    for incarnation in 2..5 {
+        effects.clear();
+        dispatch.set_ranks(NOW, ranks(&[(0, incarnation)]), &mut effects);
+    }
+    assert_eq!(effects, [Effect::Fail(RequestId(1), Failure::MovedTooOften(2))]);
+}
+
+#[test]
+fn outputs_of_a_sequence_that_is_gone_are_answered_by_an_abort() {
+    let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], Some(0), &mut effects).unwrap();
+    dispatch.abort(RequestId(1), &mut effects);
+    effects.clear();
+    dispatch.outputs(
+        NOW,
+        0,
+        vec![output(1, 0, &[7], None), output(1, 1, &[7], Some(FinishReason::Aborted))],
+        &mut effects,
+    );
+    assert_eq!(effects, [Effect::Send(0, RankCommand::Abort(RequestId(1)))]);
+}
+
+/// What the simulated ranks hold, and what the clients got.
+struct World {
+    dispatch: Dispatch,
+    /// Incarnation and sequences of each rank that is up.
+    up: BTreeMap<u32, (u64, BTreeMap<RequestId, Request>)>,
+    got: BTreeMap<RequestId, (Vec<u32>, bool)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Submit,
+    /// A rank sends this many tokens of each sequence, from this many before what it last sent.
+    Step(u32, u32, u32),
+    /// A rank's outputs are lost on the way.
+    LoseOutputs(u32),
+    Kill(u32),
+    Start(u32),
+    Abort(u128),
+    Refuse(u32),
+}
+
+fn token(id: RequestId, index: u32) -> u32 {
+    (id.0 as u32) * 1000 + index
+}
+
+impl World {
+    fn new() -> Self {
+        let config = DispatchConfig { moves_max: 1000, ..DispatchConfig::default() };
+        Self { dispatch: Dispatch::new(config), up: BTreeMap::new(), got: BTreeMap::new() }
+    }
+
+    fn apply(&mut self, op: Op, step: u64) {
+        let mut effects = Vec::new();
+        match op {
+            Op::Submit => {
+                let id = RequestId(u128::from(step));
+                if self.dispatch.submit(NOW, vec![request(id.0, 12)], None, &mut effects).is_ok() {
+                    self.got.insert(id, Default::default());
+                }
+            }
+            Op::Step(rank, tokens, overlap) => self.step(rank, tokens, overlap, &mut effects),
+            Op::LoseOutputs(rank) => {
+                for request in self.up.get_mut(&rank).into_iter().flat_map(|(_, held)| held.values_mut()) {
+                    request.generated.push(token(request.id, request.generated.len() as u32));
+                }
+            }
+            Op::Kill(rank) => {
+                self.up.remove(&rank);
+                self.tell_ranks(&mut effects);
+            }
+            Op::Start(rank) => {
+                self.up.insert(rank, (step, BTreeMap::new()));
+                self.tell_ranks(&mut effects);
+            }
+            Op::Abort(id) => {
+                let id = RequestId(id);
+                if self.got.remove(&id).is_some() {
+                    self.dispatch.abort(id, &mut effects);
+                }
+            }
+            Op::Refuse(rank) => {
+                let held = self.up.get_mut(&rank).and_then(|(_, held)| held.pop_first());
+                if let Some((id, _)) = held {
+                    self.dispatch.refused(NOW, rank, id, Refusal::Gone, &mut effects);
+                }
+            }
+        }
+        self.perform(effects);
+    }
+
+    fn tell_ranks(&mut self, effects: &mut Vec<Effect>) {
+        let ready = self.up.iter().map(|(&rank, (incarnation, _))| (rank, *incarnation)).collect();
+        self.dispatch.set_ranks(NOW, Ranks { size: 3, ready, missing: vec![] }, effects);
+    }
+
+    fn step(&mut self, rank: u32, tokens: u32, overlap: u32, effects: &mut Vec<Effect>) {
+        let Some((_, held)) = self.up.get_mut(&rank) else { return };
+        let mut outputs = Vec::new();
+        held.retain(|&id, request| {
+            let have = request.generated.len() as u32;
+            let (first, end) = (have.saturating_sub(overlap), (have + tokens).min(request.stop.max_tokens));
+            let new: Vec<u32> = (first..end.max(first)).map(|index| token(id, index)).collect();
+            request.generated.extend((have..end).map(|index| token(id, index)));
+            let finish = (end >= request.stop.max_tokens).then_some(FinishReason::Length);
+            outputs.push(output(id.0, first, &new, finish.clone()));
+            finish.is_none()
+        });
+        self.dispatch.outputs(NOW, rank, outputs, effects);
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Send(rank, command) => {
+                    let Some((_, held)) = self.up.get_mut(&rank) else { continue };
+                    match command {
+                        RankCommand::Submit(request) => drop(held.insert(request.id, request)),
+                        RankCommand::Abort(id) => drop(held.remove(&id)),
+                    }
+                }
+                Effect::Deliver(_, output) => {
+                    let Some((got, ended)) = self.got.get_mut(&output.id) else { panic!("after its end") };
+                    assert!(!*ended);
+                    assert_eq!(output.first_index as usize, got.len());
+                    got.extend(output.tokens);
+                    *ended = output.finish.is_some();
+                }
+                Effect::Fail(id, failure) => panic!("{id:?} failed: {failure}"),
+            }
+        }
+    }
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    let rank = 0u32..3;
+    prop_oneof![
+        3 => Just(Op::Submit),
+        6 => (rank.clone(), 0u32..4, 0u32..3).prop_map(|(rank, tokens, overlap)| Op::Step(rank, tokens, overlap)),
+        1 => rank.clone().prop_map(Op::LoseOutputs),
+        1 => rank.clone().prop_map(Op::Kill),
+        2 => rank.clone().prop_map(Op::Start),
+        1 => (0u128..40).prop_map(Op::Abort),
+        1 => rank.prop_map(Op::Refuse),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn every_token_arrives_once_and_in_order(ops in prop::collection::vec(any_op(), 1..80)) {
+        let mut world = World::new();
+        for (step, &op) in ops.iter().enumerate() {
+            world.apply(op, step as u64);
+        }
+        // Full healing: all ranks up, all outputs arrive.
+        for rank in 0..3 {
+            world.apply(Op::Start(rank), 1000);
+        }
+        for step in 0..60 {
+            world.apply(Op::Step(step % 3, 1, 0), 0);
+            let mut effects = Vec::new();
+            world.dispatch.tick(NOW, &mut effects);
+            world.perform(effects);
+        }
+        for (id, (got, ended)) in &world.got {
+            prop_assert!(ended);
+            prop_assert_eq!(got.clone(), (0..12).map(|index| token(*id, index)).collect::<Vec<_>>());
+        }
+        prop_assert!(world.dispatch.is_empty());
+        prop_assert!(world.up.values().all(|(_, held)| held.is_empty()), "a sequence runs unheard");
+    }
+}

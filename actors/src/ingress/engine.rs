@@ -1,0 +1,61 @@
+//! The seam between HTTP and the ranks: everything that the ingress asks of them, and all it must be told.
+//!
+//! The product implements [`EngineLink`] over remote handles; tests put an engine of their own behind it. In the other
+//! direction see `on_outputs`, `on_stats`, `on_ranks` and `on_refused` of [`super::Ingress`].
+
+use std::collections::BTreeMap;
+
+use heliostat_engine::request::{Request, RequestId};
+
+/// What a rank is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RankCommand {
+    /// Generate this sequence.
+    Submit(Request),
+    /// Stop this sequence and free its blocks. Unknown ones are ignored.
+    Abort(RequestId),
+}
+
+/// A command that could not be handed over, with why.
+#[derive(Debug, thiserror::Error)]
+#[error("rank {rank} is unavailable: {cause:?}")]
+pub struct Unavailable {
+    /// The rank.
+    pub rank: u32,
+    /// The command, handed back.
+    pub command: Box<RankCommand>,
+    /// Why.
+    pub cause: Refusal,
+}
+
+/// Why a rank did not take a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its queue or mailbox is full: another rank may take it, or this one later.
+    Full,
+    /// There is no such rank at present.
+    Gone,
+    /// No rank ever could; says why.
+    Unservable(String),
+}
+
+/// Hands commands to ranks. Commands to one rank arrive in order, or not at all.
+pub trait EngineLink: Send + 'static {
+    /// Sends without waiting. It is called with the ingress locked: it must neither block nor call back into it.
+    ///
+    /// # Errors
+    /// The rank cannot be reached or its mailbox is full; the command comes back. A refusal that is known only later
+    /// is reported by `Ingress::on_refused`.
+    fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable>;
+}
+
+/// Which ranks can take requests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ranks {
+    /// DP ranks of the group, ready or not.
+    pub size: u32,
+    /// Those that are ready, each with its incarnation: a rank whose incarnation changed has forgotten its sequences.
+    pub ready: BTreeMap<u32, u64>,
+    /// What the group still waits for, in words for people; empty when it is complete.
+    pub missing: Vec<String>,
+}
