@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod group;
 pub mod handle;
 pub mod head;
+mod mailbox;
 pub mod node;
 pub mod spec;
 pub mod state;

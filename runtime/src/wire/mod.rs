@@ -1,1 +1,30 @@
-//! Frames, codec and handshake between processes.
+//! Frames, codec, handshake and connections between processes.
+//!
+//! A connection carries calls in one direction and their answers in the other; a process pair that talks both ways
+//! has two. Nothing here knows an actor: `crate::mailbox` delivers what arrives.
+
+pub(crate) mod codec;
+pub(crate) mod conn;
+pub(crate) mod frame;
+pub(crate) mod handshake;
+pub(crate) mod link;
+
+pub use codec::{CodecError, from_bytes, to_bytes};
+
+/// Version of handshake and frames. Both ends must speak the same one.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// Largest frame that any configuration allows, bytes.
+pub const FRAME_BYTES_MAX: usize = 64 << 20;
+
+/// FNV-1a: a stable 64-bit id of a name, computed at compile time.
+pub(crate) const fn name_hash(name: &str) -> u64 {
+    let bytes = name.as_bytes();
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut i = 0;
+    while i < bytes.len() {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
+        i += 1;
+    }
+    hash
+}

@@ -1,0 +1,505 @@
+//! The mailbox of a registered actor: a bounded queue that refuses, and the pump that feeds it to the actor.
+//!
+//! actix's own mailbox stays for what an actor sends to itself. Messages that come through a handle use this one,
+//! because it gives refused messages back, drops expired ones, and tells every asker how the actor ended.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use actix::dev::MessageResponse;
+use actix::fut::ActorFuture;
+use actix::{ActorContext, AsyncContext, Handler};
+use bincode::Encode;
+use futures_util::task::AtomicWaker;
+use tokio::sync::{oneshot, watch};
+
+use crate::actor::{Accepts, RemoteActor, WireMessage};
+use crate::handle::{ActorId, Incarnation, Refusal, Refused};
+use crate::wire::conn::RemoteAnswer;
+use crate::wire::frame::RemoteFailure;
+use crate::wire::{from_bytes, name_hash};
+
+/// Messages delivered before other work of the arbiter gets a turn.
+const DELIVERIES_PER_POLL: usize = 64;
+
+/// How a local actor ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ActorEnd {
+    /// It stopped by itself or was told to.
+    Stopped,
+    /// It panicked, with this message.
+    Panicked(String),
+}
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Failure {
+    Refused(Refusal),
+    Expired,
+    Stopped,
+    Panicked(String),
+    NoReply,
+    Codec(String),
+    PeerLost(String),
+}
+
+impl From<RemoteFailure> for Failure {
+    fn from(failure: RemoteFailure) -> Self {
+        match failure {
+            RemoteFailure::Expired => Self::Expired,
+            RemoteFailure::Stopped => Self::Stopped,
+            RemoteFailure::Panicked(message) => Self::Panicked(message),
+            RemoteFailure::NoReply => Self::NoReply,
+            RemoteFailure::Codec(why) => Self::Codec(why),
+        }
+    }
+}
+
+/// Delivers one frame's payload to an actor.
+pub(crate) type DeliverFn = fn(&Entry, &[u8], Option<Instant>, Option<RemoteAnswer>);
+
+/// Message id to delivery.
+pub(crate) type Table = HashMap<u64, DeliverFn>;
+
+trait Deliver<A: RemoteActor>: Send {
+    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>);
+}
+
+/// The bounded queue. Not a channel: what is pushed after the end must be dropped at once, so that its asker hears it.
+struct Mailbox<A> {
+    queue: Mutex<Queue<A>>,
+    capacity: usize,
+}
+
+struct Queue<A> {
+    items: VecDeque<Box<dyn Deliver<A>>>,
+    closed: bool,
+}
+
+impl<A: RemoteActor> Mailbox<A> {
+    fn lock(&self) -> MutexGuard<'_, Queue<A>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why one more message would be refused.
+    fn refuses(&self, queue: &Queue<A>) -> Option<Refusal> {
+        if queue.closed {
+            Some(Refusal::NoSuchActor)
+        } else if queue.items.len() >= self.capacity {
+            Some(Refusal::MailboxFull)
+        } else {
+            None
+        }
+    }
+
+    /// Queues what `make` returns of `message`, or gives the message back.
+    fn push<M>(
+        &self,
+        message: M,
+        make: impl FnOnce(M) -> Box<dyn Deliver<A>>,
+        pump: &AtomicWaker,
+    ) -> Result<(), Refused<M>> {
+        let mut queue = self.lock();
+        if let Some(reason) = self.refuses(&queue) {
+            return Err(Refused { message, reason });
+        }
+        let was_empty = queue.items.is_empty();
+        queue.items.push_back(make(message));
+        drop(queue);
+        if was_empty {
+            pump.wake();
+        }
+        Ok(())
+    }
+}
+
+/// One registered actor of this process.
+pub(crate) struct Entry {
+    pub(crate) id: ActorId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) type_name: &'static str,
+    mailbox: Box<dyn Any + Send + Sync>,
+    table: Table,
+    lifetime: Arc<Lifetime>,
+}
+
+/// When and how an actor ends; outlives its entry.
+struct Lifetime {
+    end: watch::Sender<Option<ActorEnd>>,
+    stop: AtomicBool,
+    pump: AtomicWaker,
+}
+
+impl Lifetime {
+    /// Records how the actor ended; the first word counts.
+    fn end(&self, how: ActorEnd) {
+        self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert(how);
+            first
+        });
+    }
+
+    fn failure(&self) -> Failure {
+        match &*self.end.borrow() {
+            None => Failure::NoReply,
+            Some(ActorEnd::Stopped) => Failure::Stopped,
+            Some(ActorEnd::Panicked(message)) => Failure::Panicked(message.clone()),
+        }
+    }
+}
+
+impl Entry {
+    /// A mailbox for `A` and the pump to spawn into its context.
+    pub(crate) fn new<A: RemoteActor>(
+        id: ActorId,
+        incarnation: Incarnation,
+        capacity: usize,
+        registry: &Arc<Registry>,
+    ) -> (Arc<Self>, Pump<A>) {
+        let queue = Mutex::new(Queue { items: VecDeque::new(), closed: false });
+        let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1) });
+        let lifetime = Arc::new(Lifetime {
+            end: watch::Sender::new(None),
+            stop: AtomicBool::new(false),
+            pump: AtomicWaker::new(),
+        });
+        let entry = Arc::new(Self {
+            id,
+            incarnation,
+            type_name: A::TYPE,
+            mailbox: Box::new(mailbox.clone()),
+            table: Accepts::<A>::table(),
+            lifetime: lifetime.clone(),
+        });
+        let pump = Pump { mailbox, lifetime, id, incarnation, registry: Arc::downgrade(registry) };
+        (entry, pump)
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.lifetime.end.borrow().is_some()
+    }
+
+    pub(crate) fn record_end(&self, how: ActorEnd) {
+        self.lifetime.end(how);
+    }
+
+    pub(crate) fn watch(&self) -> watch::Receiver<Option<ActorEnd>> {
+        self.lifetime.end.subscribe()
+    }
+
+    /// Asks the actor to stop; what waits in its mailbox is dropped.
+    pub(crate) fn stop(&self) {
+        self.lifetime.stop.store(true, Ordering::Release);
+        self.lifetime.pump.wake();
+    }
+
+    /// Puts a message into the mailbox or gives it back.
+    pub(crate) fn offer<A, M>(
+        &self,
+        message: M,
+        expires_at: Option<Instant>,
+        answer: Answer<M::Result>,
+    ) -> Result<(), Refused<M>>
+    where
+        A: RemoteActor + Handler<M>,
+        M: WireMessage,
+    {
+        let accepted = self.table.contains_key(&const { name_hash(M::NAME) });
+        let Some(mailbox) = self.mailbox_of::<A>().filter(|_| accepted) else {
+            return Err(Refused { message, reason: Refusal::UnknownMessage });
+        };
+        let make = |message| -> Box<dyn Deliver<A>> {
+            let asker = Asker { answer, lifetime: self.lifetime.clone() };
+            Box::new(Envelope { message, expires_at, asker })
+        };
+        mailbox.push(message, make, &self.lifetime.pump)
+    }
+
+    fn mailbox_of<A: RemoteActor>(&self) -> Option<&Mailbox<A>> {
+        self.mailbox.downcast_ref::<Arc<Mailbox<A>>>().map(|mailbox| &**mailbox)
+    }
+
+    /// Delivers a frame that came over the wire.
+    pub(crate) fn deliver(
+        &self,
+        message: u64,
+        payload: &[u8],
+        expires_at: Option<Instant>,
+        answer: Option<RemoteAnswer>,
+    ) {
+        match self.table.get(&message) {
+            Some(deliver) => deliver(self, payload, expires_at, answer),
+            None => refuse(answer, &Refusal::UnknownMessage),
+        }
+    }
+}
+
+/// Tells a remote asker, if there is one, that the message was not accepted.
+pub(crate) fn refuse(answer: Option<RemoteAnswer>, reason: &Refusal) {
+    if let Some(answer) = answer {
+        answer.refuse(reason);
+    }
+}
+
+/// The entry of a `Table` for actor `A` and message `M`: decode, then into the mailbox.
+pub(crate) fn deliver_frame<A, M>(
+    entry: &Entry,
+    payload: &[u8],
+    expires_at: Option<Instant>,
+    answer: Option<RemoteAnswer>,
+) where
+    A: RemoteActor + Handler<M>,
+    M: WireMessage,
+{
+    let mailbox = entry.mailbox_of::<A>().expect("an entry's table is of its actor");
+    // Asked first, because a full mailbox should not cost the decoding.
+    let refused = mailbox.refuses(&mailbox.lock());
+    if let Some(reason) = refused {
+        return refuse(answer, &reason);
+    }
+    match from_bytes::<M>(payload) {
+        Ok(message) => {
+            let mut answer = answer.map_or(Answer::None, Answer::Remote);
+            let make = |message| -> Box<dyn Deliver<A>> {
+                let answer = std::mem::replace(&mut answer, Answer::None);
+                Box::new(Envelope {
+                    message,
+                    expires_at,
+                    asker: Asker { answer, lifetime: entry.lifetime.clone() },
+                })
+            };
+            let pushed = mailbox.push(message, make, &entry.lifetime.pump);
+            if let (Err(refused), Answer::Remote(answer)) = (pushed, answer) {
+                answer.refuse(&refused.reason);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(actor = %entry.id, message = M::NAME, %error, "a message does not decode");
+            if let Some(answer) = answer {
+                answer.fail(&RemoteFailure::Codec(error.to_string()));
+            }
+        }
+    }
+}
+
+/// Where an answer goes.
+pub(crate) enum Answer<T> {
+    /// It was a `tell`.
+    None,
+    /// To an asker in this process.
+    Local(oneshot::Sender<Result<T, Failure>>),
+    /// Over the wire.
+    Remote(RemoteAnswer),
+}
+
+impl<T: Encode> Answer<T> {
+    fn send(self, outcome: Result<T, Failure>) {
+        match (self, outcome) {
+            (Self::None, _) => {}
+            (Self::Local(asker), outcome) => drop(asker.send(outcome)),
+            (Self::Remote(asker), Ok(value)) => asker.reply(&value),
+            (Self::Remote(asker), Err(failure)) => asker.fail(&match failure {
+                Failure::Expired => RemoteFailure::Expired,
+                Failure::Panicked(message) => RemoteFailure::Panicked(message),
+                Failure::NoReply => RemoteFailure::NoReply,
+                Failure::Codec(why) => RemoteFailure::Codec(why),
+                Failure::Stopped | Failure::Refused(_) | Failure::PeerLost(_) => RemoteFailure::Stopped,
+            }),
+        }
+    }
+}
+
+/// An answer that is certainly given: if nothing else, dropping it says how the actor ended.
+struct Asker<T: Encode> {
+    answer: Answer<T>,
+    lifetime: Arc<Lifetime>,
+}
+
+impl<T: Encode> Asker<T> {
+    fn waits(&self) -> bool {
+        !matches!(self.answer, Answer::None)
+    }
+
+    fn send(mut self, outcome: Result<T, Failure>) {
+        std::mem::replace(&mut self.answer, Answer::None).send(outcome);
+    }
+}
+
+impl<T: Encode> Drop for Asker<T> {
+    fn drop(&mut self) {
+        if self.waits() {
+            std::mem::replace(&mut self.answer, Answer::None).send(Err(self.lifetime.failure()));
+        }
+    }
+}
+
+struct Envelope<M: WireMessage> {
+    message: M,
+    expires_at: Option<Instant>,
+    asker: Asker<M::Result>,
+}
+
+impl<A, M> Deliver<A> for Envelope<M>
+where
+    A: RemoteActor + Handler<M>,
+    M: WireMessage,
+{
+    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>) {
+        let Self { message, expires_at, asker } = *self;
+        if expires_at.is_some_and(|at| Instant::now() >= at) {
+            return asker.send(Err(Failure::Expired));
+        }
+        let (reply, mut replied) = match asker.waits() {
+            true => {
+                let (reply, replied) = oneshot::channel();
+                (Some(reply), Some(replied))
+            }
+            false => (None, None),
+        };
+        // Caught only to answer the asker with the cause; the panic goes on and ends the actor.
+        let handled = catch_unwind(AssertUnwindSafe(|| actor.handle(message, ctx).handle(ctx, reply)));
+        if let Err(panic) = handled {
+            asker.lifetime.end(ActorEnd::Panicked(panic_message(&*panic)));
+            drop(asker);
+            resume_unwind(panic);
+        }
+        let Some(replied_now) = replied.as_mut() else { return };
+        match replied_now.try_recv() {
+            Ok(value) => asker.send(Ok(value)),
+            Err(oneshot::error::TryRecvError::Closed) => asker.send(Err(Failure::NoReply)),
+            Err(oneshot::error::TryRecvError::Empty) => {
+                actix::spawn(async move {
+                    if let Some(replied) = replied
+                        && let Ok(value) = replied.await
+                    {
+                        asker.send(Ok(value));
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// The text of a panic.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".to_owned())
+}
+
+/// Runs inside the actor's context and hands it one message after the other. Its drop is the end of the actor.
+pub(crate) struct Pump<A: RemoteActor> {
+    mailbox: Arc<Mailbox<A>>,
+    lifetime: Arc<Lifetime>,
+    id: ActorId,
+    incarnation: Incarnation,
+    registry: Weak<Registry>,
+}
+
+impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
+    type Output = ();
+
+    fn poll(
+        self: Pin<&mut Self>,
+        actor: &mut A,
+        ctx: &mut actix::Context<A>,
+        task: &mut Context<'_>,
+    ) -> Poll<()> {
+        let this = self.get_mut();
+        this.lifetime.pump.register(task.waker());
+        let mut left = DELIVERIES_PER_POLL;
+        // `waiting` is also true once the actor stops.
+        while !ctx.waiting() {
+            if this.lifetime.stop.load(Ordering::Acquire) {
+                ctx.stop();
+                return Poll::Pending;
+            }
+            if left == 0 {
+                task.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            left -= 1;
+            let next = this.mailbox.lock().items.pop_front();
+            match next {
+                Some(delivery) => delivery.deliver(actor, ctx),
+                None => return Poll::Pending,
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl<A: RemoteActor> Drop for Pump<A> {
+    fn drop(&mut self) {
+        let how = match std::thread::panicking() {
+            true => ActorEnd::Panicked("a panic outside the message handlers".to_owned()),
+            false => ActorEnd::Stopped,
+        };
+        // Before the queue empties, so that the askers in it hear the cause.
+        self.lifetime.end(how);
+        let left = {
+            let mut queue = self.mailbox.lock();
+            queue.closed = true;
+            std::mem::take(&mut queue.items)
+        };
+        drop(left);
+        if let Some(registry) = self.registry.upgrade() {
+            registry.remove(self.id, self.incarnation);
+        }
+    }
+}
+
+/// The registered actors of this process.
+#[derive(Default)]
+pub(crate) struct Registry {
+    entries: RwLock<HashMap<ActorId, Arc<Entry>>>,
+}
+
+impl Registry {
+    /// Registers an actor. A later incarnation replaces an earlier one, which is told to stop; the reverse is refused
+    /// with the incarnation that is there.
+    pub(crate) fn insert(&self, entry: Arc<Entry>) -> Result<(), Incarnation> {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(present) = entries.get(&entry.id).filter(|present| !present.has_ended()) {
+            if present.incarnation >= entry.incarnation {
+                return Err(present.incarnation);
+            }
+            present.stop();
+        }
+        entries.insert(entry.id, entry);
+        Ok(())
+    }
+
+    /// The actor, if it is there in that incarnation.
+    pub(crate) fn find(&self, id: ActorId, incarnation: Incarnation) -> Result<Arc<Entry>, Refusal> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        match entries.get(&id) {
+            None => Err(Refusal::NoSuchActor),
+            Some(entry) if incarnation == Incarnation::ANY || entry.incarnation == incarnation => {
+                Ok(entry.clone())
+            }
+            Some(_) => Err(Refusal::WrongIncarnation),
+        }
+    }
+
+    /// All actors.
+    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn remove(&self, id: ActorId, incarnation: Incarnation) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if entries.get(&id).is_some_and(|entry| entry.incarnation == incarnation) {
+            entries.remove(&id);
+        }
+    }
+}

@@ -1,0 +1,496 @@
+//! One connection: what waits to be sent, who waits for an answer, and how bytes get out.
+//!
+//! There is no writer task. Whoever queues the first frame after a pause writes it at once; under load the flush is
+//! left to a task of the same thread that runs after its other work, so that many frames share one system call. Only
+//! a full socket hands over to a task of the process.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bincode::Encode;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use super::codec::encode_into;
+use super::frame::{self, CallHead, LEN_BYTES, RemoteFailure};
+use crate::handle::Refusal;
+use crate::mailbox::Failure;
+
+/// Frames are gathered into chunks of this size.
+const CHUNK_BYTES: usize = 64 << 10;
+/// A flush sooner than this after the last one waits for more frames.
+const GATHER_AFTER: Duration = Duration::from_micros(50);
+/// Chunks per system call.
+const CHUNKS_PER_WRITE: usize = 32;
+
+/// Bounds of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) frame_bytes_max: usize,
+    pub(crate) queue_bytes_max: usize,
+}
+
+/// Who waits for the answer of a call.
+pub(crate) trait Waiter: Send {
+    fn reply(self: Box<Self>, payload: &[u8]);
+    fn fail(self: Box<Self>, failure: Failure);
+}
+
+/// A connection, from the first message for the peer on: what is queued before the handshake is over is sent then.
+pub(crate) struct Conn {
+    stream: OnceLock<TcpStream>,
+    limits: Limits,
+    runtime: tokio::runtime::Handle,
+    state: Mutex<State>,
+    /// Told when the outbound queue has been written.
+    drained: Notify,
+    next_call: AtomicU64,
+    /// When something was last received; of the process clock.
+    heard_ms: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    chunks: VecDeque<Vec<u8>>,
+    /// Bytes queued or being written.
+    bytes: usize,
+    /// Somebody is writing or will.
+    flushing: bool,
+    flushed_at: Option<Instant>,
+    open: bool,
+    closed: Option<Closed>,
+    waiting: HashMap<u64, Box<dyn Waiter>>,
+    /// A written chunk to use again.
+    spare: Vec<u8>,
+}
+
+#[derive(Clone)]
+struct Closed {
+    why: String,
+    /// Whether it was ever open.
+    was_open: bool,
+}
+
+impl Closed {
+    fn failure(&self) -> Failure {
+        match self.was_open {
+            true => Failure::PeerLost(self.why.clone()),
+            false => Failure::Refused(Refusal::Unreachable(self.why.clone())),
+        }
+    }
+}
+
+/// What has to be done after a frame was queued.
+enum Flush {
+    Nothing,
+    Now,
+    Soon,
+}
+
+enum Flushed {
+    All,
+    /// The socket takes no more for now.
+    Blocked,
+}
+
+impl Conn {
+    pub(crate) fn new(limits: Limits, runtime: tokio::runtime::Handle) -> Arc<Self> {
+        Arc::new(Self {
+            stream: OnceLock::new(),
+            limits,
+            runtime,
+            state: Mutex::default(),
+            drained: Notify::new(),
+            next_call: AtomicU64::new(1),
+            heard_ms: AtomicU64::new(super::link::now_ms()),
+        })
+    }
+
+    /// Queues a call. The returned number is what its answer comes with.
+    pub(crate) fn ask<M: Encode>(
+        self: &Arc<Self>,
+        head: &CallHead,
+        message: &M,
+        waiter: Box<dyn Waiter>,
+    ) -> Result<u64, Refusal> {
+        let call = self.next_call.fetch_add(1, Ordering::Relaxed);
+        self.send_call(&CallHead { call, ..*head }, message, Some(waiter))?;
+        Ok(call)
+    }
+
+    /// Queues a call without an answer.
+    pub(crate) fn tell<M: Encode>(self: &Arc<Self>, head: &CallHead, message: &M) -> Result<(), Refusal> {
+        self.send_call(&CallHead { call: 0, ..*head }, message, None)
+    }
+
+    fn send_call<M: Encode>(
+        self: &Arc<Self>,
+        head: &CallHead,
+        message: &M,
+        waiter: Option<Box<dyn Waiter>>,
+    ) -> Result<(), Refusal> {
+        with_scratch(|out| {
+            frame::begin_call(out, head);
+            encode_into(message, out).map_err(|e| Refusal::Unsendable(e.to_string()))?;
+            self.check_size(out).map_err(Refusal::Unsendable)?;
+            frame::finish(out);
+            let mut state = self.lock();
+            if let Some(closed) = &state.closed {
+                return Err(match closed.failure() {
+                    Failure::Refused(refusal) => refusal,
+                    _ => Refusal::Unreachable(closed.why.clone()),
+                });
+            }
+            // A queue that is empty takes any frame, else one of the largest size might never go.
+            if state.bytes > 0 && state.bytes + out.len() > self.limits.queue_bytes_max {
+                return Err(Refusal::QueueFull);
+            }
+            if let Some(waiter) = waiter {
+                state.waiting.insert(head.call, waiter);
+            }
+            let flush = state.push(out);
+            drop(state);
+            self.flush(flush);
+            Ok(())
+        })
+    }
+
+    fn check_size(&self, frame: &[u8]) -> Result<(), String> {
+        let bytes = frame.len() - LEN_BYTES;
+        let max = self.limits.frame_bytes_max;
+        match bytes <= max {
+            true => Ok(()),
+            false => Err(format!("frame of {bytes} bytes, {max} are allowed")),
+        }
+    }
+
+    /// Queues a frame that is not a call: answers are never refused, instead the reader of this connection pauses.
+    fn send_other(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>)) {
+        with_scratch(|out| {
+            write(out);
+            let mut state = self.lock();
+            if state.closed.is_none() {
+                let flush = state.push(out);
+                drop(state);
+                self.flush(flush);
+            }
+        });
+    }
+
+    pub(crate) fn ping(self: &Arc<Self>) {
+        self.send_other(frame::write_ping);
+    }
+
+    pub(crate) fn goodbye(self: &Arc<Self>, why: &str) {
+        self.send_other(|out| frame::write_goodbye(out, why));
+    }
+
+    /// Completes the call with that number. False if nobody waits for it (any more).
+    pub(crate) fn reply(&self, call: u64, payload: &[u8]) -> bool {
+        let waiter = self.lock().waiting.remove(&call);
+        waiter.map(|waiter| waiter.reply(payload)).is_some()
+    }
+
+    /// Fails the call with that number.
+    pub(crate) fn fail(&self, call: u64, failure: Failure) -> bool {
+        let waiter = self.lock().waiting.remove(&call);
+        waiter.map(|waiter| waiter.fail(failure)).is_some()
+    }
+
+    /// Forgets the call when the guard drops.
+    pub(crate) fn forget_on_drop(self: &Arc<Self>, call: u64) -> Forget {
+        Forget { conn: self.clone(), call }
+    }
+
+    /// The handshake is over: sends what is queued. False if it was closed meanwhile.
+    pub(crate) fn open(self: &Arc<Self>, stream: TcpStream) -> bool {
+        self.heard();
+        let mut state = self.lock();
+        if state.closed.is_some() {
+            return false;
+        }
+        assert!(self.stream.set(stream).is_ok(), "a connection opens once");
+        state.open = true;
+        state.flushing = true;
+        drop(state);
+        self.flush(Flush::Now);
+        true
+    }
+
+    /// Closes it. All who wait for an answer hear why, at once. The first reason counts.
+    pub(crate) fn close(&self, why: &str) {
+        let (closed, waiting) = {
+            let mut state = self.lock();
+            if state.closed.is_some() {
+                return;
+            }
+            let closed = Closed { why: why.to_owned(), was_open: state.open };
+            state.closed = Some(closed.clone());
+            state.chunks.clear();
+            state.bytes = 0;
+            (closed, std::mem::take(&mut state.waiting))
+        };
+        if let Some(stream) = self.stream.get() {
+            // The peer may be gone already.
+            let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Both);
+        }
+        self.drained.notify_waiters();
+        for waiter in waiting.into_values() {
+            waiter.fail(closed.failure());
+        }
+    }
+
+    /// Why it was closed, if it was.
+    pub(crate) fn closed(&self) -> Option<String> {
+        self.lock().closed.as_ref().map(|closed| closed.why.clone())
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed.is_some()
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        let state = self.lock();
+        state.open && state.closed.is_none()
+    }
+
+    pub(crate) fn stream(&self) -> Option<&TcpStream> {
+        self.stream.get()
+    }
+
+    /// Notes that the peer said something.
+    pub(crate) fn heard(&self) {
+        self.heard_ms.store(super::link::now_ms(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn heard_ms(&self) -> u64 {
+        self.heard_ms.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the outbound queue is within `bytes` or the connection is closed.
+    pub(crate) async fn drained_to(&self, bytes: usize) {
+        loop {
+            let drained = self.drained.notified();
+            tokio::pin!(drained);
+            drained.as_mut().enable();
+            if self.lock().bytes <= bytes {
+                return;
+            }
+            drained.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn flush(self: &Arc<Self>, flush: Flush) {
+        match flush {
+            Flush::Nothing => {}
+            Flush::Now => {
+                if let Flushed::Blocked = self.write_queued() {
+                    self.runtime.spawn(self.clone().write_when_possible());
+                }
+            }
+            Flush::Soon => {
+                let task = FlushTask { conn: self.clone(), done: false };
+                match tokio::runtime::Handle::try_current() {
+                    Ok(current) => drop(current.spawn(task.run())),
+                    Err(_) => drop(self.runtime.spawn(task.run())),
+                }
+            }
+        }
+    }
+
+    /// Writes until the queue is empty or the socket full.
+    fn write_queued(&self) -> Flushed {
+        let Some(stream) = self.stream.get() else { return Flushed::All };
+        loop {
+            let mut chunks = {
+                let mut state = self.lock();
+                if state.chunks.is_empty() {
+                    state.flushing = false;
+                    state.flushed_at = Some(Instant::now());
+                    drop(state);
+                    self.drained.notify_waiters();
+                    return Flushed::All;
+                }
+                std::mem::take(&mut state.chunks)
+            };
+            let before: usize = chunks.iter().map(Vec::len).sum();
+            let result = write_chunks(stream, &mut chunks);
+            let written = before - chunks.iter().map(Vec::len).sum::<usize>();
+            let mut state = self.lock();
+            state.bytes = state.bytes.saturating_sub(written);
+            match result {
+                Ok(Some(mut emptied)) => {
+                    emptied.clear();
+                    if emptied.capacity() <= 2 * CHUNK_BYTES {
+                        state.spare = emptied;
+                    }
+                }
+                Ok(None) => {
+                    if state.closed.is_none() {
+                        chunks.append(&mut state.chunks);
+                        state.chunks = chunks;
+                        return Flushed::Blocked;
+                    }
+                }
+                Err(error) => {
+                    drop(state);
+                    self.close(&error.to_string());
+                }
+            }
+        }
+    }
+
+    async fn write_when_possible(self: Arc<Self>) {
+        let Some(stream) = self.stream.get() else { return };
+        loop {
+            if let Err(error) = stream.writable().await {
+                return self.close(&error.to_string());
+            }
+            if let Flushed::All = self.write_queued() {
+                return;
+            }
+        }
+    }
+}
+
+impl State {
+    /// Appends a frame.
+    fn push(&mut self, frame: &mut Vec<u8>) -> Flush {
+        self.bytes += frame.len();
+        if frame.len() >= CHUNK_BYTES / 2 {
+            // Large ones are not copied again.
+            self.chunks.push_back(std::mem::take(frame));
+        } else {
+            match self.chunks.back_mut().filter(|last| last.len() + frame.len() <= CHUNK_BYTES) {
+                Some(last) => last.extend_from_slice(frame),
+                None => {
+                    let mut chunk = std::mem::take(&mut self.spare);
+                    chunk.extend_from_slice(frame);
+                    self.chunks.push_back(chunk);
+                }
+            }
+        }
+        if !self.open || self.flushing {
+            return Flush::Nothing;
+        }
+        self.flushing = true;
+        match self.flushed_at {
+            Some(at) if at.elapsed() < GATHER_AFTER => Flush::Soon,
+            Some(_) | None => Flush::Now,
+        }
+    }
+}
+
+/// Writes the chunks and removes what was written. Returns an emptied chunk when all of it was, `None` when the socket
+/// is full.
+fn write_chunks(stream: &TcpStream, chunks: &mut VecDeque<Vec<u8>>) -> io::Result<Option<Vec<u8>>> {
+    let mut emptied = Vec::new();
+    while !chunks.is_empty() {
+        let slices: Vec<IoSlice<'_>> =
+            chunks.iter().take(CHUNKS_PER_WRITE).map(|c| IoSlice::new(c)).collect();
+        let mut written = match stream.try_write_vectored(&slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => written,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        while let Some(first) = chunks.front_mut() {
+            if first.len() > written {
+                first.drain(..written);
+                break;
+            }
+            written -= first.len();
+            emptied = chunks.pop_front().unwrap_or_default();
+        }
+    }
+    Ok(Some(emptied))
+}
+
+/// A flush that runs after the other work of its thread. If its runtime goes away before, the process's takes over.
+struct FlushTask {
+    conn: Arc<Conn>,
+    done: bool,
+}
+
+impl FlushTask {
+    async fn run(mut self) {
+        tokio::task::yield_now().await;
+        self.done = true;
+        self.conn.flush(Flush::Now);
+    }
+}
+
+impl Drop for FlushTask {
+    fn drop(&mut self) {
+        if !self.done {
+            self.conn.runtime.spawn(self.conn.clone().write_when_possible());
+        }
+    }
+}
+
+/// Forgets a call that nobody waits for any more.
+pub(crate) struct Forget {
+    conn: Arc<Conn>,
+    call: u64,
+}
+
+impl Drop for Forget {
+    fn drop(&mut self) {
+        self.conn.lock().waiting.remove(&self.call);
+    }
+}
+
+/// The way back for the answer of a call that came over the wire.
+pub(crate) struct RemoteAnswer {
+    pub(crate) conn: Arc<Conn>,
+    pub(crate) call: u64,
+}
+
+impl RemoteAnswer {
+    pub(crate) fn reply<T: Encode>(self, value: &T) {
+        let problem = with_scratch(|out| {
+            frame::begin_reply(out, self.call);
+            encode_into(value, out).map_err(|e| e.to_string())?;
+            self.conn.check_size(out)?;
+            frame::finish(out);
+            let mut state = self.conn.lock();
+            if state.closed.is_none() {
+                let flush = state.push(out);
+                drop(state);
+                self.conn.flush(flush);
+            }
+            Ok::<(), String>(())
+        });
+        if let Err(why) = problem {
+            self.fail(&RemoteFailure::Codec(format!("the reply cannot be sent: {why}")));
+        }
+    }
+
+    pub(crate) fn refuse(self, reason: &Refusal) {
+        self.conn.send_other(|out| frame::write_refused(out, self.call, reason));
+    }
+
+    pub(crate) fn fail(self, failure: &RemoteFailure) {
+        self.conn.send_other(|out| frame::write_failed(out, self.call, failure));
+    }
+}
+
+/// Lends a buffer of this thread. Not reentrant; a nested use gets a fresh buffer.
+fn with_scratch<R>(work: impl FnOnce(&mut Vec<u8>) -> R) -> R {
+    thread_local!(static SCRATCH: std::cell::Cell<Vec<u8>> = const { std::cell::Cell::new(Vec::new()) });
+    let mut buffer = SCRATCH.take();
+    buffer.clear();
+    let result = work(&mut buffer);
+    if buffer.capacity() <= 2 * CHUNK_BYTES {
+        SCRATCH.set(buffer);
+    }
+    result
+}

@@ -1,0 +1,232 @@
+//! Frames: `[len u32][kind u8][fields][payload]`, little endian, `len` counting what follows it.
+//!
+//! Pure: bytes in, frames out. Parsing borrows from the receive buffer and never panics, whatever the bytes are.
+
+use crate::handle::Refusal;
+
+/// Bytes of the length field.
+pub(crate) const LEN_BYTES: usize = 4;
+
+const CALL: u8 = 1;
+const REPLY: u8 = 2;
+const REFUSED: u8 = 3;
+const FAILED: u8 = 4;
+const PING: u8 = 5;
+const GOODBYE: u8 = 6;
+
+/// A parsed frame; payloads borrow from the receive buffer.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Frame<'a> {
+    /// A message for an actor.
+    Call(CallHead, &'a [u8]),
+    /// The answer of the handler.
+    Reply(u64, &'a [u8]),
+    /// The message was not accepted, the asker still owns it.
+    Refused(u64, Refusal),
+    /// The message was accepted but there is no answer.
+    Failed(u64, RemoteFailure),
+    /// Says only that the sender lives.
+    Ping,
+    /// The sender shuts down in good order.
+    Goodbye(&'a str),
+}
+
+/// Whom a message is for and until when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CallHead {
+    /// Pairs the answer with the call; 0 for a `tell`, which has none.
+    pub(crate) call: u64,
+    pub(crate) actor: u64,
+    pub(crate) incarnation: u64,
+    /// The process that the address names; 0 for any.
+    pub(crate) process: u64,
+    /// Hash of `WireMessage::NAME`.
+    pub(crate) message: u64,
+    /// What is left until the deadline; 0 for none. Durations, so that clocks need not agree.
+    pub(crate) deadline_us: u64,
+}
+
+/// Why an accepted message got no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RemoteFailure {
+    Expired,
+    Stopped,
+    Panicked(String),
+    NoReply,
+    Codec(String),
+}
+
+/// Bytes that are no frame. The connection cannot go on after one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum FrameError {
+    #[error("frame of {bytes} bytes, {max} are allowed")]
+    TooLong { bytes: usize, max: usize },
+    #[error("unknown frame kind {0}")]
+    UnknownKind(u8),
+    #[error("frame of kind {kind} is cut short at {bytes} bytes")]
+    Short { kind: u8, bytes: usize },
+    #[error("frame of kind {kind} has an invalid field: {what}")]
+    Invalid { kind: u8, what: &'static str },
+}
+
+/// Splits the first frame off `buf`: its body and the bytes it takes in all, or `None` while it is incomplete.
+pub(crate) fn split(buf: &[u8], max: usize) -> Result<Option<(&[u8], usize)>, FrameError> {
+    let Some(len) = buf.first_chunk::<LEN_BYTES>() else { return Ok(None) };
+    let bytes = u32::from_le_bytes(*len) as usize;
+    if bytes > max {
+        return Err(FrameError::TooLong { bytes, max });
+    }
+    let end = LEN_BYTES + bytes;
+    Ok(buf.get(LEN_BYTES..end).map(|body| (body, end)))
+}
+
+/// Parses the body of one frame.
+pub(crate) fn parse(body: &[u8]) -> Result<Frame<'_>, FrameError> {
+    let Some((&kind, rest)) = body.split_first() else { return Err(FrameError::Short { kind: 0, bytes: 0 }) };
+    let mut fields = Fields { kind, rest };
+    Ok(match kind {
+        CALL => {
+            let head = CallHead {
+                call: fields.u64()?,
+                actor: fields.u64()?,
+                incarnation: fields.u64()?,
+                process: fields.u64()?,
+                message: fields.u64()?,
+                deadline_us: fields.u64()?,
+            };
+            Frame::Call(head, fields.rest)
+        }
+        REPLY => Frame::Reply(fields.u64()?, fields.rest),
+        REFUSED => {
+            let call = fields.u64()?;
+            let code = fields.u8()?;
+            let text = fields.text()?;
+            let refusal =
+                Refusal::from_code(code, text).ok_or(FrameError::Invalid { kind, what: "reason" })?;
+            Frame::Refused(call, refusal)
+        }
+        FAILED => {
+            let call = fields.u64()?;
+            let code = fields.u8()?;
+            let text = fields.text()?;
+            let failure =
+                RemoteFailure::from_code(code, text).ok_or(FrameError::Invalid { kind, what: "failure" })?;
+            Frame::Failed(call, failure)
+        }
+        PING => Frame::Ping,
+        GOODBYE => Frame::Goodbye(fields.text()?),
+        other => return Err(FrameError::UnknownKind(other)),
+    })
+}
+
+struct Fields<'a> {
+    kind: u8,
+    rest: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    fn u64(&mut self) -> Result<u64, FrameError> {
+        let Some((head, rest)) = self.rest.split_first_chunk::<8>() else { return Err(self.short()) };
+        self.rest = rest;
+        Ok(u64::from_le_bytes(*head))
+    }
+
+    fn u8(&mut self) -> Result<u8, FrameError> {
+        let Some((&head, rest)) = self.rest.split_first() else { return Err(self.short()) };
+        self.rest = rest;
+        Ok(head)
+    }
+
+    fn text(&mut self) -> Result<&'a str, FrameError> {
+        std::str::from_utf8(self.rest).map_err(|_| FrameError::Invalid { kind: self.kind, what: "text" })
+    }
+
+    fn short(&self) -> FrameError {
+        FrameError::Short { kind: self.kind, bytes: self.rest.len() }
+    }
+}
+
+impl RemoteFailure {
+    fn code(&self) -> (u8, &str) {
+        match self {
+            Self::Expired => (1, ""),
+            Self::Stopped => (2, ""),
+            Self::Panicked(message) => (3, message),
+            Self::NoReply => (4, ""),
+            Self::Codec(message) => (5, message),
+        }
+    }
+
+    fn from_code(code: u8, text: &str) -> Option<Self> {
+        Some(match code {
+            1 => Self::Expired,
+            2 => Self::Stopped,
+            3 => Self::Panicked(text.to_owned()),
+            4 => Self::NoReply,
+            5 => Self::Codec(text.to_owned()),
+            _ => return None,
+        })
+    }
+}
+
+/// Starts a frame in an empty buffer; `finish` writes its length.
+fn begin(out: &mut Vec<u8>, kind: u8) {
+    out.clear();
+    out.extend_from_slice(&[0; LEN_BYTES]);
+    out.push(kind);
+}
+
+/// Writes the length of the frame that fills `out`. A frame longer than `u32` is cut off by the limit check before it
+/// is sent, so saturating is enough.
+pub(crate) fn finish(out: &mut [u8]) {
+    let len = u32::try_from(out.len() - LEN_BYTES).unwrap_or(u32::MAX);
+    out[..LEN_BYTES].copy_from_slice(&len.to_le_bytes());
+}
+
+/// Starts a call frame; the payload is appended after it, then `finish`.
+pub(crate) fn begin_call(out: &mut Vec<u8>, head: &CallHead) {
+    begin(out, CALL);
+    for field in [head.call, head.actor, head.incarnation, head.process, head.message, head.deadline_us] {
+        out.extend_from_slice(&field.to_le_bytes());
+    }
+}
+
+/// Starts a reply frame; the payload is appended after it, then `finish`.
+pub(crate) fn begin_reply(out: &mut Vec<u8>, call: u64) {
+    begin(out, REPLY);
+    out.extend_from_slice(&call.to_le_bytes());
+}
+
+/// A whole refusal frame.
+pub(crate) fn write_refused(out: &mut Vec<u8>, call: u64, refusal: &Refusal) {
+    let (code, text) = refusal.code();
+    begin(out, REFUSED);
+    write_coded(out, call, code, &text);
+}
+
+/// A whole failure frame.
+pub(crate) fn write_failed(out: &mut Vec<u8>, call: u64, failure: &RemoteFailure) {
+    let (code, text) = failure.code();
+    begin(out, FAILED);
+    write_coded(out, call, code, text);
+}
+
+fn write_coded(out: &mut Vec<u8>, call: u64, code: u8, text: &str) {
+    out.extend_from_slice(&call.to_le_bytes());
+    out.push(code);
+    out.extend_from_slice(text.as_bytes());
+    finish(out);
+}
+
+/// A whole ping frame.
+pub(crate) fn write_ping(out: &mut Vec<u8>) {
+    begin(out, PING);
+    finish(out);
+}
+
+/// A whole goodbye frame.
+pub(crate) fn write_goodbye(out: &mut Vec<u8>, why: &str) {
+    begin(out, GOODBYE);
+    out.extend_from_slice(why.as_bytes());
+    finish(out);
+}

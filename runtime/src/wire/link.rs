@@ -1,0 +1,190 @@
+//! Connections to and from peers: connecting on demand, accepting, reading, and noticing when a peer is gone.
+
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BytesMut};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::conn::{Conn, RemoteAnswer};
+use super::frame::{self, Frame};
+use super::handshake::{self, Hello};
+use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
+use crate::mailbox::{Failure, refuse};
+use crate::system::Shared;
+
+/// Room for one read.
+const READ_BYTES: usize = 64 << 10;
+/// A receive buffer that grew beyond this for a large frame is given up after it.
+const READ_BYTES_KEPT: usize = 1 << 20;
+
+/// Milliseconds since the first call in this process.
+pub(crate) fn now_ms() -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The way to one peer: a connection that is made when it is needed and again after it broke.
+pub(crate) struct Link {
+    endpoint: String,
+    shared: Weak<Shared>,
+    conn: Mutex<Option<Arc<Conn>>>,
+}
+
+impl Link {
+    pub(crate) fn new(endpoint: &str, shared: Weak<Shared>) -> Self {
+        Self { endpoint: endpoint.to_owned(), shared, conn: Mutex::new(None) }
+    }
+
+    /// The connection that is open or being made, or a new one.
+    pub(crate) fn conn(&self) -> Arc<Conn> {
+        let mut slot = self.conn.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(conn) = slot.as_ref().filter(|conn| !conn.is_closed()) {
+            return conn.clone();
+        }
+        let conn = match self.shared.upgrade() {
+            Some(shared) => {
+                let conn = Conn::new(shared.limits, shared.runtime.clone());
+                match shared.stopping() {
+                    true => conn.close("this process is shutting down"),
+                    false => {
+                        shared.adopt(&conn);
+                        shared.tasks.spawn_on(
+                            connect(shared.clone(), conn.clone(), self.endpoint.clone()),
+                            &shared.runtime,
+                        );
+                    }
+                }
+                conn
+            }
+            None => unreachable!("a link is used through a handle, which holds the system"),
+        };
+        *slot = Some(conn.clone());
+        conn
+    }
+}
+
+async fn connect(shared: Arc<Shared>, conn: Arc<Conn>, endpoint: String) {
+    let hello = shared.hello();
+    let attempt = async {
+        let mut stream = TcpStream::connect(&endpoint).await.map_err(|e| e.to_string())?;
+        stream.set_nodelay(true).map_err(|e| e.to_string())?;
+        let theirs = handshake::connect(&mut stream, &hello, shared.token.as_ref());
+        let theirs = theirs.await.map_err(|e| e.to_string())?;
+        Ok::<_, String>((stream, theirs))
+    };
+    let limit = shared.connect_timeout;
+    let outcome =
+        timeout(limit, attempt).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")));
+    match outcome {
+        Ok((stream, theirs)) => run(&shared, &conn, stream, &theirs).await,
+        Err(why) => {
+            tracing::debug!(%endpoint, %why, "could not connect");
+            conn.close(&format!("{endpoint}: {why}"));
+        }
+    }
+}
+
+/// Serves a connection that a peer made.
+pub(crate) async fn serve(shared: Arc<Shared>, mut stream: TcpStream, from: std::net::SocketAddr) {
+    let hello = shared.hello();
+    let greeting = handshake::accept(&mut stream, &hello, shared.token.as_ref());
+    let theirs = match timeout(shared.connect_timeout, greeting).await {
+        Ok(Ok(theirs)) => theirs,
+        Ok(Err(error)) => return tracing::warn!(%from, %error, "refused a connection"),
+        Err(_) => return tracing::warn!(%from, "refused a connection: no greeting in time"),
+    };
+    if let Err(error) = stream.set_nodelay(true) {
+        return tracing::warn!(%from, %error, "refused a connection");
+    }
+    let conn = Conn::new(shared.limits, shared.runtime.clone());
+    shared.adopt(&conn);
+    run(&shared, &conn, stream, &theirs).await;
+}
+
+/// From the end of the handshake to the end of the connection.
+async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, stream: TcpStream, theirs: &Hello) {
+    shared.peers.connected(theirs);
+    if conn.open(stream) {
+        let why = read(shared, conn, theirs.process).await;
+        conn.close(&format!("{}: {why}", theirs.endpoint));
+    }
+    let why = conn.closed().unwrap_or_default();
+    tracing::debug!(process = %theirs.process, endpoint = %theirs.endpoint, %why, "connection closed");
+    shared.peers.disconnected(theirs, &why);
+}
+
+/// Reads and delivers until the connection ends; says why it did.
+async fn read(shared: &Shared, conn: &Arc<Conn>, process: ProcessId) -> String {
+    let Some(stream) = conn.stream() else { return "not open".into() };
+    let mut buf = BytesMut::with_capacity(READ_BYTES);
+    loop {
+        if let Err(error) = stream.readable().await {
+            return error.to_string();
+        }
+        buf.reserve(READ_BYTES);
+        match stream.try_read_buf(&mut buf) {
+            Ok(0) => return conn.closed().unwrap_or_else(|| "the peer closed the connection".into()),
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => continue,
+            Err(error) => return error.to_string(),
+        }
+        conn.heard();
+        loop {
+            let used = match frame::split(&buf, shared.limits.frame_bytes_max) {
+                Ok(None) => break,
+                Ok(Some((body, used))) => match frame::parse(body) {
+                    Ok(Frame::Goodbye(why)) => return format!("the peer said goodbye: {why}"),
+                    Ok(frame) => {
+                        handle(shared, conn, frame);
+                        used
+                    }
+                    Err(error) => return malformed(process, &error),
+                },
+                Err(error) => return malformed(process, &error),
+            };
+            buf.advance(used);
+        }
+        if buf.is_empty() && buf.capacity() > READ_BYTES_KEPT {
+            buf = BytesMut::with_capacity(READ_BYTES);
+        }
+        // A peer that does not read its answers gets no more of them: its calls stay in the socket.
+        conn.drained_to(shared.limits.queue_bytes_max).await;
+    }
+}
+
+fn malformed(process: ProcessId, error: &frame::FrameError) -> String {
+    tracing::error!(%process, %error, "malformed frame, closing the connection");
+    format!("malformed frame: {error}")
+}
+
+fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
+    match frame {
+        Frame::Call(head, payload) => {
+            let answer = (head.call != 0).then(|| RemoteAnswer { conn: conn.clone(), call: head.call });
+            if head.process != ProcessId::ANY.0 && head.process != shared.process.0 {
+                return refuse(answer, &Refusal::WrongProcess);
+            }
+            let expires_at = match head.deadline_us {
+                0 => None,
+                us => Instant::now().checked_add(Duration::from_micros(us)),
+            };
+            match shared.registry.find(ActorId(head.actor), Incarnation(head.incarnation)) {
+                Ok(entry) => entry.deliver(head.message, payload, expires_at, answer),
+                Err(reason) => refuse(answer, &reason),
+            }
+        }
+        // An answer that nobody waits for any more is dropped.
+        Frame::Reply(call, payload) => {
+            conn.reply(call, payload);
+        }
+        Frame::Refused(call, reason) => {
+            conn.fail(call, Failure::Refused(reason));
+        }
+        Frame::Failed(call, failure) => {
+            conn.fail(call, failure.into());
+        }
+        Frame::Ping | Frame::Goodbye(_) => {}
+    }
+}
