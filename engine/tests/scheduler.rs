@@ -4,6 +4,8 @@
 //! The model is a fake with a real paged memory: a logit depends on every token that it finds in the blocks of the
 //! sequence, so a wrong block table, a stale block or a lost token changes the output.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{HashMap, HashSet};
 
 use heliostat_engine::batch::{Batch, LogitRows};
@@ -437,7 +439,8 @@ fn a_repeated_prompt_is_served_from_the_cache_but_for_its_last_token() {
     let changes = run.rank.scheduler.take_cache_changes();
     let mut added = changes.added;
     let mut expected = block_hashes(&prompt, 4);
-    (added.sort(), expected.sort());
+    added.sort();
+    expected.sort();
     assert_eq!(added, expected);
 
     run.add(simple(1, prompt, 1));
