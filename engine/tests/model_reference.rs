@@ -8,7 +8,9 @@ use std::sync::Arc;
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::model::{KvPages, LocalExperts, Model};
+use heliostat_engine::model::{
+    ExchangeError, Expert, ExpertError, Experts, KvPages, LocalExperts, Model, load_expert,
+};
 use heliostat_kernels::cpu::Cpu;
 use serde::Deserialize;
 
@@ -213,6 +215,118 @@ fn neighbours_do_not_change_a_bit() {
                 assert_eq!(bits(together), bits(alone), "{}: prompt {number}, chunk {chunk}", dir.display());
             }
         }
+    }
+}
+
+#[test]
+fn all_rows_of_logits_are_those_of_a_token_at_a_time() {
+    for dir in models() {
+        let mut rig = Rig::load(&dir);
+        let prompt = rig.reference.prompts[1].prompt_ids.clone();
+        let mut kv = KvPages::new(&rig.config, 64, 1);
+        let block_table: Vec<u32> = (0..64).collect();
+        let mut step = |range: std::ops::Range<usize>| {
+            let seq = BatchSeq {
+                start: 0,
+                len: range.len(),
+                context: range.start,
+                block_table: block_table.clone(),
+                logits: LogitRows::All,
+            };
+            let positions = range.clone().map(|position| position as u32).collect();
+            let batch = Batch { tokens: prompt[range].to_vec(), positions, seqs: vec![seq] };
+            rig.model.forward(&batch, &mut kv, &mut rig.experts).unwrap().rows
+        };
+        let singly: Vec<f32> = (0..prompt.len()).flat_map(|position| step(position..position + 1)).collect();
+        assert!(step(0..prompt.len()) == singly, "{}", dir.display());
+    }
+}
+
+/// Fails the exchange of one layer once, as a lost peer does, and counts the calls.
+struct Flaky<'a> {
+    experts: &'a mut LocalExperts,
+    fail_in: Option<usize>,
+    calls: Vec<usize>,
+}
+
+impl Experts for Flaky<'_> {
+    fn forward(
+        &mut self,
+        moe_layer: usize,
+        hidden: &[f32],
+        ids: &[u32],
+        weights: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), ExchangeError> {
+        self.calls.push(moe_layer);
+        if self.fail_in == Some(moe_layer) {
+            self.fail_in = None;
+            out.fill(f32::NAN);
+            return Err(ExchangeError::PeerLost { rank: 3 });
+        }
+        self.experts.forward(moe_layer, hidden, ids, weights, out)
+    }
+}
+
+#[test]
+fn an_aborted_step_can_be_done_again() {
+    for dir in models() {
+        let mut rig = Rig::load(&dir);
+        let tokens = rig.reference.prompts[2].prompt_ids.clone();
+        let prompts: &[&[u32]] = &[&tokens];
+        let feed = Feed { chunk: usize::MAX, block_size: 4 };
+        let wanted = rig.generate(prompts, 1, feed).remove(0);
+        let sequence = Sequence {
+            prompt_len: tokens.len(),
+            tokens,
+            cached: 0,
+            block_table: (0..64).collect(),
+            logits: Vec::new(),
+        };
+        let batch = next_batch(&[sequence], 1, feed);
+        let mut kv = KvPages::new(&rig.config, 64, feed.block_size);
+        let last = rig.config.moe_layers() - 1;
+        let mut experts = Flaky { experts: &mut rig.experts, fail_in: Some(last), calls: Vec::new() };
+        let error = rig.model.forward(&batch, &mut kv, &mut experts).expect_err("a peer was lost");
+        assert_eq!(error, ExchangeError::PeerLost { rank: 3 });
+        let logits = rig.model.forward(&batch, &mut kv, &mut experts).unwrap();
+        assert!(logits.rows == wanted.logits[0], "{}", dir.display());
+    }
+}
+
+#[test]
+fn an_empty_batch_still_meets_its_peers_in_every_moe_layer() {
+    let mut rig = Rig::load(&root().join("tests/data/models/qwen3-moe-sparse"));
+    let mut kv = KvPages::new(&rig.config, 1, 1);
+    let mut experts = Flaky { experts: &mut rig.experts, fail_in: None, calls: Vec::new() };
+    let logits = rig.model.forward(&Batch::default(), &mut kv, &mut experts).unwrap();
+    assert!(logits.rows.is_empty());
+    assert_eq!(experts.calls, [0, 1]);
+}
+
+#[test]
+fn experts_travel_as_bytes() {
+    for name in ["deepseek-v3-fp8", "deepseek-v3-yarn", "qwen3-moe-tied"] {
+        let dir = root().join("tests/data/models").join(name);
+        let (config, checkpoint) = (ModelConfig::from_dir(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+        let expert = load_expert(&checkpoint, &config, 0, 2).unwrap();
+        let other = load_expert(&checkpoint, &config, 0, 3).unwrap();
+        let bytes = expert.to_bytes();
+        let copy = Expert::from_bytes(&bytes).unwrap();
+        assert_eq!(copy.checksum(), expert.checksum());
+        assert_ne!(copy.checksum(), other.checksum());
+        let x: Vec<f32> = (0..3 * config.hidden_size).map(|i| (i as f32 * 0.7).sin()).collect();
+        let run = |expert: &Expert| {
+            let mut out = vec![0.0; x.len()];
+            expert.forward(&Cpu::single_threaded(), &x, 3, &mut out);
+            out
+        };
+        assert!(run(&copy) == run(&expert) && run(&copy) != run(&other), "{name}");
+        for cut in [0, 7, 40, bytes.len() / 2, bytes.len() - 1] {
+            assert!(Expert::from_bytes(&bytes[..cut]).is_err(), "{name}: {cut} bytes are not an expert");
+        }
+        let swapped = Expert { gate: expert.down.clone(), up: expert.up.clone(), down: expert.gate.clone() };
+        assert!(matches!(Expert::from_bytes(&swapped.to_bytes()), Err(ExpertError::Shape { .. })), "{name}");
     }
 }
 
