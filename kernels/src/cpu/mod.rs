@@ -11,10 +11,19 @@ pub mod plain;
 pub mod rope;
 pub mod router;
 
+mod output;
+mod scratch;
+mod simd;
+
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use thiserror::Error;
+
+use self::scratch::Scratch;
+pub use self::simd::Isa;
+use self::simd::Level;
 
 /// Why a CPU device could not be made.
 #[derive(Debug, Error)]
@@ -29,17 +38,19 @@ pub enum CpuError {
     },
 }
 
-/// A handle to the CPU: how many threads compute. Cheap to clone; clones share the threads.
+/// A handle to the CPU: how many threads compute, with which instructions. Cheap to clone; clones share the threads.
 #[derive(Clone, Debug)]
 pub struct Cpu {
     /// None: compute on the calling thread.
     pool: Option<Arc<rayon::ThreadPool>>,
+    level: Level,
+    scratch: Arc<Scratch>,
 }
 
 impl Cpu {
     /// A device that computes on the calling thread.
     pub fn single_threaded() -> Cpu {
-        Cpu { pool: None }
+        Cpu { pool: None, level: Level::best(), scratch: Arc::default() }
     }
 
     /// A device of `threads` compute threads; one thread is the calling thread itself.
@@ -47,19 +58,38 @@ impl Cpu {
     /// # Errors
     /// The threads cannot be started.
     pub fn new(threads: NonZeroUsize) -> Result<Cpu, CpuError> {
-        if threads.get() == 1 {
-            return Ok(Cpu::single_threaded());
+        let mut cpu = Cpu::single_threaded();
+        if threads.get() > 1 {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads.get())
+                .thread_name(|index| format!("compute-{index}"))
+                .build()
+                .map_err(|error| CpuError::Threads { threads: threads.get(), reason: error.to_string() })?;
+            cpu.pool = Some(Arc::new(pool));
         }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.get())
-            .thread_name(|index| format!("compute-{index}"))
-            .build()
-            .map_err(|error| CpuError::Threads { threads: threads.get(), reason: error.to_string() })?;
-        Ok(Cpu { pool: Some(Arc::new(pool)) })
+        Ok(cpu)
+    }
+
+    /// The same device with another instruction set, if this CPU has it: for tests, since results are the same.
+    pub fn with_isa(&self, isa: Isa) -> Option<Cpu> {
+        Level::of(isa).map(|level| Cpu { level, ..self.clone() })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.level.isa()
     }
 
     /// How many threads compute.
     pub fn threads(&self) -> usize {
         self.pool.as_ref().map_or(1, |pool| pool.current_num_threads())
+    }
+
+    /// Runs jobs `0..jobs`, on all threads.
+    fn for_each(&self, jobs: usize, job: impl Fn(usize) + Send + Sync) {
+        match &self.pool {
+            Some(pool) if jobs > 1 => pool.install(|| (0..jobs).into_par_iter().for_each(job)),
+            Some(_) | None => (0..jobs).for_each(job),
+        }
     }
 }
