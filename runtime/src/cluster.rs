@@ -1,1 +1,3 @@
 //! A client's view of the cluster.
+
+pub mod status;

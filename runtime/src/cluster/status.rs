@@ -1,0 +1,225 @@
+//! What a cluster looks like from outside. Plain data, made by the head.
+
+use bincode::{Decode, Encode};
+use serde::Serialize;
+
+use crate::group::MemberState;
+use crate::handle::Incarnation;
+use crate::spec::{DeathCause, Device, Progress};
+
+/// The whole cluster at one moment.
+#[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize)]
+pub struct ClusterStatus {
+    /// Rises with every change.
+    pub version: u64,
+    /// The head.
+    pub head: HeadStatus,
+    /// All nodes, by name.
+    pub nodes: Vec<NodeStatus>,
+    /// All worker processes.
+    pub workers: Vec<WorkerStatus>,
+    /// All actors, by name.
+    pub actors: Vec<ActorStatus>,
+    /// All groups, by name.
+    pub groups: Vec<GroupStatus>,
+    /// Where the head keeps its state.
+    pub state_store: StoreHealth,
+}
+
+impl ClusterStatus {
+    /// The actor of that name.
+    pub fn actor(&self, name: &str) -> Option<&ActorStatus> {
+        self.actors.iter().find(|actor| actor.name == name)
+    }
+
+    /// The group of that name.
+    pub fn group(&self, name: &str) -> Option<&GroupStatus> {
+        self.groups.iter().find(|group| group.name == name)
+    }
+}
+
+/// The head.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct HeadStatus {
+    /// Where it listens.
+    pub endpoint: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// Whether the cluster is being shut down.
+    pub closing: bool,
+    /// Whether it was restarted and still waits for nodes to report.
+    pub recovering: bool,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub name: String,
+    /// Whether it is heard of.
+    pub state: NodeState,
+    /// Where its agent listens.
+    pub endpoint: String,
+    /// Process id of its agent.
+    pub pid: u32,
+    /// Its CPUs.
+    pub cpus: u32,
+    /// Its devices.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Whether a node is heard of.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum NodeState {
+    /// It reports.
+    Ready,
+    /// It ends its workers and goes.
+    Leaving,
+    /// It is silent; its actors are kept for a while.
+    Unreachable {
+        /// How that was noticed.
+        why: String,
+    },
+    /// It was silent for too long; its actors are elsewhere or wait for a place.
+    Lost {
+        /// How that was noticed.
+        why: String,
+    },
+}
+
+/// A device of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct DeviceStatus {
+    /// The device.
+    pub device: Device,
+    /// Name of the actor that owns it.
+    pub owner: Option<String>,
+}
+
+/// A worker process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct WorkerStatus {
+    /// Name of the actor it hosts.
+    pub actor: String,
+    /// Incarnation of that actor.
+    pub incarnation: Incarnation,
+    /// Its node.
+    pub node: String,
+    /// Its process id, once the node has started it.
+    pub pid: Option<u32>,
+    /// What it does.
+    pub state: WorkerState,
+}
+
+/// What a worker process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerState {
+    /// It was ordered from its node.
+    Ordered,
+    /// It creates its actor.
+    Starting,
+    /// Its actor takes messages.
+    Ready,
+    /// It is to end.
+    Stopping,
+}
+
+/// An actor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct ActorStatus {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub type_name: String,
+    /// How it is.
+    pub state: ActorState,
+    /// How often the supervisor has restarted it.
+    pub restarts: u64,
+    /// Why the incarnation before this one ended.
+    pub last_death: Option<DeathCause>,
+    /// Its last incarnation; 0 before the first.
+    pub incarnation: Incarnation,
+    /// Its group.
+    pub group: Option<String>,
+    /// Its rank in the group.
+    pub rank: Option<u32>,
+    /// Where it runs.
+    pub node: Option<String>,
+    /// Index of the device it owns.
+    pub device: Option<u32>,
+    /// Process id of its worker.
+    pub pid: Option<u32>,
+    /// Where its process listens, once it is ready.
+    pub endpoint: Option<String>,
+}
+
+/// How an actor is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum ActorState {
+    /// It has no place.
+    Pending {
+        /// Why not.
+        reason: String,
+    },
+    /// Its process starts, or creates it.
+    Starting {
+        /// How far it is.
+        progress: Progress,
+    },
+    /// It takes messages.
+    Ready,
+    /// It is started again after a pause.
+    Restarting {
+        /// Restarts in the window.
+        attempt: u32,
+        /// When, from now, milliseconds.
+        in_ms: u64,
+    },
+    /// Its process is to end.
+    Stopping,
+    /// It is not started again.
+    Dead {
+        /// Why it ended.
+        cause: DeathCause,
+    },
+}
+
+/// A group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: String,
+    /// Membership epoch; 0 before it was complete for the first time.
+    pub epoch: u64,
+    /// Whether all ranks serve now.
+    pub complete: bool,
+    /// Its ranks, as they are now.
+    pub members: Vec<MemberStatus>,
+}
+
+/// A rank of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct MemberStatus {
+    /// Its rank.
+    pub rank: u32,
+    /// Name of the actor.
+    pub actor: Option<String>,
+    /// Whether it can be reached.
+    pub state: MemberState,
+}
+
+/// How the state store is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct StoreHealth {
+    /// Which store it is.
+    pub kind: String,
+    /// Writes that wait.
+    pub queued: u64,
+    /// Why the last write failed, while writes fail. The head goes on from memory.
+    pub error: Option<String>,
+}

@@ -1,0 +1,248 @@
+//! What the head knows and decides: events and the time in, commands out.
+//!
+//! It never does I/O and never reads a clock, so a simulation can replay any history. Nodes and workers report their
+//! whole (small) state again and again; every decision follows from what is so, not from which message said it.
+
+mod actors;
+mod apply;
+mod groups;
+mod nodes;
+mod record;
+mod report;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::actors::Actor;
+use self::groups::Group;
+use self::nodes::Node;
+pub use self::record::{Key, Record, Write};
+use super::messages::{CreateActor, NodeReport, StartWorker, WorkerReport};
+use crate::group::GroupView;
+use crate::handle::Incarnation;
+
+/// How patient the head is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// A node that is silent for this long counts as unreachable. Default 3 s.
+    pub heartbeat_timeout: Duration,
+    /// A node that stays unreachable for this long is lost, with its actors. Default 5 s.
+    pub node_grace: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { heartbeat_timeout: Duration::from_secs(3), node_grace: Duration::from_secs(5) }
+    }
+}
+
+/// What the head learns.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A node says what it is and which workers it has.
+    NodeReport(NodeReport),
+    /// The connection to a node's agent broke.
+    NodeDisconnected {
+        /// Name of the node.
+        node: String,
+        /// Which agent process it was.
+        boot: u64,
+    },
+    /// A node certainly did not start a worker.
+    StartFailed {
+        /// The worker.
+        incarnation: Incarnation,
+        /// Why.
+        message: String,
+    },
+    /// A worker says how its actor is.
+    WorkerReport(WorkerReport),
+    /// A deadline has passed.
+    Tick,
+    /// The cluster is to end: workers, nodes, head.
+    Shutdown,
+}
+
+/// What the shell must do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Have the node start a worker.
+    StartWorker {
+        /// Name of the node.
+        node: String,
+        /// What to start.
+        order: StartWorker,
+    },
+    /// Have the node end a worker.
+    StopWorker {
+        /// Name of the node.
+        node: String,
+        /// The worker.
+        incarnation: Incarnation,
+        /// How.
+        manner: Manner,
+    },
+    /// Tell a worker itself to exit: it is fenced, and its node may not hear us.
+    DismissWorker {
+        /// The worker.
+        incarnation: Incarnation,
+        /// Why.
+        why: String,
+    },
+    /// Have a worker create its actor.
+    CreateActor(CreateActor),
+    /// Deliver a view to a worker's actor.
+    SendView {
+        /// The worker.
+        incarnation: Incarnation,
+        /// The view.
+        view: Arc<GroupView>,
+    },
+    /// Have a node end its workers and itself.
+    StopNode {
+        /// Name of the node.
+        node: String,
+    },
+    /// Keep this in the state store.
+    Persist(Write),
+}
+
+/// How a worker is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub enum Manner {
+    /// SIGTERM, then SIGKILL after the node's grace.
+    Graceful,
+    /// SIGKILL at once.
+    Kill,
+}
+
+/// Numbers that were made durable ahead of use, so that issuing one never waits for the store.
+#[derive(Debug, Clone, Copy, Default)]
+struct Reserve {
+    issued: u64,
+    reserved: u64,
+}
+
+impl Reserve {
+    /// After a restart of the head: everything that may have been issued counts as issued.
+    fn recovered(reserved: u64) -> Self {
+        Self { issued: reserved, reserved }
+    }
+
+    /// The next number, and the new reservation to write when half of the present one is used.
+    fn issue(&mut self, block: u64) -> (u64, Option<u64>) {
+        self.issued += 1;
+        if self.issued + block / 2 > self.reserved {
+            self.reserved = self.issued + block;
+            return (self.issued, Some(self.reserved));
+        }
+        (self.issued, None)
+    }
+}
+
+/// Incarnations that are reserved at a time.
+const INCARNATION_BLOCK: u64 = 256;
+
+/// Everything the head knows.
+#[derive(Debug)]
+pub struct HeadState {
+    patience: Patience,
+    nodes: BTreeMap<String, Node>,
+    actors: BTreeMap<String, Actor>,
+    groups: BTreeMap<String, Group>,
+    /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
+    incarnations: Reserve,
+    /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
+    hold: Option<Duration>,
+    closing: bool,
+    /// Raised by every visible change.
+    version: u64,
+    changed: bool,
+    now: Duration,
+    out: Vec<Command>,
+}
+
+impl HeadState {
+    /// An empty cluster.
+    pub fn new(patience: Patience) -> Self {
+        Self {
+            patience,
+            nodes: BTreeMap::new(),
+            actors: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            incarnations: Reserve::default(),
+            hold: None,
+            closing: false,
+            version: 1,
+            changed: false,
+            now: Duration::ZERO,
+            out: Vec::new(),
+        }
+    }
+
+    /// Takes one event at `now` (time since any fixed moment, never decreasing) and returns what to do, in order.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Command> {
+        self.now = now;
+        match event {
+            Event::NodeReport(report) => self.node_report(report),
+            Event::NodeDisconnected { node, boot } => self.node_disconnected(&node, boot),
+            Event::StartFailed { incarnation, message } => self.start_failed(incarnation, message),
+            Event::WorkerReport(report) => self.worker_report(report),
+            Event::Tick => {}
+            Event::Shutdown => self.shutdown(),
+        }
+        self.finish()
+    }
+
+    /// The moment at which `Event::Tick` is due, unless something else happens first.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        let nodes = self.nodes.values().filter_map(|node| node.deadline(&self.patience));
+        let actors = self.actors.values().filter_map(Actor::deadline);
+        nodes.chain(actors).chain(self.hold).min()
+    }
+
+    /// Raised by every visible change.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Whether the cluster has ended: it was shut down and no node is left.
+    pub fn is_closed(&self) -> bool {
+        self.closing && !self.nodes.values().any(Node::is_connected)
+    }
+
+    /// Does what time and free resources allow, then hands over the commands.
+    fn finish(&mut self) -> Vec<Command> {
+        self.check_nodes();
+        if self.hold.is_some_and(|until| self.now >= until || !self.nodes.values().any(Node::is_awaited)) {
+            self.hold = None;
+            self.changed = true;
+        }
+        self.place_pending();
+        if std::mem::take(&mut self.changed) {
+            self.version += 1;
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    fn persist(&mut self, record: Record) {
+        self.out.push(Command::Persist(Write::Put(record)));
+    }
+
+    fn forget(&mut self, key: Key) {
+        self.out.push(Command::Persist(Write::Delete(key)));
+    }
+
+    fn shutdown(&mut self) {
+        self.closing = true;
+        self.changed = true;
+        for name in self.actors.keys().cloned().collect::<Vec<_>>() {
+            self.retire(&name, "the cluster was shut down", actors::Then::Forget);
+        }
+        let connected = self.nodes.values().filter(|node| node.is_connected());
+        let commands: Vec<Command> =
+            connected.map(|node| Command::StopNode { node: node.name().to_owned() }).collect();
+        self.out.extend(commands);
+    }
+}

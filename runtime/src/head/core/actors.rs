@@ -1,0 +1,372 @@
+//! Actors as the head sees them: from spec to process to death and back.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::nodes::Node;
+use super::{Command, HeadState, INCARNATION_BLOCK, Key, Manner, Record};
+use crate::handle::{ActorAddr, Incarnation};
+use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerReport};
+use crate::head::placement::{Slot, place};
+use crate::head::supervise::{Action, History};
+use crate::spec::{ActorSpec, DeathCause, Progress};
+
+/// One actor.
+#[derive(Debug)]
+pub(super) struct Actor {
+    pub(super) spec: ActorSpec,
+    pub(super) life: Life,
+    /// The last incarnation that was started.
+    pub(super) incarnation: Incarnation,
+    /// Where that ran: it goes back there if it can.
+    pub(super) slot: Option<Slot>,
+    pub(super) restarts: u64,
+    pub(super) last_death: Option<DeathCause>,
+    pub(super) history: History,
+}
+
+/// HD-2: an actor has at most one process, the one in `Live` or `Stopping`.
+#[derive(Debug)]
+pub(super) enum Life {
+    /// To be placed as soon as something fits.
+    Pending { reason: String },
+    /// To be placed at that moment.
+    Backoff { attempt: u32, at: Duration },
+    /// A process was ordered, and was not seen to end.
+    Live(Live),
+    /// Its process is to end; what follows waits for that.
+    Stopping { live: Live, cause: DeathCause, then: Then },
+    /// It stays dead until it is revived.
+    Dead { cause: DeathCause },
+}
+
+/// What follows when a stopping process has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// The supervisor decides.
+    Supervise,
+    /// A new incarnation, at once.
+    Restart,
+    /// It stays dead.
+    StayDead,
+    /// The actor is forgotten.
+    Forget,
+}
+
+/// One incarnation's process.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) incarnation: Incarnation,
+    pub(super) slot: Slot,
+    /// Its node has reported it: from then on, missing in a report means dead.
+    pub(super) confirmed: bool,
+    pub(super) pid: Option<u32>,
+    pub(super) phase: Phase,
+    pub(super) announced: Option<Vec<u8>>,
+    seq: u64,
+    /// Highest epoch sent, by group.
+    pub(super) sent: BTreeMap<String, u64>,
+}
+
+/// How far an incarnation is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Phase {
+    Starting(Progress),
+    Ready(ActorAddr),
+}
+
+impl Live {
+    pub(super) fn new(incarnation: Incarnation, slot: Slot) -> Self {
+        Self {
+            incarnation,
+            slot,
+            confirmed: false,
+            pid: None,
+            phase: Phase::Starting(Progress { phase: "starting process".into(), ..Progress::default() }),
+            announced: None,
+            seq: 0,
+            sent: BTreeMap::new(),
+        }
+    }
+}
+
+impl Actor {
+    pub(super) fn new(spec: ActorSpec) -> Self {
+        Self {
+            spec,
+            life: Life::Pending { reason: String::new() },
+            incarnation: Incarnation(0),
+            slot: None,
+            restarts: 0,
+            last_death: None,
+            history: History::default(),
+        }
+    }
+
+    pub(super) fn deadline(&self) -> Option<Duration> {
+        match self.life {
+            Life::Backoff { at, .. } => Some(at),
+            _ => None,
+        }
+    }
+
+    /// Its process, whether it serves or is being stopped.
+    pub(super) fn process(&self) -> Option<&Live> {
+        match &self.life {
+            Life::Live(live) | Life::Stopping { live, .. } => Some(live),
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => None,
+        }
+    }
+
+    /// Its process if it is this incarnation, and whether it is being stopped.
+    pub(super) fn process_mut(&mut self, incarnation: Incarnation) -> Option<(&mut Live, bool)> {
+        let (live, stopping) = match &mut self.life {
+            Life::Live(live) => (live, false),
+            Life::Stopping { live, .. } => (live, true),
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => return None,
+        };
+        (live.incarnation == incarnation).then_some((live, stopping))
+    }
+
+    /// Address of the incarnation that serves.
+    pub(super) fn ready(&self) -> Option<&ActorAddr> {
+        match &self.life {
+            Life::Live(Live { phase: Phase::Ready(addr), .. }) => Some(addr),
+            _ => None,
+        }
+    }
+}
+
+impl HeadState {
+    /// After a restart of the head: takes over an incarnation that was started after the last write that survived.
+    pub(super) fn adopt(&mut self, name: &str, incarnation: Incarnation, node: &str, device: Option<u32>) {
+        let Some(actor) = self.actors.get_mut(name).filter(|_| self.hold.is_some()) else { return };
+        if incarnation <= actor.incarnation || matches!(actor.life, Life::Dead { .. }) {
+            return;
+        }
+        // It was started, so the one that we remember had ended.
+        let slot = Slot { node: node.to_owned(), device };
+        actor.incarnation = incarnation;
+        actor.slot = Some(slot.clone());
+        actor.life = Life::Live(Live::new(incarnation, slot));
+        self.changed = true;
+        self.recheck_groups();
+        self.persist_actor(name);
+    }
+
+    pub(super) fn worker_report(&mut self, report: WorkerReport) {
+        let (name, incarnation) = (report.actor.clone(), report.incarnation);
+        self.adopt(&name, incarnation, &report.node, report.device);
+        let Some(actor) = self.actors.get_mut(&name) else { return self.dismiss(incarnation) };
+        let spec = actor.spec.clone();
+        let Some((live, stopping)) = actor.process_mut(incarnation) else { return self.dismiss(incarnation) };
+        if stopping || report.seq <= live.seq {
+            return;
+        }
+        live.seq = report.seq;
+        if report.registering {
+            live.sent.clear();
+        }
+        for (group, epoch) in &report.views {
+            let sent = live.sent.entry(group.clone()).or_default();
+            *sent = (*sent).max(*epoch);
+        }
+        self.changed |= live.pid != Some(report.pid);
+        live.pid = Some(report.pid);
+        let phase = match report.phase {
+            WorkerPhase::Waiting => {
+                let device = live.slot.device;
+                let node = live.slot.node.clone();
+                let device = device.and_then(|index| self.nodes.get(&node)?.device(index).cloned());
+                self.out.push(Command::CreateActor(CreateActor { incarnation, spec, device }));
+                return;
+            }
+            WorkerPhase::Creating(progress) => Phase::Starting(progress),
+            WorkerPhase::Ready(addr) => Phase::Ready(addr),
+            WorkerPhase::Ended(cause) => return self.ended(&name, cause),
+        };
+        let moved = std::mem::discriminant(&live.phase) != std::mem::discriminant(&phase);
+        let announced = live.announced != report.announced;
+        self.changed |= live.phase != phase || announced;
+        live.phase = phase;
+        live.announced = report.announced;
+        if moved || announced {
+            self.persist_actor(&name);
+        }
+        self.learn_epochs(&report.views);
+        self.joined_group(&name);
+        self.send_views(&name);
+    }
+
+    fn dismiss(&mut self, incarnation: Incarnation) {
+        let why = "the head does not know this incarnation, or has replaced it".to_owned();
+        self.out.push(Command::DismissWorker { incarnation, why });
+    }
+
+    /// The actor ended though its process still runs: that goes too, and then the supervisor decides.
+    fn ended(&mut self, name: &str, cause: DeathCause) {
+        self.stop(name, cause, Then::Supervise, Manner::Kill);
+    }
+
+    /// Ends the actor's process, if it has one, and does what follows.
+    fn stop(&mut self, name: &str, cause: DeathCause, then: Then, manner: Manner) {
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        self.changed = true;
+        let life = std::mem::replace(&mut actor.life, Life::Pending { reason: String::new() });
+        match life {
+            Life::Live(live) => {
+                let (node, incarnation) = (live.slot.node.clone(), live.incarnation);
+                actor.life = Life::Stopping { live, cause, then };
+                self.out.push(Command::StopWorker { node, incarnation, manner });
+                self.recheck_groups();
+                if then != Then::Forget {
+                    self.persist_actor(name);
+                }
+            }
+            Life::Stopping { live, cause, .. } => actor.life = Life::Stopping { live, cause, then },
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => self.follow(name, cause, then),
+        }
+    }
+
+    /// Ends an actor on purpose.
+    pub(super) fn retire(&mut self, name: &str, why: &str, then: Then) {
+        let cause = DeathCause::Stopped { why: why.to_owned() };
+        if then == Then::Forget {
+            self.forget(Key::Spec(name.to_owned()));
+            self.forget(Key::Actor(name.to_owned()));
+        }
+        self.stop(name, cause, then, Manner::Graceful);
+    }
+
+    /// A process ended.
+    pub(super) fn exited(&mut self, name: &str, incarnation: Incarnation, cause: DeathCause) {
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        if actor.process_mut(incarnation).is_none() {
+            return;
+        }
+        self.changed = true;
+        let node = actor.slot.as_ref().and_then(|slot| self.nodes.get_mut(&slot.node));
+        if let Some(node) = node {
+            node.workers.remove(&incarnation);
+        }
+        match std::mem::replace(&mut actor.life, Life::Pending { reason: String::new() }) {
+            Life::Live(_) => {
+                self.recheck_groups();
+                self.follow(name, cause, Then::Supervise);
+            }
+            Life::Stopping { cause, then, .. } => self.follow(name, cause, then),
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => {}
+        }
+    }
+
+    /// The actor has no process now; what is next?
+    fn follow(&mut self, name: &str, cause: DeathCause, then: Then) {
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        let action = match then {
+            Then::Supervise => actor.history.died(&actor.spec.restart, &cause, self.now),
+            Then::Restart => Action::Restart { delay: Duration::ZERO, attempt: 0 },
+            Then::StayDead => Action::GiveUp,
+            Then::Forget => {
+                self.actors.remove(name);
+                return self.regroup();
+            }
+        };
+        match action {
+            Action::Restart { delay, attempt } => {
+                actor.restarts += u64::from(then == Then::Supervise);
+                actor.life = if delay.is_zero() {
+                    Life::Pending { reason: String::new() }
+                } else {
+                    Life::Backoff { attempt, at: self.now + delay }
+                };
+            }
+            Action::GiveUp => actor.life = Life::Dead { cause: cause.clone() },
+        }
+        if actor.incarnation.0 > 0 {
+            actor.last_death = Some(cause);
+        }
+        self.persist_actor(name);
+    }
+
+    /// Whether the worker was ordered and its node has not reported it yet: then the order may be repeated.
+    pub fn awaits_start(&self, incarnation: Incarnation) -> bool {
+        self.actors
+            .values()
+            .filter_map(Actor::process)
+            .any(|live| live.incarnation == incarnation && !live.confirmed)
+    }
+
+    pub(super) fn start_failed(&mut self, incarnation: Incarnation, message: String) {
+        let current = |actor: &Actor| {
+            actor.process().is_some_and(|live| live.incarnation == incarnation && !live.confirmed)
+        };
+        let name = self.actors.iter().find(|(_, actor)| current(actor)).map(|(name, _)| name.clone());
+        if let Some(name) = name {
+            self.exited(&name, incarnation, DeathCause::StartFailed { message });
+        }
+    }
+
+    /// Starts what waits and fits, lower ranks first.
+    pub(super) fn place_pending(&mut self) {
+        let now = self.now;
+        let waits = |life: &Life| match life {
+            Life::Pending { .. } => true,
+            Life::Backoff { at, .. } => *at <= now,
+            _ => false,
+        };
+        let mut waiting: Vec<(Option<u32>, String)> = self
+            .actors
+            .iter()
+            .filter(|(_, actor)| waits(&actor.life))
+            .map(|(name, actor)| (actor.spec.group.as_ref().map(|member| member.rank), name.clone()))
+            .collect();
+        waiting.sort();
+        for (_, name) in waiting {
+            let Some(actor) = self.actors.get(&name) else { continue };
+            let placed = match (self.hold, self.old_process(&name)) {
+                (Some(_), _) => Err("waits for all nodes to report to the restarted head".to_owned()),
+                (None, Some(node)) => Err(format!("an old incarnation still runs on node {node}")),
+                (None, None) => {
+                    place(actor.spec.resources, &actor.spec.placement, actor.slot.as_ref(), &self.offers())
+                        .map_err(|why| why.to_string())
+                }
+            };
+            match placed {
+                Ok(slot) => self.start(&name, slot),
+                Err(reason) => self.wait(&name, reason),
+            }
+        }
+    }
+
+    /// Node on which a fenced process of the actor has not ended yet.
+    fn old_process(&self, name: &str) -> Option<&str> {
+        let runs = |node: &&Node| node.workers.values().any(|process| process.actor == name);
+        self.nodes.values().find(runs).map(Node::name)
+    }
+
+    fn wait(&mut self, name: &str, why: String) {
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        if !matches!(&actor.life, Life::Pending { reason } if *reason == why) {
+            actor.life = Life::Pending { reason: why };
+            self.changed = true;
+        }
+    }
+
+    fn start(&mut self, name: &str, slot: Slot) {
+        let (issued, reserve) = self.incarnations.issue(INCARNATION_BLOCK);
+        if let Some(reserved) = reserve {
+            self.persist(Record::Incarnations(reserved));
+        }
+        let incarnation = Incarnation(issued);
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        actor.incarnation = incarnation;
+        actor.slot = Some(slot.clone());
+        actor.life = Life::Live(Live::new(incarnation, slot.clone()));
+        self.changed = true;
+        let device = slot.device.and_then(|index| self.nodes.get(&slot.node)?.device(index).cloned());
+        let report_seq = self.nodes.get(&slot.node).map_or(0, Node::seq);
+        let order = StartWorker { actor: name.to_owned(), incarnation, device, report_seq };
+        self.out.push(Command::StartWorker { node: slot.node, order });
+        self.persist_actor(name);
+    }
+}

@@ -1,0 +1,304 @@
+//! Nodes as the head sees them: who is connected, who is silent, and which worker processes they report.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::record::{NodeRecord, Record};
+use super::{Command, HeadState, Key, Manner, Patience};
+use crate::handle::Incarnation;
+use crate::head::messages::{NodeReport, NodeStage, ProcessStatus, WorkerProcess};
+use crate::head::placement::Offer;
+use crate::spec::{DeathCause, Device};
+
+/// One node.
+#[derive(Debug)]
+pub(super) struct Node {
+    record: NodeRecord,
+    /// Where its agent listens; empty until it reports.
+    pub(super) endpoint: String,
+    pub(super) pid: u32,
+    pub(super) reach: Reach,
+    leaving: bool,
+    /// Last report, so that one that was overtaken is ignored.
+    seq: u64,
+    /// Worker processes that run there, as it reports.
+    pub(super) workers: BTreeMap<Incarnation, WorkerProcess>,
+}
+
+/// Whether a node is heard of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// It reports.
+    Connected { heard: Duration },
+    /// It is silent or its connection broke; its actors are kept for a while.
+    Unreachable { since: Duration, why: String, awaited: bool },
+    /// It was silent for too long; its actors are fenced.
+    Lost { why: String },
+}
+
+impl Node {
+    pub(super) fn recovered(record: NodeRecord, now: Duration) -> Self {
+        let why = "has not reported since the head restarted".into();
+        Self {
+            record,
+            endpoint: String::new(),
+            pid: 0,
+            reach: Reach::Unreachable { since: now, why, awaited: true },
+            leaving: false,
+            seq: 0,
+            workers: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.record.name
+    }
+
+    pub(super) fn devices(&self) -> &[Device] {
+        &self.record.devices
+    }
+
+    pub(super) fn cpus(&self) -> u32 {
+        self.record.cpus
+    }
+
+    pub(super) fn device(&self, index: u32) -> Option<&Device> {
+        self.record.devices.iter().find(|device| device.index == index)
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        matches!(self.reach, Reach::Connected { .. })
+    }
+
+    /// Whether the head, restarted, still waits for its first report.
+    pub(super) fn is_awaited(&self) -> bool {
+        matches!(self.reach, Reach::Unreachable { awaited: true, .. })
+    }
+
+    pub(super) fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    pub(super) fn deadline(&self, patience: &Patience) -> Option<Duration> {
+        match self.reach {
+            Reach::Connected { heard } => Some(heard + patience.heartbeat_timeout),
+            Reach::Unreachable { since, .. } => Some(since + patience.node_grace),
+            Reach::Lost { .. } => None,
+        }
+    }
+
+    /// Why nothing may be placed here, if so.
+    fn closed(&self) -> Option<String> {
+        match &self.reach {
+            Reach::Connected { .. } if self.leaving => Some("is leaving".into()),
+            Reach::Connected { .. } => None,
+            Reach::Unreachable { why, .. } => Some(format!("is unreachable: it {why}")),
+            Reach::Lost { why } => Some(format!("is lost: it {why}")),
+        }
+    }
+}
+
+impl HeadState {
+    /// Whether this agent may report as its node: a second agent of the same name is refused while the first is heard.
+    pub fn admits(&self, report: &NodeReport) -> Result<(), String> {
+        match self.nodes.get(&report.name) {
+            Some(node) if node.is_connected() && node.record.boot != report.boot => Err(format!(
+                "a node named {:?} has already joined (agent pid {} at {}); give this one another name",
+                report.name, node.pid, node.endpoint
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn node_report(&mut self, report: NodeReport) {
+        if self.admits(&report).is_err() || self.overtaken(&report) {
+            return;
+        }
+        let name = report.name.clone();
+        self.update_node(&report);
+        for process in &report.workers {
+            match &process.status {
+                ProcessStatus::Running => self.worker_runs(&name, process),
+                ProcessStatus::Exited(cause) => {
+                    self.exited(&process.actor, process.incarnation, cause.clone());
+                }
+            }
+        }
+        for (actor, incarnation, confirmed) in self.actors_on(&name) {
+            let listed = report.workers.iter().any(|process| process.incarnation == incarnation);
+            // HD-3: an order that a registering node does not know was lost: the node refuses it if it still arrives.
+            if !listed && (confirmed || report.registering) {
+                let why = format!("the agent of node {name} no longer knows it");
+                self.exited(&actor, incarnation, DeathCause::Vanished { why });
+            }
+        }
+        if report.stage == NodeStage::Left {
+            self.node_left(&name);
+        }
+    }
+
+    fn overtaken(&self, report: &NodeReport) -> bool {
+        self.nodes
+            .get(&report.name)
+            .is_some_and(|node| node.record.boot == report.boot && report.seq <= node.seq)
+    }
+
+    fn update_node(&mut self, report: &NodeReport) {
+        let record = NodeRecord {
+            name: report.name.clone(),
+            boot: report.boot,
+            devices: report.devices.clone(),
+            cpus: report.cpus,
+        };
+        let known = self.nodes.get(&report.name).map(|node| node.record == record);
+        let node = self
+            .nodes
+            .entry(report.name.clone())
+            .or_insert_with(|| Node::recovered(record.clone(), self.now));
+        let leaving = report.stage != NodeStage::Serving;
+        self.changed |= !node.is_connected() || node.leaving != leaving;
+        node.reach = Reach::Connected { heard: self.now };
+        node.leaving = leaving;
+        node.endpoint.clone_from(&report.addr.endpoint);
+        node.pid = report.pid;
+        node.seq = report.seq;
+        node.workers = report
+            .workers
+            .iter()
+            .filter(|process| process.status == ProcessStatus::Running)
+            .map(|process| (process.incarnation, process.clone()))
+            .collect();
+        if known != Some(true) {
+            node.record = record.clone();
+            self.changed = true;
+            self.persist(Record::Node(record));
+        }
+        if self.closing && !leaving {
+            self.out.push(Command::StopNode { node: report.name.clone() });
+        }
+    }
+
+    /// A process that the node reports as running: the present one is confirmed, one that nobody remembers after a
+    /// restart of the head is adopted, any other is fenced.
+    fn worker_runs(&mut self, node: &str, process: &WorkerProcess) {
+        let incarnation = process.incarnation;
+        self.adopt(&process.actor, incarnation, node, process.device);
+        let current = self.actors.get_mut(&process.actor).and_then(|actor| actor.process_mut(incarnation));
+        let manner = match current {
+            Some((live, stopping)) => {
+                self.changed |= live.pid != Some(process.pid);
+                live.confirmed = true;
+                live.pid = Some(process.pid);
+                if !stopping {
+                    return;
+                }
+                Manner::Graceful
+            }
+            None => Manner::Kill,
+        };
+        self.out.push(Command::StopWorker { node: node.to_owned(), incarnation, manner });
+    }
+
+    pub(super) fn node_disconnected(&mut self, name: &str, boot: u64) {
+        let Some(node) = self.nodes.get_mut(name).filter(|node| node.record.boot == boot) else { return };
+        if node.is_connected() {
+            let why = "closed its connection".to_owned();
+            node.reach = Reach::Unreachable { since: self.now, why, awaited: false };
+            self.changed = true;
+        }
+    }
+
+    /// The agent said goodbye: nothing of it is left.
+    fn node_left(&mut self, name: &str) {
+        for (actor, incarnation, _) in self.actors_on(name) {
+            let why = "the node left the cluster".to_owned();
+            self.exited(&actor, incarnation, DeathCause::NodeLost { node: name.to_owned(), why });
+        }
+        self.nodes.remove(name);
+        self.forget(Key::Node(name.to_owned()));
+        self.changed = true;
+    }
+
+    /// Declares nodes unreachable and lost as time passes.
+    pub(super) fn check_nodes(&mut self) {
+        let now = self.now;
+        let due = |node: &&mut Node| node.deadline(&self.patience).is_some_and(|deadline| deadline <= now);
+        let mut lost = Vec::new();
+        for node in self.nodes.values_mut().filter(due) {
+            self.changed = true;
+            match node.reach {
+                Reach::Connected { heard } => {
+                    let why = format!("was silent for {} ms", (now - heard).as_millis());
+                    // Its grace counts from the last sign of life.
+                    node.reach = Reach::Unreachable { since: heard, why, awaited: false };
+                    if heard + self.patience.node_grace <= now {
+                        lost.push(node.record.name.clone());
+                    }
+                }
+                Reach::Unreachable { .. } => lost.push(node.record.name.clone()),
+                Reach::Lost { .. } => {}
+            }
+        }
+        for name in lost {
+            self.lose_node(&name);
+        }
+    }
+
+    fn lose_node(&mut self, name: &str) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let Reach::Unreachable { why, .. } = &node.reach else { return };
+        let why = why.clone();
+        node.reach = Reach::Lost { why: why.clone() };
+        node.workers.clear();
+        for (actor, incarnation, _) in self.actors_on(name) {
+            let fenced = format!("node {name} was lost: it {why}");
+            self.out.push(Command::DismissWorker { incarnation, why: fenced });
+            let cause = DeathCause::NodeLost { node: name.to_owned(), why: format!("it {why}") };
+            self.exited(&actor, incarnation, cause);
+        }
+    }
+
+    /// Actors with a process on the node: name, incarnation, and whether the node has confirmed it.
+    fn actors_on(&self, node: &str) -> Vec<(String, Incarnation, bool)> {
+        let on_node = self.actors.iter().filter_map(|(name, actor)| {
+            let live = actor.process().filter(|live| live.slot.node == node)?;
+            Some((name.clone(), live.incarnation, live.confirmed))
+        });
+        on_node.collect()
+    }
+
+    /// What each node has free.
+    pub(super) fn offers(&self) -> Vec<Offer> {
+        self.nodes.values().map(|node| self.offer(node)).collect()
+    }
+
+    fn offer(&self, node: &Node) -> Offer {
+        let mut offer = Offer {
+            node: node.name().to_owned(),
+            closed: node.closed(),
+            devices: node.devices().iter().map(|device| (device.index, None)).collect(),
+            cpus: node.cpus(),
+            ..Offer::default()
+        };
+        let mut own = |device: Option<u32>, owner: &str| {
+            let device = offer.devices.iter_mut().find(|(index, _)| Some(*index) == device);
+            if let Some((_, owned)) = device {
+                *owned = Some(owner.to_owned());
+            }
+        };
+        for process in node.workers.values() {
+            own(process.device, &format!("an old incarnation of {}", process.actor));
+        }
+        for (name, actor) in &self.actors {
+            let Some(live) = actor.process().filter(|live| live.slot.node == node.name()) else { continue };
+            own(live.slot.device, name);
+            offer.cpus_used += actor.spec.resources.cpus;
+            offer.actors += 1;
+        }
+        offer
+    }
+}

@@ -1,0 +1,234 @@
+//! What the head keeps in the state store, and how it starts again from it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bincode::{Decode, Encode};
+
+use super::actors::{Actor, Life, Live, Phase, Then};
+use super::groups::Group;
+use super::nodes::Node;
+use super::{HeadState, Patience, Reserve};
+use crate::group::GroupView;
+use crate::handle::{ActorAddr, Incarnation};
+use crate::head::placement::Slot;
+use crate::spec::{ActorSpec, DeathCause, Device, Progress};
+
+/// One entry of the state store.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum Record {
+    /// An applied spec.
+    Spec(ActorSpec),
+    /// What became of it.
+    Actor(ActorRecord),
+    /// A group's last view.
+    Group(GroupRecord),
+    /// A node that joined.
+    Node(NodeRecord),
+    /// No incarnation above this was ever issued.
+    Incarnations(u64),
+}
+
+/// What became of an actor.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct ActorRecord {
+    /// Name of the actor.
+    pub name: String,
+    /// Its last incarnation.
+    pub incarnation: Incarnation,
+    /// Where that ran.
+    pub slot: Option<Slot>,
+    /// How it was.
+    pub life: LifeRecord,
+    /// Restarts so far.
+    pub restarts: u64,
+    /// Why the incarnation before the last ended.
+    pub last_death: Option<DeathCause>,
+}
+
+/// How an actor was when it was written down.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum LifeRecord {
+    /// No process; to be started.
+    Down,
+    /// A process was started.
+    Live {
+        /// Its address, once it was created.
+        ready: Option<ActorAddr>,
+        /// What it announced to its group.
+        announced: Option<Vec<u8>>,
+    },
+    /// Not to be started again.
+    Dead(DeathCause),
+}
+
+/// A group's last view.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct GroupRecord {
+    /// The view that was sent last.
+    pub view: GroupView,
+    /// No epoch above this was ever issued.
+    pub reserved: u64,
+}
+
+/// A node that joined.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NodeRecord {
+    /// Its name.
+    pub name: String,
+    /// Which agent process it was.
+    pub boot: u64,
+    /// Its devices.
+    pub devices: Vec<Device>,
+    /// Its CPUs.
+    pub cpus: u32,
+}
+
+/// Where a record is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Key {
+    /// Of an actor's spec.
+    Spec(String),
+    /// Of an actor's record.
+    Actor(String),
+    /// Of a group.
+    Group(String),
+    /// Of a node.
+    Node(String),
+    /// Of the incarnation reserve.
+    Incarnations,
+}
+
+impl Key {
+    /// The key as the store sees it.
+    pub fn path(&self) -> String {
+        match self {
+            Key::Spec(name) => format!("spec/{name}"),
+            Key::Actor(name) => format!("actor/{name}"),
+            Key::Group(name) => format!("group/{name}"),
+            Key::Node(name) => format!("node/{name}"),
+            Key::Incarnations => "incarnations".into(),
+        }
+    }
+}
+
+impl Record {
+    /// Where it is kept.
+    pub fn key(&self) -> Key {
+        match self {
+            Record::Spec(spec) => Key::Spec(spec.name.clone()),
+            Record::Actor(record) => Key::Actor(record.name.clone()),
+            Record::Group(record) => Key::Group(record.view.group.clone()),
+            Record::Node(record) => Key::Node(record.name.clone()),
+            Record::Incarnations(_) => Key::Incarnations,
+        }
+    }
+}
+
+/// One change of the state store.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Write {
+    /// Keep this under its key.
+    Put(Record),
+    /// Drop what is under the key.
+    Delete(Key),
+}
+
+impl Write {
+    /// The key that it changes.
+    pub fn key(&self) -> Key {
+        match self {
+            Write::Put(record) => record.key(),
+            Write::Delete(key) => key.clone(),
+        }
+    }
+}
+
+impl HeadState {
+    /// Starts again at `now` from what an earlier head kept.
+    ///
+    /// Every node counts as unreachable until it reports, and nothing is placed until all have, or `node_grace` has
+    /// passed: an actor that is alive must be found before another incarnation of it could be started.
+    pub fn recover(patience: Patience, now: Duration, records: Vec<Record>) -> Self {
+        let mut state = Self::new(patience);
+        state.now = now;
+        let mut last = Vec::new();
+        for record in records {
+            match record {
+                Record::Spec(spec) => {
+                    state.actors.insert(spec.name.clone(), Actor::new(spec));
+                }
+                Record::Actor(record) => last.push(record),
+                Record::Group(record) => {
+                    let group = Group::recovered(Arc::new(record.view), record.reserved);
+                    state.groups.insert(group.view().group.clone(), group);
+                }
+                Record::Node(record) => {
+                    state.nodes.insert(record.name.clone(), Node::recovered(record, now));
+                }
+                Record::Incarnations(reserved) => state.incarnations = Reserve::recovered(reserved),
+            }
+        }
+        for record in last {
+            if let Some(actor) = state.actors.get_mut(&record.name) {
+                actor.restore(record);
+            }
+        }
+        state.regroup();
+        state.hold = (!state.nodes.is_empty()).then_some(now + patience.node_grace);
+        state
+    }
+
+    /// Writes down how the actor is now.
+    pub(super) fn persist_actor(&mut self, name: &str) {
+        if let Some(actor) = self.actors.get(name) {
+            let record = actor.record();
+            self.persist(Record::Actor(record));
+        }
+    }
+}
+
+impl Actor {
+    fn record(&self) -> ActorRecord {
+        let life = match &self.life {
+            Life::Pending { .. } | Life::Backoff { .. } => LifeRecord::Down,
+            // Its process is fenced when it is found again: only what follows its end is kept.
+            Life::Stopping { cause, then: Then::StayDead, .. } => LifeRecord::Dead(cause.clone()),
+            Life::Stopping { .. } => LifeRecord::Down,
+            Life::Live(live) => LifeRecord::Live {
+                ready: match &live.phase {
+                    Phase::Starting(_) => None,
+                    Phase::Ready(addr) => Some(addr.clone()),
+                },
+                announced: live.announced.clone(),
+            },
+            Life::Dead { cause } => LifeRecord::Dead(cause.clone()),
+        };
+        ActorRecord {
+            name: self.spec.name.clone(),
+            incarnation: self.incarnation,
+            slot: self.slot.clone(),
+            life,
+            restarts: self.restarts,
+            last_death: self.last_death.clone(),
+        }
+    }
+
+    fn restore(&mut self, record: ActorRecord) {
+        self.incarnation = record.incarnation;
+        self.restarts = record.restarts;
+        self.last_death = record.last_death;
+        self.life = match (record.life, &record.slot) {
+            (LifeRecord::Live { ready, announced }, Some(slot)) => {
+                let mut live = Live::new(record.incarnation, slot.clone());
+                live.confirmed = true;
+                live.announced = announced;
+                live.phase = ready.map_or(Phase::Starting(Progress::default()), Phase::Ready);
+                Life::Live(live)
+            }
+            (LifeRecord::Dead(cause), _) => Life::Dead { cause },
+            (LifeRecord::Down | LifeRecord::Live { .. }, _) => Life::Pending { reason: String::new() },
+        };
+        self.slot = record.slot;
+    }
+}

@@ -1,0 +1,320 @@
+//! What head, nodes, workers and clients say to each other.
+//!
+//! Nodes and workers report their whole state, which is small, again and again: a lost or repeated report does no
+//! harm, and a restarted head knows everything after one round.
+
+use actix::Message;
+use bincode::{Decode, Encode};
+
+use super::core::Manner;
+use crate::actor::WireMessage;
+use crate::cluster::status::ClusterStatus;
+use crate::group::GroupView;
+use crate::handle::{ActorAddr, Incarnation};
+use crate::spec::{ActorSpec, DeathCause, Device, InvalidSpec, Progress};
+
+/// Names a message on the wire.
+macro_rules! wire {
+    ($($message:ty = $name:literal -> $result:ty;)*) => {
+        $(
+            impl Message for $message {
+                type Result = $result;
+            }
+            impl WireMessage for $message {
+                const NAME: &'static str = $name;
+            }
+        )*
+    };
+}
+
+wire! {
+    // To the head.
+    NodeReport = "head.node" -> NodeVerdict;
+    WorkerReport = "head.worker" -> ();
+    Apply = "head.apply" -> Result<Applied, InvalidSpec>;
+    Control = "head.control" -> Result<(), String>;
+    Watch = "head.watch" -> ClusterStatus;
+    Lookup = "head.lookup" -> Option<ActorAddr>;
+    FindLog = "head.find_log" -> Result<ActorAddr, String>;
+    Shutdown = "head.shutdown" -> ();
+    // To a node agent.
+    StartWorker = "node.start" -> Result<(), String>;
+    StopWorker = "node.stop_worker" -> ();
+    StopNode = "node.stop" -> ();
+    WorkerHello = "node.hello" -> bool;
+    ReadLog = "node.read_log" -> Result<LogChunk, String>;
+    // To a worker.
+    CreateActor = "worker.create" -> ();
+    DeliverView = "worker.view" -> ();
+    Dismiss = "worker.dismiss" -> ();
+}
+
+/// What a node is and which workers it has. Its registration, its heartbeat and its news in one.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NodeReport {
+    /// Its name, unique in the cluster.
+    pub name: String,
+    /// Drawn at random by each agent process.
+    pub boot: u64,
+    /// Rises with each report of the agent, from 1.
+    pub seq: u64,
+    /// Whether this is the first on a new connection.
+    pub registering: bool,
+    /// The agent.
+    pub addr: ActorAddr,
+    /// Process id of the agent.
+    pub pid: u32,
+    /// The node's devices.
+    pub devices: Vec<Device>,
+    /// The node's CPUs.
+    pub cpus: u32,
+    /// Whether it stays.
+    pub stage: NodeStage,
+    /// Its workers: those that run and those whose end the head has not yet heard of.
+    pub workers: Vec<WorkerProcess>,
+}
+
+/// Whether a node stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum NodeStage {
+    /// It takes workers.
+    Serving,
+    /// It ends its workers.
+    Leaving,
+    /// It has none left and goes.
+    Left,
+}
+
+/// A worker process, as its node sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WorkerProcess {
+    /// Name of its actor.
+    pub actor: String,
+    /// Incarnation of its actor, which identifies it.
+    pub incarnation: Incarnation,
+    /// Index of the device it owns.
+    pub device: Option<u32>,
+    /// Its process id.
+    pub pid: u32,
+    /// Whether it runs.
+    pub status: ProcessStatus,
+}
+
+/// Whether a process runs.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ProcessStatus {
+    /// It does.
+    Running,
+    /// It ended.
+    Exited(DeathCause),
+}
+
+/// The head's answer to a node.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum NodeVerdict {
+    /// What was reported is known now.
+    Accepted,
+    /// The node may not join.
+    Refused {
+        /// Why, and what to do.
+        why: String,
+    },
+}
+
+/// What a worker says of its actor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WorkerReport {
+    /// Name of the actor.
+    pub actor: String,
+    /// Its incarnation.
+    pub incarnation: Incarnation,
+    /// Rises with each report of the worker.
+    pub seq: u64,
+    /// Whether this is the first on a new connection.
+    pub registering: bool,
+    /// The worker's own address.
+    pub addr: ActorAddr,
+    /// Its process id.
+    pub pid: u32,
+    /// Its node.
+    pub node: String,
+    /// Index of the device it owns.
+    pub device: Option<u32>,
+    /// How far the actor is.
+    pub phase: WorkerPhase,
+    /// What the actor announced to its group.
+    pub announced: Option<Vec<u8>>,
+    /// Highest epoch it has of each group.
+    pub views: Vec<(String, u64)>,
+}
+
+/// How far a worker's actor is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum WorkerPhase {
+    /// The worker waits to hear what to create.
+    Waiting,
+    /// `Spawn::create` runs.
+    Creating(Progress),
+    /// The actor takes messages.
+    Ready(ActorAddr),
+    /// The actor ended.
+    Ended(DeathCause),
+}
+
+/// Applies specs.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Apply {
+    /// The specs.
+    pub specs: Vec<ActorSpec>,
+    /// What becomes of the others.
+    pub mode: ApplyMode,
+}
+
+/// What becomes of actors that an apply does not list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum ApplyMode {
+    /// They stay.
+    Merge,
+    /// They are removed.
+    Exactly,
+}
+
+/// What an apply changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, serde::Serialize)]
+pub struct Applied {
+    /// New actors.
+    pub started: u32,
+    /// Actors with another spec, or that were dead.
+    pub restarted: u32,
+    /// Actors that are as they were.
+    pub unchanged: u32,
+    /// Actors that were not listed.
+    pub removed: u32,
+}
+
+/// Does something to one actor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Control {
+    /// Name of the actor.
+    pub actor: String,
+    /// What to do.
+    pub action: ControlAction,
+}
+
+/// What to do to an actor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum ControlAction {
+    /// End it; it stays dead.
+    Stop,
+    /// End it and start it again.
+    Restart,
+    /// End it and forget its spec.
+    Remove,
+}
+
+/// Asks for the status as soon as its version is above `since`, or at the end of the wait.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Watch {
+    /// The version that is known already; 0 for an answer at once.
+    pub since: u64,
+    /// Longest wait, milliseconds.
+    pub wait_ms: u64,
+}
+
+/// Asks for the address of a ready actor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Lookup {
+    /// Its name.
+    pub actor: String,
+}
+
+/// Asks for the node agent that keeps an actor's log.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct FindLog {
+    /// Name of the actor.
+    pub actor: String,
+}
+
+/// Ends the cluster: workers, then nodes, then the head. Answered when all nodes are gone.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Shutdown;
+
+/// Has a node start a worker process. Answered when the process was started; the same order again does nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StartWorker {
+    /// Name of the actor it is for.
+    pub actor: String,
+    /// Its incarnation.
+    pub incarnation: Incarnation,
+    /// The device it owns.
+    pub device: Option<Device>,
+    /// `NodeReport::seq` of the last report that the head had seen. A node refuses an order that is older than its
+    /// last registration: the head has read from that that the worker does not exist.
+    pub report_seq: u64,
+}
+
+/// Has a node end a worker process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StopWorker {
+    /// The worker.
+    pub incarnation: Incarnation,
+    /// How.
+    pub manner: Manner,
+}
+
+/// Has a node end its workers and itself.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StopNode;
+
+/// A worker registers at its node, which answers whether it knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WorkerHello {
+    /// The worker.
+    pub incarnation: Incarnation,
+    /// Where it listens.
+    pub endpoint: String,
+}
+
+/// Reads an actor's log.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ReadLog {
+    /// Name of the actor.
+    pub actor: String,
+    /// First byte wanted; `u64::MAX` for the last `max` bytes.
+    pub offset: u64,
+    /// Most bytes wanted.
+    pub max: u32,
+    /// When nothing is there yet: how long to wait for it, milliseconds.
+    pub wait_ms: u64,
+}
+
+/// A piece of a log.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct LogChunk {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// Where to go on reading. Lower than before after the log was rotated.
+    pub next: u64,
+}
+
+/// Has a worker create its actor; a worker that has already begun ignores it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct CreateActor {
+    /// The worker.
+    pub incarnation: Incarnation,
+    /// What to create.
+    pub spec: ActorSpec,
+    /// The device it owns.
+    pub device: Option<Device>,
+}
+
+/// Has a worker deliver a view to its actor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DeliverView(pub GroupView);
+
+/// Tells a worker to exit at once.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Dismiss {
+    /// Why.
+    pub why: String,
+}
