@@ -1,0 +1,530 @@
+//! The fabric of one epoch: the links of one rank to all ranks, driven by the thread that owns it.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::IoSlice;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::Timespec;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::bell::{Abort, Bell, Interest, Sleep, Waker};
+use super::error::FabricError;
+use super::frame::{Frame, Kind, Pool, STREAMS, Stream, Tag};
+use super::peer::{Peer, State};
+use super::watch::Watch;
+
+/// Most bytes that one look at a link takes in, so that a fast sender cannot hold the engine in one call.
+const PULL_BYTES: usize = 64 << 20;
+
+/// Why [`Fabric::wait`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A frame of the kind's stream is there.
+    Frame {
+        /// Its sender.
+        from: usize,
+    },
+    /// A [`Waker`] rang.
+    Woken,
+    /// The deadline passed.
+    Deadline,
+}
+
+/// How a rank is linked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    /// The rank itself: a queue.
+    Own,
+    /// Rings in shared memory.
+    SharedMemory,
+    /// A TCP connection.
+    Tcp,
+}
+
+/// Bounds of a fabric; see [`super::Connect`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub timeout: Duration,
+    pub spin: Duration,
+    pub frame_bytes_max: usize,
+    pub pending_bytes_max: usize,
+}
+
+/// What a fabric is made of.
+#[derive(Debug)]
+pub(super) struct FabricParts {
+    pub rank: usize,
+    pub epoch: u64,
+    pub peers: Vec<Option<Peer>>,
+    pub bell: Arc<Bell>,
+    pub abort: Abort,
+    pub limits: Limits,
+    pub pool: Arc<Pool>,
+}
+
+/// Links to all ranks of a group for one epoch. Owned by one thread; dropping it tells the peers that this rank left.
+pub struct Fabric {
+    rank: usize,
+    epoch: u64,
+    peers: Vec<Option<Peer>>,
+    /// Arrived and not yet received, per rank and stream, oldest first.
+    pending: Vec<[VecDeque<Frame>; STREAMS]>,
+    pending_bytes: usize,
+    arrived: VecDeque<Frame>,
+    next_any: usize,
+    bell: Arc<Bell>,
+    abort: Abort,
+    sleep: Sleep,
+    watch: Option<Watch>,
+    limits: Limits,
+    pool: Arc<Pool>,
+    /// One thread at a time.
+    _owner: PhantomData<Cell<()>>,
+}
+
+/// What a blocked call waits for.
+#[derive(Clone, Copy, Debug)]
+enum Want {
+    /// A frame of a rank.
+    Frame { from: usize, tag: Tag },
+    /// A frame of any rank.
+    AnyFrame,
+    /// A frame of any rank, or the waker.
+    News,
+    /// Room for so many bytes to a rank.
+    Room { to: usize, tag: Tag, bytes: usize },
+}
+
+/// When a blocked call gives up. Reads the clock only once the call has to block.
+#[derive(Debug)]
+struct Clock {
+    limit: Option<Duration>,
+    start: Option<Instant>,
+}
+
+impl Clock {
+    fn new(limit: Option<Duration>) -> Self {
+        Self { limit, start: None }
+    }
+
+    /// Time left, or `Err` with the time that the call has waited.
+    fn left(&mut self) -> Result<Duration, Duration> {
+        let waited = self.start.get_or_insert_with(Instant::now).elapsed();
+        let Some(limit) = self.limit else { return Ok(Duration::from_secs(3600)) };
+        limit.checked_sub(waited).filter(|left| !left.is_zero()).ok_or(waited)
+    }
+}
+
+impl Fabric {
+    pub(super) fn new(parts: FabricParts) -> Result<Self, FabricError> {
+        let FabricParts { rank, epoch, peers, bell, abort, limits, pool } = parts;
+        let polls = peers.iter().flatten().any(|peer| !peer.is_memory());
+        let streams: Vec<_> = peers
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, peer)| Some((rank, peer.as_ref()?.stream().clone())))
+            .collect();
+        let watch = if polls || streams.is_empty() {
+            None
+        } else {
+            Some(
+                Watch::start(streams, peers.len(), bell.clone())
+                    .map_err(FabricError::io("starting the watcher"))?,
+            )
+        };
+        Ok(Self {
+            rank,
+            epoch,
+            pending: peers.iter().map(|_| Default::default()).collect(),
+            peers,
+            pending_bytes: 0,
+            arrived: VecDeque::new(),
+            next_any: 0,
+            bell,
+            abort,
+            sleep: if polls { Sleep::Poll } else { Sleep::Futex },
+            watch,
+            limits,
+            pool,
+            _owner: PhantomData,
+        })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Number of ranks.
+    pub fn world(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// The epoch for which the ranks are linked.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// How `rank` is linked. Panics when there is no such rank.
+    pub fn link(&self, rank: usize) -> LinkKind {
+        self.peers[rank].as_ref().map_or(LinkKind::Own, |peer| {
+            if peer.is_memory() { LinkKind::SharedMemory } else { LinkKind::Tcp }
+        })
+    }
+
+    /// Ends [`Fabric::wait`] from any thread.
+    pub fn waker(&self) -> Waker {
+        Waker::new(self.bell.clone())
+    }
+
+    /// Ends all calls from any thread, for good.
+    pub fn abort_handle(&self) -> Abort {
+        self.abort.clone()
+    }
+
+    /// Sends a frame whose payload is all `parts` in order. Returns once the link has taken every byte, not when the
+    /// rank has received it. To this rank itself is allowed.
+    ///
+    /// Blocks while the link has no room, taking in what arrives meanwhile. After an error in the middle of a frame
+    /// nothing more can be sent to that rank in this epoch.
+    pub fn send(&mut self, to: usize, tag: Tag, parts: &[&[u8]]) -> Result<(), FabricError> {
+        self.check(to)?;
+        let len = parts.iter().map(|part| part.len()).sum();
+        if len > self.limits.frame_bytes_max {
+            let max = self.limits.frame_bytes_max;
+            return Err(FabricError::Argument(format!("a frame of {len} bytes is over the limit of {max}")));
+        }
+        let Some(peer) = &mut self.peers[to] else { return self.send_own(tag, len, parts) };
+        if *peer.state() != State::Linked {
+            return Err(peer.failure());
+        }
+        let header = peer.begin(tag, len);
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(parts.iter().filter(|part| !part.is_empty()).map(|part| IoSlice::new(part)));
+        let result = self.push_all(to, tag, header.len() + len, &mut slices);
+        if result.is_err()
+            && let Some(peer) = &mut self.peers[to]
+        {
+            peer.set_state(State::Broken("a frame to it was cut off by an earlier error".to_owned()));
+        }
+        result
+    }
+
+    fn push_all(
+        &mut self,
+        to: usize,
+        tag: Tag,
+        mut bytes: usize,
+        mut slices: &mut [IoSlice<'_>],
+    ) -> Result<(), FabricError> {
+        let mut clock = Clock::new(Some(self.limits.timeout));
+        while let Some(peer) = &mut self.peers[to]
+            && bytes > 0
+        {
+            let pushed = peer.push(slices)?;
+            if pushed == 0 {
+                self.block(Want::Room { to, tag, bytes }, &mut clock)?;
+            }
+            bytes -= pushed;
+            IoSlice::advance_slices(&mut slices, pushed);
+        }
+        Ok(())
+    }
+
+    fn send_own(&mut self, tag: Tag, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
+        let mut frame = Frame::new(tag, len, &self.pool);
+        let mut rest = frame.payload_mut();
+        for part in parts {
+            let (here, after) = rest.split_at_mut(part.len());
+            here.copy_from_slice(part);
+            rest = after;
+        }
+        self.arrived.push_back(frame);
+        self.stow(self.rank)
+    }
+
+    /// Receives the next frame of `from` in the stream of `tag`. Any other tag than this one is a protocol error.
+    pub fn recv(&mut self, from: usize, tag: Tag) -> Result<Frame, FabricError> {
+        let mut clock = Clock::new(Some(self.limits.timeout));
+        loop {
+            if let Some(frame) = self.try_recv(from, tag)? {
+                return Ok(frame);
+            }
+            if from == self.rank {
+                return Err(FabricError::Argument(format!("rank {from} waits for itself to send {tag}")));
+            }
+            self.block(Want::Frame { from, tag }, &mut clock)?;
+        }
+    }
+
+    /// As [`Fabric::recv`], but returns `None` when the frame is not there yet.
+    pub fn try_recv(&mut self, from: usize, tag: Tag) -> Result<Option<Frame>, FabricError> {
+        self.check(from)?;
+        if let Some(frame) = self.take(from, tag)? {
+            return Ok(Some(frame));
+        }
+        if self.pull(from)? > 0
+            && let Some(frame) = self.take(from, tag)?
+        {
+            return Ok(Some(frame));
+        }
+        Ok(None)
+    }
+
+    /// Receives the next frame of the kind's stream from whichever rank has one, in turn.
+    pub fn recv_any(&mut self, kind: Kind) -> Result<(usize, Frame), FabricError> {
+        let mut clock = Clock::new(Some(self.limits.timeout));
+        loop {
+            self.check_abort()?;
+            if let Some(found) = self.take_any(kind) {
+                return Ok(found);
+            }
+            self.block(Want::AnyFrame, &mut clock)?;
+        }
+    }
+
+    /// Sleeps until a frame of the kind's stream is there, a waker rings, or the deadline passes. Fails when the fabric
+    /// is aborted or a rank is lost or has left. Without a deadline it may sleep for ever; it uses no CPU.
+    pub fn wait(&mut self, kind: Kind, deadline: Option<Duration>) -> Result<Event, FabricError> {
+        let mut clock = Clock::new(deadline);
+        loop {
+            self.check_abort()?;
+            if let Some(from) = self.ready(kind.stream()) {
+                return Ok(Event::Frame { from });
+            }
+            if self.bell.take_woken() {
+                return Ok(Event::Woken);
+            }
+            match self.block(Want::News, &mut clock) {
+                Err(FabricError::Timeout { .. }) => return Ok(Event::Deadline),
+                other => other?,
+            }
+        }
+    }
+
+    fn check(&mut self, rank: usize) -> Result<(), FabricError> {
+        if rank >= self.peers.len() {
+            let world = self.peers.len();
+            return Err(FabricError::Argument(format!("there is no rank {rank} in a group of {world}")));
+        }
+        self.check_abort()
+    }
+
+    fn check_abort(&self) -> Result<(), FabricError> {
+        self.abort.reason().map_or(Ok(()), |reason| Err(FabricError::Aborted { reason }))
+    }
+
+    /// The next frame that is already here, if it bears this tag.
+    fn take(&mut self, from: usize, tag: Tag) -> Result<Option<Frame>, FabricError> {
+        let queue = &mut self.pending[from][tag.kind.stream() as usize];
+        let Some(frame) = queue.front() else { return Ok(None) };
+        if frame.tag() != tag {
+            let what = format!("it sent {} where {tag} was expected", frame.tag());
+            return Err(FabricError::Protocol { rank: from, what });
+        }
+        let frame = queue.pop_front();
+        self.pending_bytes -= frame.as_ref().map_or(0, |frame| frame.payload().len());
+        Ok(frame)
+    }
+
+    fn ready(&self, stream: Stream) -> Option<usize> {
+        let world = self.peers.len();
+        (0..world)
+            .map(|at| (self.next_any + at) % world)
+            .find(|&rank| !self.pending[rank][stream as usize].is_empty())
+    }
+
+    fn take_any(&mut self, kind: Kind) -> Option<(usize, Frame)> {
+        let from = self.ready(kind.stream())?;
+        let frame = self.pending[from][kind.stream() as usize].pop_front()?;
+        self.pending_bytes -= frame.payload().len();
+        self.next_any = from + 1;
+        Some((from, frame))
+    }
+
+    /// Takes in what has arrived from one rank. Returns how many bytes.
+    fn pull(&mut self, rank: usize) -> Result<usize, FabricError> {
+        let Some(peer) = &mut self.peers[rank] else { return Ok(0) };
+        let moved = peer.pull(&mut self.arrived, PULL_BYTES);
+        self.stow(rank)?;
+        moved
+    }
+
+    fn stow(&mut self, rank: usize) -> Result<(), FabricError> {
+        for frame in self.arrived.drain(..) {
+            self.pending_bytes += frame.payload().len();
+            self.pending[rank][frame.tag().kind.stream() as usize].push_back(frame);
+        }
+        let bytes = self.pending_bytes + self.peers[rank].as_ref().map_or(0, Peer::reserved);
+        if bytes > self.limits.pending_bytes_max {
+            let max = self.limits.pending_bytes_max;
+            let what = format!("{bytes} bytes wait to be received, over the limit of {max}");
+            return Err(FabricError::Protocol { rank, what });
+        }
+        Ok(())
+    }
+
+    /// Returns after something may have changed; fails when what is wanted cannot come any more.
+    fn block(&mut self, want: Want, clock: &mut Clock) -> Result<(), FabricError> {
+        let left = clock.left().map_err(|waited| match want {
+            Want::Frame { from, tag } => FabricError::Timeout { rank: Some(from), tag: Some(tag), waited },
+            Want::Room { to, tag, .. } => FabricError::Timeout { rank: Some(to), tag: Some(tag), waited },
+            Want::AnyFrame | Want::News => FabricError::Timeout { rank: None, tag: None, waited },
+        })?;
+        if self.spin(want)? {
+            return Ok(());
+        }
+        let interest = match want {
+            Want::Frame { from, .. } => Interest::Rank(from),
+            Want::AnyFrame | Want::News | Want::Room { .. } => Interest::Anyone,
+        };
+        if let Want::Room { to, bytes, .. } = want
+            && let Some(peer) = &mut self.peers[to]
+        {
+            peer.want_room(bytes);
+        }
+        let count = self.bell.announce(interest, self.sleep);
+        let result = self.look_then_sleep(want, count, left);
+        self.bell.retract();
+        if let Want::Room { to, .. } = want
+            && let Some(peer) = &mut self.peers[to]
+        {
+            peer.want_no_room();
+        }
+        result
+    }
+
+    /// Looks for a while before the thread goes to sleep. Returns whether something changed.
+    fn spin(&mut self, want: Want) -> Result<bool, FabricError> {
+        if self.limits.spin.is_zero() {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while start.elapsed() < self.limits.spin {
+            if self.look(want)? {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(false)
+    }
+
+    /// Takes in what has arrived through shared memory. Returns whether something changed.
+    fn look(&mut self, want: Want) -> Result<bool, FabricError> {
+        self.check_abort()?;
+        let mut moved = 0;
+        for rank in 0..self.peers.len() {
+            if self.link(rank) == LinkKind::SharedMemory {
+                moved += self.pull(rank)?;
+            }
+        }
+        if let Want::Room { to, bytes, .. } = want
+            && let Some(peer) = &mut self.peers[to]
+            && peer.has_room(bytes)
+        {
+            return Ok(true);
+        }
+        Ok(moved > 0 || (matches!(want, Want::News) && self.bell.is_woken()))
+    }
+
+    fn look_then_sleep(&mut self, want: Want, count: u32, left: Duration) -> Result<(), FabricError> {
+        // States before frames: what a rank sent before it ended is taken in first.
+        if let Some(watch) = &self.watch {
+            watch.each(|rank, state| {
+                if let Some(peer) = &mut self.peers[rank] {
+                    peer.set_state(state);
+                }
+            });
+        }
+        if self.look(want)? {
+            return Ok(());
+        }
+        self.check_alive(want)?;
+        match self.sleep {
+            Sleep::Futex => self.bell.sleep(count, left),
+            Sleep::Poll => self.poll(want, left)?,
+        }
+        Ok(())
+    }
+
+    /// Fails when a rank is lost, or when one that is wanted has left.
+    fn check_alive(&self, want: Want) -> Result<(), FabricError> {
+        for (rank, peer) in self.peers.iter().enumerate() {
+            let Some(peer) = peer else { continue };
+            let concerned = match want {
+                Want::Frame { from: wanted, .. } | Want::Room { to: wanted, .. } => wanted == rank,
+                Want::AnyFrame | Want::News => true,
+            };
+            match peer.state() {
+                State::Linked => {}
+                State::Left if !concerned => {}
+                State::Left | State::Lost | State::Broken(_) => return Err(peer.failure()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps on the bell and all connections, then takes in what has arrived through them.
+    fn poll(&mut self, want: Want, left: Duration) -> Result<(), FabricError> {
+        let room = if let Want::Room { to, .. } = want { Some(to) } else { None };
+        let mut ranks = Vec::with_capacity(self.peers.len());
+        let mut fds = Vec::with_capacity(self.peers.len() + 1);
+        let bell = self.bell.clone();
+        let streams: Vec<_> = self.peers.iter().map(|peer| Some(peer.as_ref()?.stream().clone())).collect();
+        fds.push(PollFd::from_borrowed_fd(bell.event(), PollFlags::IN));
+        for (rank, (peer, stream)) in self.peers.iter().zip(&streams).enumerate() {
+            let (Some(peer), Some(stream)) = (peer, stream) else { continue };
+            if *peer.state() != State::Linked {
+                continue;
+            }
+            let out =
+                if room == Some(rank) && !peer.is_memory() { PollFlags::OUT } else { PollFlags::empty() };
+            fds.push(PollFd::new(&**stream, PollFlags::IN | out));
+            ranks.push(rank);
+        }
+        let timeout = Timespec::try_from(left).ok();
+        // An interruption finds nothing ready; the caller looks again.
+        let _ = poll(&mut fds, timeout.as_ref());
+        if !fds[0].revents().is_empty() {
+            bell.drain_event();
+        }
+        for (fd, &rank) in fds[1..].iter().zip(&ranks) {
+            if fd.revents().difference(PollFlags::OUT).is_empty() {
+                continue;
+            }
+            if let Some(peer) = &mut self.peers[rank]
+                && peer.is_memory()
+            {
+                peer.check_liveness();
+            } else {
+                self.pull(rank)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Fabric {
+    fn drop(&mut self) {
+        self.watch = None;
+        for peer in self.peers.iter_mut().flatten() {
+            // A panic is no farewell: the peers must take this rank for lost.
+            if std::thread::panicking() { peer.close() } else { peer.leave() }
+        }
+    }
+}
+
+impl fmt::Debug for Fabric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fabric")
+            .field("rank", &self.rank)
+            .field("world", &self.peers.len())
+            .field("epoch", &self.epoch)
+            .finish_non_exhaustive()
+    }
+}
