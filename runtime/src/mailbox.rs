@@ -75,12 +75,10 @@ trait Deliver<A: RemoteActor>: Send {
 struct Mailbox<A> {
     queue: Mutex<Queue<A>>,
     capacity: usize,
+    lifetime: Arc<Lifetime>,
 }
 
-struct Queue<A> {
-    items: VecDeque<Box<dyn Deliver<A>>>,
-    closed: bool,
-}
+type Queue<A> = VecDeque<Box<dyn Deliver<A>>>;
 
 impl<A: RemoteActor> Mailbox<A> {
     fn lock(&self) -> MutexGuard<'_, Queue<A>> {
@@ -89,9 +87,9 @@ impl<A: RemoteActor> Mailbox<A> {
 
     /// Why one more message would be refused.
     fn refuses(&self, queue: &Queue<A>) -> Option<Refusal> {
-        if queue.closed {
+        if self.lifetime.ended.load(Ordering::Acquire) {
             Some(Refusal::NoSuchActor)
-        } else if queue.items.len() >= self.capacity {
+        } else if queue.len() >= self.capacity {
             Some(Refusal::MailboxFull)
         } else {
             None
@@ -99,21 +97,16 @@ impl<A: RemoteActor> Mailbox<A> {
     }
 
     /// Queues what `make` returns of `message`, or gives the message back.
-    fn push<M>(
-        &self,
-        message: M,
-        make: impl FnOnce(M) -> Box<dyn Deliver<A>>,
-        pump: &AtomicWaker,
-    ) -> Result<(), Refused<M>> {
+    fn push<M>(&self, message: M, make: impl FnOnce(M) -> Box<dyn Deliver<A>>) -> Result<(), Refused<M>> {
         let mut queue = self.lock();
         if let Some(reason) = self.refuses(&queue) {
             return Err(Refused { message, reason });
         }
-        let was_empty = queue.items.is_empty();
-        queue.items.push_back(make(message));
+        let was_empty = queue.is_empty();
+        queue.push_back(make(message));
         drop(queue);
         if was_empty {
-            pump.wake();
+            self.lifetime.pump.wake();
         }
         Ok(())
     }
@@ -131,6 +124,8 @@ pub(crate) struct Entry {
 
 /// When and how an actor ends; outlives its entry.
 struct Lifetime {
+    /// Nothing more is accepted. Set before `end` is told and before the mailbox is emptied.
+    ended: AtomicBool,
     end: watch::Sender<Option<ActorEnd>>,
     stop: AtomicBool,
     pump: AtomicWaker,
@@ -139,6 +134,7 @@ struct Lifetime {
 impl Lifetime {
     /// Records how the actor ended; the first word counts.
     fn end(&self, how: ActorEnd) {
+        self.ended.store(true, Ordering::Release);
         self.end.send_if_modified(|end| {
             let first = end.is_none();
             end.get_or_insert(how);
@@ -163,13 +159,14 @@ impl Entry {
         capacity: usize,
         registry: &Arc<Registry>,
     ) -> (Arc<Self>, Pump<A>) {
-        let queue = Mutex::new(Queue { items: VecDeque::new(), closed: false });
-        let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1) });
         let lifetime = Arc::new(Lifetime {
+            ended: AtomicBool::new(false),
             end: watch::Sender::new(None),
             stop: AtomicBool::new(false),
             pump: AtomicWaker::new(),
         });
+        let queue = Mutex::new(VecDeque::new());
+        let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1), lifetime: lifetime.clone() });
         let entry = Arc::new(Self {
             id,
             incarnation,
@@ -183,7 +180,7 @@ impl Entry {
     }
 
     pub(crate) fn has_ended(&self) -> bool {
-        self.lifetime.end.borrow().is_some()
+        self.lifetime.ended.load(Ordering::Acquire)
     }
 
     pub(crate) fn record_end(&self, how: ActorEnd) {
@@ -219,7 +216,7 @@ impl Entry {
             let asker = Asker { answer, lifetime: self.lifetime.clone() };
             Box::new(Envelope { message, expires_at, asker })
         };
-        mailbox.push(message, make, &self.lifetime.pump)
+        mailbox.push(message, make)
     }
 
     fn mailbox_of<A: RemoteActor>(&self) -> Option<&Mailbox<A>> {
@@ -275,7 +272,7 @@ pub(crate) fn deliver_frame<A, M>(
                     asker: Asker { answer, lifetime: entry.lifetime.clone() },
                 })
             };
-            let pushed = mailbox.push(message, make, &entry.lifetime.pump);
+            let pushed = mailbox.push(message, make);
             if let (Err(refused), Answer::Remote(answer)) = (pushed, answer) {
                 answer.refuse(&refused.reason);
             }
@@ -428,7 +425,7 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
                 return Poll::Pending;
             }
             left -= 1;
-            let next = this.mailbox.lock().items.pop_front();
+            let next = this.mailbox.lock().pop_front();
             match next {
                 Some(delivery) => delivery.deliver(actor, ctx),
                 None => return Poll::Pending,
@@ -446,11 +443,7 @@ impl<A: RemoteActor> Drop for Pump<A> {
         };
         // Before the queue empties, so that the askers in it hear the cause.
         self.lifetime.end(how);
-        let left = {
-            let mut queue = self.mailbox.lock();
-            queue.closed = true;
-            std::mem::take(&mut queue.items)
-        };
+        let left = std::mem::take(&mut *self.mailbox.lock());
         drop(left);
         if let Some(registry) = self.registry.upgrade() {
             registry.remove(self.id, self.incarnation);

@@ -201,7 +201,7 @@ pub(crate) fn begin_reply(out: &mut Vec<u8>, call: u64) {
 pub(crate) fn write_refused(out: &mut Vec<u8>, call: u64, refusal: &Refusal) {
     let (code, text) = refusal.code();
     begin(out, REFUSED);
-    write_coded(out, call, code, &text);
+    write_coded(out, call, code, text);
 }
 
 /// A whole failure frame.
