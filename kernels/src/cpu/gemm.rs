@@ -10,13 +10,11 @@ use self::tile::{TILE_COLS, dot_packed, dot_stored, pack_rows, pack_stored};
 use super::Cpu;
 use super::output::Output;
 use super::scratch::Scratch;
-use super::simd::{Kernel, Level, Line, Simd};
+use super::simd::{Kernel, Line, Simd};
 use crate::weight::{Elements, Weight};
 
 /// Lines of a widened panel of weight rows: a quarter of a megabyte, which stays in the second cache.
 const PANEL_LINES: usize = 4096;
-/// Multiplications that are worth the waking of other threads.
-const PARALLEL_MIN: usize = 1 << 18;
 
 impl Cpu {
     /// `y[m][n] = sum_k x[m][k] w[n][k]`; the number of rows is `x.len() / w.cols()`.
@@ -66,10 +64,11 @@ impl Cpu {
                 pack_rows(rows, out);
             }
         }
-        let jobs_per_head = self.jobs_per_head(heads, m, n / heads, k);
+        // A few jobs per thread, so that a late thread does not hold up the others.
+        let jobs_per_head = (4 * self.threads()).div_ceil(heads).min((n / heads).div_ceil(TILE_COLS));
         let cols_per_job = (n / heads).div_ceil(jobs_per_head).next_multiple_of(TILE_COLS);
         let y = Output::new(y);
-        self.for_each(heads * jobs_per_head, |job| {
+        self.for_each(heads * jobs_per_head, m * n * k, |job| {
             let (head, part) = (job / jobs_per_head, job % jobs_per_head);
             let (start, end) = (head * (n / heads), (head + 1) * (n / heads));
             let columns =
@@ -77,28 +76,6 @@ impl Cpu {
             let x = &packed[head * m * steps..(head + 1) * m * steps];
             self.level.run(Columns { x, m, w, columns, y, y_stride: n, scratch: &self.scratch });
         });
-    }
-
-    /// Into how many jobs the columns of a head are split: a few per thread, if the work is worth it.
-    fn jobs_per_head(&self, heads: usize, m: usize, n: usize, k: usize) -> usize {
-        if self.threads() == 1 || heads * m * n * k < PARALLEL_MIN {
-            return 1;
-        }
-        (4 * self.threads()).div_ceil(heads).min(n.div_ceil(TILE_COLS))
-    }
-}
-
-impl Level {
-    fn tile_rows(self) -> usize {
-        struct TileRows;
-        impl Kernel for TileRows {
-            type Output = usize;
-            #[inline(always)]
-            fn run<S: Simd>(self, _simd: S) -> usize {
-                S::TILE_ROWS
-            }
-        }
-        self.run(TileRows)
     }
 }
 

@@ -38,6 +38,9 @@ pub enum CpuError {
     },
 }
 
+/// Multiplications that are worth waking other threads.
+const PARALLEL_WORK_MIN: usize = 1 << 18;
+
 /// A handle to the CPU: how many threads compute, with which instructions. Cheap to clone; clones share the threads.
 #[derive(Clone, Debug)]
 pub struct Cpu {
@@ -85,10 +88,12 @@ impl Cpu {
         self.pool.as_ref().map_or(1, |pool| pool.current_num_threads())
     }
 
-    /// Runs jobs `0..jobs`, on all threads.
-    fn for_each(&self, jobs: usize, job: impl Fn(usize) + Send + Sync) {
+    /// Runs jobs `0..jobs`, on all threads if the work, in multiplications, is worth waking them.
+    fn for_each(&self, jobs: usize, work: usize, job: impl Fn(usize) + Send + Sync) {
         match &self.pool {
-            Some(pool) if jobs > 1 => pool.install(|| (0..jobs).into_par_iter().for_each(job)),
+            Some(pool) if jobs > 1 && work >= PARALLEL_WORK_MIN => {
+                pool.install(|| (0..jobs).into_par_iter().for_each(job))
+            }
             Some(_) | None => (0..jobs).for_each(job),
         }
     }

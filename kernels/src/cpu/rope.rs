@@ -1,6 +1,6 @@
 //! Rotary position embedding.
 
-use super::{Cpu, plain};
+use super::Cpu;
 
 /// Which two elements are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,36 @@ impl Cpu {
         positions: &[u32],
         table: RopeTable<'_>,
     ) {
-        plain::rope(style, x, layout, positions, table);
+        let RopeLayout { heads, head_dim, offset } = layout;
+        let half = table.half;
+        assert!(offset + 2 * half <= head_dim, "rope: {half} pairs from {offset} in a head of {head_dim}");
+        assert_eq!(x.len(), positions.len() * heads * head_dim, "rope: length of x");
+        if x.is_empty() {
+            return;
+        }
+        for (token, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
+            let (cos, sin) = table.at(position);
+            for head in token.chunks_exact_mut(head_dim) {
+                let rotated = &mut head[offset..offset + 2 * half];
+                match style {
+                    RopeStyle::Interleaved => rotate_interleaved(rotated, cos, sin),
+                    RopeStyle::HalfSplit => rotate_half_split(rotated, cos, sin),
+                }
+            }
+        }
+    }
+}
+
+fn rotate_interleaved(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for ((pair, cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+        let [a, b] = *pair;
+        *pair = [a * cos - b * sin, b * cos + a * sin];
+    }
+}
+
+fn rotate_half_split(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = x.split_at_mut(cos.len());
+    for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }
 }

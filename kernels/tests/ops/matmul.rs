@@ -18,9 +18,9 @@ pub(crate) fn weights(seed: u64, rows: usize, cols: usize, block: Block) -> [Wei
     let scales =
         (0..rows.div_ceil(block.rows) * cols.div_ceil(block.cols)).map(|_| rng.random_range(1e-4..1e-2));
     [
-        Weight::from_f32(rows, cols, values).unwrap(),
-        Weight::from_bf16(rows, cols, bf16).unwrap(),
-        Weight::from_f8(rows, cols, codes, scales.collect(), block).unwrap(),
+        Weight::from_f32(rows, cols, values).expect("lengths fit"),
+        Weight::from_bf16(rows, cols, bf16).expect("lengths fit"),
+        Weight::from_f8(rows, cols, codes, scales.collect(), block).expect("lengths fit"),
     ]
 }
 

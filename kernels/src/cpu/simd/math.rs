@@ -15,7 +15,7 @@ pub(in crate::cpu) fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     let r = simd.fma(n, simd.splat(-0.693_359_4), clamped);
     let r = simd.fma(n, simd.splat(2.121_944_4e-4), r);
     let mut p = simd.splat(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = simd.fma(p, r, simd.splat(c));
     }
     let e = simd.add(simd.fma(p, simd.mul(r, r), r), simd.splat(1.0));

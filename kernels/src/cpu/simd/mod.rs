@@ -116,6 +116,17 @@ impl Level {
         }
     }
 
+    /// Rows of `x` in a register tile.
+    pub(super) fn tile_rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512(_) => Avx512::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2(_) => Avx2::TILE_ROWS,
+            Level::Scalar(_) => Scalar::TILE_ROWS,
+        }
+    }
+
     pub(super) fn isa(self) -> Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
