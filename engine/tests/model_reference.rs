@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -71,10 +72,13 @@ fn models() -> Vec<PathBuf> {
 
 impl Rig {
     fn load(dir: &Path) -> Self {
+        Self::load_on(dir, Cpu::single_threaded())
+    }
+
+    fn load_on(dir: &Path, cpu: Cpu) -> Self {
         let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
         let checkpoint = Checkpoint::open(dir).unwrap();
         checkpoint.validate(&config).unwrap();
-        let cpu = Cpu::single_threaded();
         let mut read = (0, 0);
         let model =
             Model::load(&checkpoint, &config, cpu.clone(), &mut |done, total| read = (done, total)).unwrap();
@@ -199,7 +203,7 @@ fn chunks_and_blocks_do_not_change_a_bit() {
 }
 
 #[test]
-fn neighbours_do_not_change_a_bit() {
+fn neighbours_and_threads_do_not_change_a_bit() {
     for dir in models() {
         let mut rig = Rig::load(&dir);
         let prompts: Vec<Vec<u32>> =
@@ -209,6 +213,7 @@ fn neighbours_do_not_change_a_bit() {
             .iter()
             .map(|prompt| rig.generate(&[prompt], 6, Feed { chunk: usize::MAX, block_size: 4 }).remove(0))
             .collect();
+        let mut rig = Rig::load_on(&dir, Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
         for chunk in [2, usize::MAX] {
             let together = rig.generate(&prompts, 6, Feed { chunk, block_size: 4 });
             for (number, (alone, together)) in alone.iter().zip(&together).enumerate() {

@@ -1,10 +1,12 @@
 //! What both kinds of attention share: the choice between them, buffers and sequence spans.
 
+use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::cpu::attention::Span;
 
+use super::KvPages;
 use super::gqa::GqaLayer;
 use super::mla::MlaLayer;
-use super::{AttentionStep, KvPages};
+use super::rope::RopeRows;
 use crate::batch::{Batch, BatchSeq};
 use crate::checkpoint::{CheckpointError, Reader};
 use crate::config::{Attention, ModelConfig};
@@ -14,6 +16,16 @@ use crate::config::{Attention, ModelConfig};
 pub(super) enum AttentionLayer {
     Mla(MlaLayer),
     Gqa(GqaLayer),
+}
+
+/// What attention of one layer needs besides its input.
+pub(super) struct AttentionStep<'a> {
+    pub(super) cpu: &'a Cpu,
+    /// The sequences of the batch.
+    pub(super) spans: &'a [Span<'a>],
+    pub(super) rope: &'a RopeRows,
+    /// Decoder layer.
+    pub(super) layer: usize,
 }
 
 /// Buffers of attention.

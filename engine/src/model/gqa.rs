@@ -4,9 +4,9 @@ use heliostat_kernels::cpu::attention::GqaShape;
 use heliostat_kernels::cpu::rope::RopeLayout;
 use heliostat_kernels::weight::Weight;
 
-use super::attention::{AttentionScratch, spans};
+use super::KvPages;
+use super::attention::{AttentionScratch, AttentionStep};
 use super::scratch::rows;
-use super::{AttentionStep, KvPages};
 use crate::checkpoint::{CheckpointError, Reader, layer_tensor};
 use crate::config::{GqaConfig, ModelConfig};
 
@@ -55,7 +55,7 @@ impl GqaLayer {
         scratch: &mut AttentionScratch,
         out: &mut [f32],
     ) {
-        let (cpu, tokens) = (step.cpu, step.batch.tokens.len());
+        let (cpu, tokens) = (step.cpu, x.len() / self.query.cols());
         let GqaConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim } = self.config;
         let query = rows(&mut scratch.query, tokens * heads * head_dim);
         let keys = rows(&mut scratch.low, tokens * kv_heads * head_dim);
@@ -68,10 +68,10 @@ impl GqaLayer {
         step.rope.rotate(cpu, query, RopeLayout { heads, head_dim, offset: 0 });
         step.rope.rotate(cpu, keys, RopeLayout { heads: kv_heads, head_dim, offset: 0 });
         let width = kv_heads * head_dim;
-        for seq in &step.batch.seqs {
+        for seq in step.spans {
             for row in 0..seq.len {
                 let at = (seq.start + row) * width..(seq.start + row + 1) * width;
-                let (key, value) = kv.key_value_mut(step.number, &seq.block_table, seq.context + row);
+                let (key, value) = kv.key_value_mut(step.layer, seq.block_table, seq.context + row);
                 key.copy_from_slice(&keys[at.clone()]);
                 value.copy_from_slice(&values[at]);
             }
@@ -79,7 +79,7 @@ impl GqaLayer {
         let scale = (head_dim as f64).powf(-0.5) as f32;
         let shape = GqaShape { heads, kv_heads, head_dim, scale };
         let attended = rows(&mut scratch.attended, tokens * heads * head_dim);
-        cpu.gqa_attention(shape, query, kv.keys_values(step.number), &spans(step.batch), attended);
+        cpu.gqa_attention(shape, query, kv.keys_values(step.layer), step.spans, attended);
         cpu.matmul(attended, &self.output, out);
     }
 }

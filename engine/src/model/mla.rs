@@ -6,9 +6,9 @@ use heliostat_kernels::cpu::rope::RopeLayout;
 use heliostat_kernels::dtype::{DType, f32_to_bf16};
 use heliostat_kernels::weight::Weight;
 
-use super::attention::{AttentionScratch, spans};
+use super::KvPages;
+use super::attention::{AttentionScratch, AttentionStep};
 use super::scratch::rows;
-use super::{AttentionStep, KvPages};
 use crate::checkpoint::{CheckpointError, Reader, layer_tensor};
 use crate::config::{MlaConfig, ModelConfig};
 
@@ -83,7 +83,7 @@ impl MlaLayer {
     ) {
         self.write_cache(step, x, kv, scratch);
         self.queries(step, x, scratch);
-        let (cpu, tokens) = (step.cpu, step.batch.tokens.len());
+        let (cpu, tokens) = (step.cpu, x.len() / self.kv_a.cols());
         let MlaConfig { num_heads: heads, kv_lora_rank: latent, qk_rope_head_dim: rope, .. } = self.config;
         let shape = MlaShape { heads, kv_lora: latent, rope, scale: self.softmax_scale };
         let attended = rows(&mut scratch.attended, tokens * heads * latent);
@@ -91,7 +91,7 @@ impl MlaLayer {
             latent: &scratch.query_latent[..tokens * heads * latent],
             rope: &scratch.query_rope[..tokens * heads * rope],
         };
-        cpu.mla_attention(shape, query, kv.latents(step.number), &spans(step.batch), attended);
+        cpu.mla_attention(shape, query, kv.latents(step.layer), step.spans, attended);
         let values = rows(&mut scratch.values, tokens * self.value_up.rows());
         cpu.matmul_heads(attended, heads, &self.value_up, values);
         cpu.matmul(values, &self.output, out);
@@ -106,12 +106,12 @@ impl MlaLayer {
         scratch: &mut AttentionScratch,
     ) {
         let (latent, width) = (self.config.kv_lora_rank, self.kv_a.rows());
-        let new = rows(&mut scratch.kv, step.batch.tokens.len() * width);
+        let new = rows(&mut scratch.kv, x.len() / self.kv_a.cols() * width);
         step.cpu.matmul(x, &self.kv_a, new);
         step.rope.rotate(step.cpu, new, RopeLayout { heads: 1, head_dim: width, offset: latent });
-        for seq in &step.batch.seqs {
+        for seq in step.spans {
             for (row, new) in new.chunks_exact(width).skip(seq.start).take(seq.len).enumerate() {
-                let to = kv.latent_mut(step.number, &seq.block_table, seq.context + row);
+                let to = kv.latent_mut(step.layer, seq.block_table, seq.context + row);
                 step.cpu.rms_norm(&new[..latent], &self.kv_a_norm, NORM_EPS, &mut to[..latent]);
                 to[latent..].copy_from_slice(&new[latent..]);
             }
@@ -120,7 +120,7 @@ impl MlaLayer {
 
     /// Computes `scratch.query_latent` and `scratch.query_rope`.
     fn queries(&self, step: &AttentionStep<'_>, x: &[f32], scratch: &mut AttentionScratch) {
-        let (cpu, tokens) = (step.cpu, step.batch.tokens.len());
+        let (cpu, tokens) = (step.cpu, x.len() / self.kv_a.cols());
         let MlaConfig { num_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: rope, .. } = self.config;
         let head = nope + rope;
         let query = rows(&mut scratch.query, tokens * heads * head);

@@ -22,7 +22,7 @@ use heliostat_kernels::weight::Weight;
 use crate::batch::{Batch, LogitRows};
 use crate::checkpoint::{Checkpoint, CheckpointError, Reader, layer_tensor};
 use crate::config::ModelConfig;
-use attention::AttentionLayer;
+use attention::{AttentionLayer, AttentionStep, spans};
 use mlp::Mlp;
 use moe::MoeLayer;
 use rope::RopeRows;
@@ -204,13 +204,14 @@ impl Model {
         let Scratch { residual, normed, branch, rope, attention, moe, mlp } = scratch;
         let (residual, normed, branch) = (rows(residual, len), rows(normed, len), rows(branch, len));
         rope.fill(&self.config.rope, &batch.positions);
+        let spans = spans(batch);
         cpu.gather(&self.embedding, &batch.tokens, residual);
         for (number, layer) in self.layers.iter().enumerate() {
             match number {
                 0 => cpu.rms_norm(residual, &layer.input_norm, eps, normed),
                 _ => cpu.add_rms_norm(residual, branch, &layer.input_norm, eps, normed),
             }
-            let step = AttentionStep { cpu, batch, rope, number };
+            let step = AttentionStep { cpu, spans: &spans, rope, layer: number };
             layer.attention.forward(&step, normed, kv, attention, branch);
             cpu.add_rms_norm(residual, branch, &layer.post_attention_norm, eps, normed);
             match &layer.feed_forward {
@@ -246,15 +247,6 @@ impl Model {
         self.cpu.matmul(normed, &self.head, &mut logits);
         logits
     }
-}
-
-/// What attention of one layer needs besides its input.
-struct AttentionStep<'a> {
-    cpu: &'a Cpu,
-    batch: &'a Batch,
-    rope: &'a RopeRows,
-    /// Decoder layer.
-    number: usize,
 }
 
 impl Layer {
