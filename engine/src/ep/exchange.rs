@@ -13,7 +13,7 @@ use heliostat_kernels::fabric::{Fabric, FabricError, Kind, Tag};
 
 use super::{Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
-use crate::model::{ExchangeError, Experts};
+use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
 /// What a rank exchanges within its steps, counted since the group was connected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +59,7 @@ struct Served {
     by_slot: Vec<Vec<(u32, u32, u32)>>,
     input: Vec<f32>,
     output: Vec<f32>,
+    scratch: ExpertScratch,
 }
 
 /// A dispatch frame that arrived, and the combine frame that answers it.
@@ -124,9 +125,9 @@ impl EpGroup {
         &self.layout
     }
 
-    /// The layout in force, to change between two steps.
-    pub fn layout_mut(&mut self) -> &mut Layout {
-        &mut self.layout
+    /// Takes another layout of the same shape, between two steps; the slots hold its weights already.
+    pub fn set_layout(&mut self, layout: Layout) {
+        self.layout = layout;
     }
 
     /// Names the step that the next exchanges belong to.
@@ -204,7 +205,7 @@ impl EpGroup {
     /// Runs every local expert that was asked for over all its rows at once.
     fn compute(&mut self, moe_layer: usize) -> Result<(), ExchangeError> {
         let hidden = self.hidden;
-        let Served { inbox, by_slot, input, output } = &mut self.served;
+        let Served { inbox, by_slot, input, output, scratch } = &mut self.served;
         let first = self.role.ep.unwrap_or(0) * by_slot.len();
         by_slot.iter_mut().for_each(Vec::clear);
         for (dp, inbox) in inbox.iter_mut().enumerate() {
@@ -227,7 +228,7 @@ impl EpGroup {
             }
             output.clear();
             output.resize(input.len(), 0.0);
-            content.expert.forward(&self.cpu, input, wanted.len(), output);
+            content.expert.forward_with(&self.cpu, input, scratch, output);
             for (&(dp, _, entry), row) in wanted.iter().zip(output.chunks_exact(hidden)) {
                 inbox[dp as usize].reply[entry as usize * hidden..][..hidden].copy_from_slice(row);
             }
@@ -283,11 +284,22 @@ impl Experts for EpGroup {
         weights: &[f32],
         out: &mut [f32],
     ) -> Result<(), ExchangeError> {
-        self.dispatch(moe_layer, hidden, ids)?;
+        self.forward_during(moe_layer, Routed { hidden, ids, weights }, out, &mut || ())
+    }
+
+    fn forward_during(
+        &mut self,
+        moe_layer: usize,
+        routed: Routed<'_>,
+        out: &mut [f32],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), ExchangeError> {
+        self.dispatch(moe_layer, routed.hidden, routed.ids)?;
         if self.role.ep.is_some() {
             self.serve(moe_layer)?;
         }
-        self.combine(moe_layer, weights, out)
+        meanwhile();
+        self.combine(moe_layer, routed.weights, out)
     }
 }
 
@@ -322,7 +334,7 @@ impl From<FabricError> for ExchangeError {
     fn from(error: FabricError) -> Self {
         match error {
             FabricError::Aborted { .. } => Self::Aborted,
-            FabricError::PeerLost { rank } => Self::PeerLost { rank },
+            FabricError::PeerLost { rank } => Self::PeerLost { rank: rank as u32 },
             other => Self::Other(other.to_string()),
         }
     }

@@ -2,12 +2,12 @@
 //!
 //! The rank's thread owns all of it and calls in; nothing here decides when a step runs or reads a clock.
 
-// mod exchange;
+mod exchange;
 mod header;
-// mod slots;
+mod slots;
 mod topology;
 
-// pub use exchange::{EpGroup, EpParts, ExchangeStats};
+pub use exchange::{EpGroup, EpParts, ExchangeStats};
 pub use header::{Decision, PlanProgress, StepHeader, decide};
-// pub use slots::{SharedSlots, Slot, SlotError, Slots};
+pub use slots::{SharedSlots, Slot, SlotError, Slots};
 pub use topology::{Role, Topology, TopologyError};
