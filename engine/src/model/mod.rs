@@ -25,7 +25,6 @@ use crate::config::ModelConfig;
 use attention::{AttentionLayer, AttentionStep, spans};
 use mlp::Mlp;
 use moe::MoeLayer;
-use rope::RopeRows;
 use scratch::{Scratch, rows};
 
 pub use expert::{Expert, ExpertError, ExpertScratch, expert_bytes, load_expert};
