@@ -58,21 +58,6 @@ impl KvPages {
         self.block_size
     }
 
-    /// Copies the contents of block `from` to block `to`, in all layers.
-    ///
-    /// # Panics
-    /// If there is no such block.
-    pub fn copy_block(&mut self, from: usize, to: usize) {
-        for layer in &mut self.layers {
-            for (pages, width) in
-                [(&mut layer.first, self.widths.first), (&mut layer.second, self.widths.second)]
-            {
-                let len = self.block_size * width;
-                pages.copy_within(from * len..(from + 1) * len, to * len);
-            }
-        }
-    }
-
     /// The latent row of a position, to write.
     pub(super) fn latent_mut(&mut self, layer: usize, block_table: &[u32], position: usize) -> &mut [f32] {
         let at = slot(block_table, self.block_size, position) * self.widths.first;
