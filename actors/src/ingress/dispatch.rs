@@ -153,6 +153,11 @@ impl Dispatch {
         self.sequences.is_empty()
     }
 
+    /// Whether a sequence waits for a rank, so that [`Self::tick`] must be called.
+    pub fn has_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
     /// Sequences that went on at another rank, since the start.
     pub fn moves(&self) -> u64 {
         self.moves

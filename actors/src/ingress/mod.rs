@@ -1,6 +1,17 @@
 //! HTTP in front of the ranks: OpenAI's API, the router, metrics.
+//!
+//! [`Ingress`] is fed by the actor that hears the ranks and is driven by HTTP handlers; [`server::serve`] puts the
+//! server before it; [`engine::EngineLink`] is its line to the ranks. It never looks at an expert or a weight.
 
 pub mod dispatch;
 pub mod engine;
+pub mod error;
+mod handle;
+pub mod metrics;
+pub mod model;
+mod openai;
 pub mod router;
+pub mod server;
 pub mod text;
+
+pub use handle::{Event, Generation, Ingress};

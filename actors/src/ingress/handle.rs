@@ -1,0 +1,338 @@
+//! The running ingress: [`Ingress`], which HTTP handlers and the actor that hears the ranks share, and [`Generation`],
+//! one request's end of it.
+//!
+//! One lock guards [`Dispatch`] and the line to the ranks; it is held for bookkeeping only. Tokens go to each request
+//! through a queue of its own, at most as long as its `max_tokens`, so that a slow client holds up nobody.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use heliostat_engine::request::{Output, RankStats, Request, RequestId};
+use tokio::sync::{Notify, mpsc};
+
+use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
+use super::engine::{EngineLink, RankCommand, Ranks, Refusal};
+use super::metrics::{Finish, Finished, Metrics};
+
+/// How often parked sequences are looked at.
+const PARKED_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The ingress between HTTP and the ranks. Cheap to clone.
+#[derive(Clone)]
+pub struct Ingress(Arc<Inner>);
+
+struct Inner {
+    shell: Mutex<Shell>,
+    metrics: Metrics,
+    started: Instant,
+    /// Distinguishes the ids of this process from those of any other.
+    instance: u64,
+    next_id: AtomicU64,
+    stopping: AtomicBool,
+    parked: Notify,
+}
+
+struct Shell {
+    dispatch: Dispatch,
+    link: Box<dyn EngineLink>,
+    clients: HashMap<RequestId, Client>,
+}
+
+/// Who gets a sequence's outputs.
+struct Client {
+    index: usize,
+    events: mpsc::UnboundedSender<(usize, Event)>,
+    arrived: Instant,
+    last_tokens: Option<Instant>,
+}
+
+/// What happened to a sequence of a request.
+#[derive(Debug)]
+pub enum Event {
+    /// New tokens from this rank.
+    Output(u32, Output),
+    /// It will not finish.
+    Failed(Failure),
+}
+
+impl Ingress {
+    /// An ingress that sends by `link`; no rank is ready yet.
+    pub fn new(model_name: &str, config: DispatchConfig, link: impl EngineLink) -> Self {
+        let shell = Shell { dispatch: Dispatch::new(config), link: Box::new(link), clients: HashMap::new() };
+        Self(Arc::new(Inner {
+            shell: Mutex::new(shell),
+            metrics: Metrics::new(model_name),
+            started: Instant::now(),
+            instance: rand::random(),
+            next_id: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            parked: Notify::new(),
+        }))
+    }
+
+    /// Takes what a step of `rank` brought.
+    pub fn on_outputs(&self, rank: u32, outputs: Vec<Output>) {
+        self.act(|dispatch, now, effects| dispatch.outputs(now, rank, outputs, effects));
+    }
+
+    /// Takes the state of `rank` after a step.
+    pub fn on_stats(&self, rank: u32, stats: RankStats) {
+        self.0.metrics.report(rank, &stats);
+        self.lock().dispatch.report(rank, stats);
+    }
+
+    /// The set of ready ranks, or what is missing, changed. Sequences of lost ranks go on elsewhere.
+    pub fn on_ranks(&self, ranks: Ranks) {
+        self.act(|dispatch, now, effects| dispatch.set_ranks(now, ranks, effects));
+    }
+
+    /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
+    pub fn on_rank_lost(&self, rank: u32) {
+        self.act(|dispatch, now, effects| dispatch.rank_lost(now, rank, effects));
+    }
+
+    /// `rank` did not take a sequence that was handed to it.
+    pub fn on_refused(&self, rank: u32, id: RequestId, refusal: Refusal) {
+        self.act(|dispatch, now, effects| dispatch.refused(now, rank, id, refusal, effects));
+    }
+
+    /// Submits the sequences of one request that came at `arrived`: all of them or none.
+    ///
+    /// # Errors
+    /// No rank is ready, or all queues are full, or `pinned` names no ready rank.
+    pub fn submit(
+        &self,
+        requests: Vec<Request>,
+        pinned: Option<u32>,
+        arrived: Instant,
+    ) -> Result<Generation, Refused> {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let open = requests.iter().map(|request| Open {
+            id: request.id,
+            rank: pinned.unwrap_or(0),
+            prompt_tokens: request.prompt.len(),
+            finished: false,
+        });
+        let generation =
+            Generation { ingress: self.clone(), events: receiver, open: open.map(Some).collect(), arrived };
+        let mut shell = self.lock();
+        let mut effects = Vec::new();
+        for (index, request) in requests.iter().enumerate() {
+            let client = Client { index, events: events.clone(), arrived, last_tokens: None };
+            shell.clients.insert(request.id, client);
+        }
+        let ids: Vec<RequestId> = requests.iter().map(|request| request.id).collect();
+        let submitted = shell.dispatch.submit(self.now(), requests, pinned, &mut effects);
+        if let Err(refused) = submitted {
+            ids.iter().for_each(|id| drop(shell.clients.remove(id)));
+            drop(shell);
+            generation.discard();
+            return Err(refused);
+        }
+        self.perform(&mut shell, effects);
+        drop(shell);
+        Ok(generation)
+    }
+
+    /// A name for a new sequence, unique in the cluster.
+    pub fn next_id(&self) -> RequestId {
+        let count = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+        RequestId(u128::from(self.0.instance) << 64 | u128::from(count))
+    }
+
+    /// Whether requests are taken and the group is complete.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn ready(&self) -> Result<(), Vec<String>> {
+        if self.0.stopping.load(Ordering::Relaxed) {
+            return Err(vec!["the server is stopping".into()]);
+        }
+        let shell = self.lock();
+        let ranks = shell.dispatch.ranks();
+        match (ranks.ready.is_empty(), ranks.missing.is_empty()) {
+            (false, true) => Ok(()),
+            (true, true) => Err(vec!["no rank is ready".into()]),
+            (_, false) => Err(ranks.missing.clone()),
+        }
+    }
+
+    /// From now on new requests are refused; those in flight go on.
+    pub fn stop_taking_requests(&self) {
+        self.0.stopping.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_response(&self, code: u16) {
+        self.0.metrics.response(code);
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Relaxed)
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Metrics {
+        let shell = self.lock();
+        let (in_flight, moves) = (shell.dispatch.len(), shell.dispatch.moves());
+        drop(shell);
+        self.0.metrics.dispatch(in_flight, moves);
+        &self.0.metrics
+    }
+
+    /// Fails sequences that found no rank for too long. Runs for as long as the server; sleeps while none is parked.
+    pub(crate) async fn watch_parked(self) {
+        loop {
+            self.0.parked.notified().await;
+            while self.act(|dispatch, now, effects| dispatch.tick(now, effects)) {
+                tokio::time::sleep(PARKED_INTERVAL).await;
+            }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.0.started.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shell> {
+        // A panic under the lock is a bug in one request's bookkeeping; the others need not end with it.
+        self.0.shell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn act<R>(&self, event: impl FnOnce(&mut Dispatch, Duration, &mut Vec<Effect>) -> R) -> R {
+        let mut shell = self.lock();
+        let mut effects = Vec::new();
+        let result = event(&mut shell.dispatch, self.now(), &mut effects);
+        self.perform(&mut shell, effects);
+        result
+    }
+
+    /// Carries out effects, and those that follow from commands that a rank does not take.
+    fn perform(&self, shell: &mut Shell, mut effects: Vec<Effect>) {
+        while !effects.is_empty() {
+            for effect in std::mem::take(&mut effects) {
+                match effect {
+                    Effect::Send(rank, command) => self.send(shell, rank, command, &mut effects),
+                    Effect::Deliver(rank, output) => self.deliver(shell, rank, output),
+                    Effect::Fail(id, failure) => {
+                        if let Some(client) = shell.clients.remove(&id) {
+                            client.tell(Event::Failed(failure));
+                        }
+                    }
+                }
+            }
+        }
+        if shell.dispatch.has_parked() {
+            self.0.parked.notify_one();
+        }
+    }
+
+    fn send(&self, shell: &mut Shell, rank: u32, command: RankCommand, effects: &mut Vec<Effect>) {
+        let Err(unavailable) = shell.link.send(rank, command) else { return };
+        match *unavailable.command {
+            RankCommand::Submit(request) => {
+                shell.dispatch.refused(self.now(), rank, request.id, unavailable.cause, effects);
+            }
+            // A rank that goes on with it is told again when it sends tokens.
+            RankCommand::Abort(id) => tracing::debug!(rank, ?id, "an abort was not delivered"),
+        }
+    }
+
+    fn deliver(&self, shell: &mut Shell, rank: u32, output: Output) {
+        let finished = output.finish.is_some();
+        let Some(client) = shell.clients.get_mut(&output.id) else { return };
+        if !output.tokens.is_empty() {
+            let now = Instant::now();
+            let since = now - client.last_tokens.unwrap_or(client.arrived);
+            self.0.metrics.tokens(rank, output.tokens.len(), since, client.last_tokens.is_none());
+            client.last_tokens = Some(now);
+        }
+        let id = output.id;
+        client.tell(Event::Output(rank, output));
+        if finished {
+            shell.clients.remove(&id);
+        }
+    }
+
+    fn abort(&self, id: RequestId) {
+        self.act(|dispatch, _, effects| dispatch.abort(id, effects));
+        self.lock().clients.remove(&id);
+    }
+}
+
+impl Client {
+    fn tell(&self, event: Event) {
+        // A request that has just gone away takes its sequences along: nothing is lost with the event.
+        let _ = self.events.send((self.index, event));
+    }
+}
+
+/// The sequences of one request. Dropping it aborts those that still run.
+pub struct Generation {
+    ingress: Ingress,
+    events: mpsc::UnboundedReceiver<(usize, Event)>,
+    open: Vec<Option<Open>>,
+    arrived: Instant,
+}
+
+struct Open {
+    id: RequestId,
+    rank: u32,
+    prompt_tokens: usize,
+    /// The ranks are done with it.
+    finished: bool,
+}
+
+impl Generation {
+    /// Waits for events of its sequences, by index, and returns all that have come; nothing once all are closed.
+    pub async fn next(&mut self) -> Vec<(usize, Event)> {
+        let mut events = Vec::new();
+        while events.is_empty() && self.open.iter().any(Option::is_some) {
+            if self.events.recv_many(&mut events, usize::MAX >> 1).await == 0 {
+                break;
+            }
+            events.retain(|(index, event)| match (&mut self.open[*index], event) {
+                (Some(open), Event::Output(rank, output)) => {
+                    open.rank = *rank;
+                    open.finished |= output.finish.is_some();
+                    true
+                }
+                (Some(open), Event::Failed(_)) => {
+                    open.finished = true;
+                    true
+                }
+                (None, _) => false,
+            });
+        }
+        events
+    }
+
+    /// A sequence has ended for its client. If its rank does not know yet, it is aborted there.
+    pub fn close(&mut self, index: usize, finish: Finish, output_tokens: u32) {
+        let Some(open) = self.open[index].take() else { return };
+        if !open.finished {
+            self.ingress.abort(open.id);
+        }
+        self.ingress.0.metrics.finished(&Finished {
+            rank: open.rank,
+            finish,
+            duration: self.arrived.elapsed(),
+            prompt_tokens: open.prompt_tokens,
+            output_tokens,
+        });
+    }
+
+    /// Nothing of it was submitted.
+    fn discard(mut self) {
+        self.open.clear();
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        for index in 0..self.open.len() {
+            self.close(index, Finish::Abort, 0);
+        }
+    }
+}

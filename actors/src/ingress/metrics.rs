@@ -1,0 +1,299 @@
+//! What `/metrics` shows, in Prometheus' OpenMetrics text: vLLM's names where it has one, each per DP rank (`engine`).
+
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use heliostat_engine::request::RankStats;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Metric, Registry};
+
+/// Content type of [`Metrics::render`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+const FIRST_TOKEN_BUCKETS: [f64; 20] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0,
+];
+const INTER_TOKEN_BUCKETS: [f64; 17] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0];
+const REQUEST_BUCKETS: [f64; 18] =
+    [0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 480.0];
+const TOKEN_BUCKETS: [f64; 14] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 100_000.0];
+
+type PerEngine<M> = Family<Engine, M, fn() -> M>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Engine {
+    engine: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EngineFinish {
+    engine: u32,
+    finished_reason: Finish,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Code {
+    code: u16,
+}
+
+/// How a sequence ended, as `vllm:request_success_total` counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// A stop token or string.
+    Stop,
+    /// The length limit.
+    Length,
+    /// Its client went away.
+    Abort,
+    /// It failed.
+    Error,
+}
+
+impl EncodeLabelValue for Finish {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let name = match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        };
+        EncodeLabelValue::encode(&name, encoder)
+    }
+}
+
+/// A sequence that ended, for [`Metrics::finished`].
+#[derive(Clone, Copy, Debug)]
+pub struct Finished {
+    /// Rank of its last tokens.
+    pub rank: u32,
+    /// How it ended.
+    pub finish: Finish,
+    /// From the arrival of its request.
+    pub duration: Duration,
+    /// Tokens of its prompt.
+    pub prompt_tokens: usize,
+    /// Tokens it generated.
+    pub output_tokens: u32,
+}
+
+/// All metrics of the ingress, and what other parts have registered.
+pub struct Metrics {
+    registry: Mutex<Registry>,
+    running: PerEngine<Gauge>,
+    waiting: PerEngine<Gauge>,
+    kv_usage: PerEngine<Gauge<f64, std::sync::atomic::AtomicU64>>,
+    queued_prefill_tokens: PerEngine<Gauge>,
+    step_seconds: PerEngine<Gauge<f64, std::sync::atomic::AtomicU64>>,
+    /// Counted by the ranks: prompt tokens, output tokens, preemptions, prefix queries, prefix hits, steps.
+    counted: [PerEngine<Counter>; 6],
+    first_token: PerEngine<Histogram>,
+    inter_token: PerEngine<Histogram>,
+    request: PerEngine<Histogram>,
+    prompt_tokens: PerEngine<Histogram>,
+    output_tokens: PerEngine<Histogram>,
+    success: Family<EngineFinish, Counter>,
+    moves: Counter,
+    in_flight: Gauge,
+    responses: Family<Code, Counter>,
+}
+
+impl Metrics {
+    /// Metrics that say `model_name` in every line.
+    pub fn new(model_name: &str) -> Self {
+        let mut registry = Registry::default();
+        let label = ("model_name".into(), model_name.to_owned().into());
+        let vllm = &mut Names { registry: registry.sub_registry_with_label(label), prefix: "vllm:" };
+        let running = vllm.add("num_requests_running", "Sequences in the running batch", gauge());
+        let waiting = vllm.add("num_requests_waiting", "Sequences waiting", gauge());
+        let kv_usage = vllm.add("kv_cache_usage_perc", "KV blocks in use, 1 is all", gauge());
+        let counted = [
+            ("prompt_tokens", "Prompt tokens computed"),
+            ("generation_tokens", "Output tokens drawn"),
+            ("num_preemptions", "Sequences preempted"),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+            ("prefix_cache_hits", "Prompt tokens that the prefix cache served"),
+        ];
+        let [a, b, c, d, e] = counted.map(|(name, help)| vllm.add(name, help, per_engine(Counter::default)));
+        let first_token =
+            vllm.seconds("time_to_first_token", "Arrival to first token", first_token_histogram);
+        let inter_token = vllm.seconds("inter_token_latency", "Between two tokens", inter_token_histogram);
+        let request = vllm.seconds("e2e_request_latency", "Arrival to end", request_histogram);
+        let prompt_tokens = per_engine(token_histogram as fn() -> Histogram);
+        let prompt_tokens = vllm.add("request_prompt_tokens", "Tokens of a prompt", prompt_tokens);
+        let output_tokens = per_engine(token_histogram as fn() -> Histogram);
+        let output_tokens = vllm.add("request_generation_tokens", "Tokens of an output", output_tokens);
+        let success = vllm.add("request_success", "Sequences by how they ended", Family::default());
+
+        let own = &mut Names { registry: vllm.registry, prefix: "heliostat:" };
+        let queued_prefill_tokens =
+            own.add("queued_prefill_tokens", "Prompt tokens not computed yet", gauge());
+        let step_seconds = own.add("last_step_seconds", "Duration of the last step", gauge());
+        let steps = own.add("steps", "Steps executed", per_engine(Counter::default as fn() -> Counter));
+        let moves = own.add("sequences_moved", "Sequences that went on at another rank", Counter::default());
+        let in_flight =
+            own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
+        let responses = own.add("http_responses", "HTTP responses by status", Family::default());
+        Self {
+            registry: Mutex::new(registry),
+            running,
+            waiting,
+            kv_usage,
+            queued_prefill_tokens,
+            step_seconds,
+            counted: [a, b, c, d, e, steps],
+            first_token,
+            inter_token,
+            request,
+            prompt_tokens,
+            output_tokens,
+            success,
+            moves,
+            in_flight,
+            responses,
+        }
+    }
+
+    /// Lets another part of the process add metrics of its own.
+    pub fn register(&self, register: impl FnOnce(&mut Registry)) {
+        register(&mut self.registry.lock().expect("no holder panics"));
+    }
+
+    /// The text of `/metrics`.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        let registry = self.registry.lock().expect("no holder panics");
+        encode(&mut text, &registry).expect("writing to a string does not fail");
+        text
+    }
+
+    pub(crate) fn report(&self, rank: u32, stats: &RankStats) {
+        let engine = Engine { engine: rank };
+        self.running.get_or_create(&engine).set(stats.running.into());
+        self.waiting.get_or_create(&engine).set(stats.waiting.into());
+        let usage = f64::from(stats.kv_blocks_used) / f64::from(stats.kv_blocks.max(1));
+        self.kv_usage.get_or_create(&engine).set(usage);
+        self.queued_prefill_tokens.get_or_create(&engine).set(stats.queued_prefill_tokens as i64);
+        self.step_seconds.get_or_create(&engine).set(stats.step_us as f64 / 1e6);
+        let counts = [
+            stats.prompt_tokens,
+            stats.output_tokens,
+            stats.preemptions,
+            stats.prefix_queries,
+            stats.prefix_hits,
+            stats.steps,
+        ];
+        for (family, count) in self.counted.iter().zip(counts) {
+            // A rank that restarts counts from zero, which Prometheus takes for what it is.
+            family.get_or_create(&engine).inner().store(count, Ordering::Relaxed);
+        }
+    }
+
+    /// Tokens of one sequence arrived, the first of them `since` its request or the tokens before.
+    pub(crate) fn tokens(&self, rank: u32, tokens: usize, since: Duration, first: bool) {
+        let engine = Engine { engine: rank };
+        if first {
+            self.first_token.get_or_create(&engine).observe(since.as_secs_f64());
+            return;
+        }
+        let inter_token = self.inter_token.get_or_create(&engine);
+        (0..tokens).for_each(|_| inter_token.observe(since.as_secs_f64() / tokens as f64));
+    }
+
+    pub(crate) fn finished(&self, sequence: &Finished) {
+        let engine = Engine { engine: sequence.rank };
+        let finished_reason = sequence.finish;
+        self.success.get_or_create(&EngineFinish { engine: sequence.rank, finished_reason }).inc();
+        self.request.get_or_create(&engine).observe(sequence.duration.as_secs_f64());
+        self.prompt_tokens.get_or_create(&engine).observe(sequence.prompt_tokens as f64);
+        self.output_tokens.get_or_create(&engine).observe(f64::from(sequence.output_tokens));
+    }
+
+    pub(crate) fn dispatch(&self, in_flight: usize, moves: u64) {
+        self.in_flight.set(in_flight as i64);
+        self.moves.inner().store(moves, Ordering::Relaxed);
+    }
+
+    pub(crate) fn response(&self, code: u16) {
+        self.responses.get_or_create(&Code { code }).inc();
+    }
+}
+
+/// A registry whose metrics begin with a prefix.
+struct Names<'a> {
+    registry: &'a mut Registry,
+    prefix: &'static str,
+}
+
+impl Names<'_> {
+    fn add<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.registry.register(format!("{}{name}", self.prefix), help, metric.clone());
+        metric
+    }
+
+    fn seconds(&mut self, name: &str, help: &str, histogram: fn() -> Histogram) -> PerEngine<Histogram> {
+        self.add(&format!("{name}_seconds"), help, per_engine(histogram))
+    }
+}
+
+fn per_engine<M>(constructor: fn() -> M) -> PerEngine<M> {
+    Family::new_with_constructor(constructor)
+}
+
+fn gauge<M: Default>() -> PerEngine<M> {
+    per_engine(M::default)
+}
+
+fn first_token_histogram() -> Histogram {
+    Histogram::new(FIRST_TOKEN_BUCKETS)
+}
+
+fn inter_token_histogram() -> Histogram {
+    Histogram::new(INTER_TOKEN_BUCKETS)
+}
+
+fn request_histogram() -> Histogram {
+    Histogram::new(REQUEST_BUCKETS)
+}
+
+fn token_histogram() -> Histogram {
+    Histogram::new(TOKEN_BUCKETS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_labels_are_vllms() {
+        let metrics = Metrics::new("sundial");
+        let stats =
+            RankStats { kv_blocks: 8, kv_blocks_used: 2, prompt_tokens: 7, running: 3, ..Default::default() };
+        metrics.report(1, &stats);
+        metrics.tokens(1, 1, Duration::from_millis(30), true);
+        metrics.tokens(1, 2, Duration::from_millis(30), false);
+        let duration = Duration::from_secs(1);
+        let finish = Finish::Length;
+        metrics.finished(&Finished { rank: 1, finish, duration, prompt_tokens: 7, output_tokens: 3 });
+        let text = metrics.render();
+        for line in [
+            r#"vllm:num_requests_running{model_name="sundial",engine="1"} 3"#,
+            r#"vllm:kv_cache_usage_perc{model_name="sundial",engine="1"} 0.25"#,
+            r#"vllm:prompt_tokens_total{model_name="sundial",engine="1"} 7"#,
+            r#"vllm:time_to_first_token_seconds_bucket{le="0.04",model_name="sundial",engine="1"} 1"#,
+            r#"vllm:inter_token_latency_seconds_count{model_name="sundial",engine="1"} 2"#,
+            r#"vllm:e2e_request_latency_seconds_count{model_name="sundial",engine="1"} 1"#,
+            r#"vllm:request_success_total{model_name="sundial",engine="1",finished_reason="length"} 1"#,
+        ] {
+            assert!(text.contains(&format!("\n{line}\n")), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A submitted request under way: waits for the ranks, turns tokens into text, counts the usage.
+
+use heliostat_engine::request::{Output, TokenLogprob};
+use serde::Serialize;
+
+use crate::ingress::dispatch::Failure;
+use crate::ingress::handle::{Event, Generation};
+use crate::ingress::metrics::Finish;
+use crate::ingress::text::{Delta, Ending, SequenceText};
+
+/// All sequences of a request. Dropping it aborts them.
+pub(super) struct Run {
+    generation: Generation,
+    sequences: Vec<Sequence>,
+    choices: usize,
+    prompt_tokens: usize,
+}
+
+struct Sequence {
+    text: SequenceText,
+    cached_tokens: u32,
+    /// The client has seen something of it.
+    begun: bool,
+}
+
+/// What one or more steps added to one sequence.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) index: usize,
+    pub(super) delta: Delta,
+    /// It is the first of this sequence.
+    pub(super) first: bool,
+    /// Of the prompt, once, if asked for.
+    pub(super) prompt_logprobs: Option<Vec<TokenLogprob>>,
+}
+
+/// OpenAI's `usage`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: usize,
+}
+
+impl Run {
+    pub(super) fn new(
+        generation: Generation,
+        texts: Vec<SequenceText>,
+        choices: usize,
+        prompt_tokens: usize,
+    ) -> Self {
+        let sequence = |text| Sequence { text, cached_tokens: 0, begun: false };
+        Self { generation, sequences: texts.into_iter().map(sequence).collect(), choices, prompt_tokens }
+    }
+
+    /// Waits until some sequences have something to show, and returns all there is; nothing at the end.
+    pub(super) async fn next(&mut self) -> Result<Vec<Progress>, Failure> {
+        loop {
+            let events = self.generation.next().await;
+            if events.is_empty() {
+                return Ok(Vec::new());
+            }
+            let progress = self.take(events)?;
+            if !progress.is_empty() {
+                return Ok(progress);
+            }
+        }
+    }
+
+    /// One [`Progress`] for each sequence that `events` let show something, in order of index.
+    fn take(&mut self, events: Vec<(usize, Event)>) -> Result<Vec<Progress>, Failure> {
+        let mut progress: Vec<Progress> = Vec::new();
+        for (index, event) in events {
+            let output = match event {
+                Event::Output(_, output) => output,
+                Event::Failed(failure) => {
+                    self.generation.close(index, Finish::Error, self.sequences[index].text.tokens());
+                    return Err(failure);
+                }
+            };
+            let at = progress.binary_search_by_key(&index, |progress| progress.index).unwrap_or_else(|at| {
+                progress.insert(at, Progress { index, ..Progress::default() });
+                at
+            });
+            self.take_output(output, &mut progress[at]);
+        }
+        progress.retain(|progress| {
+            let Progress { delta, prompt_logprobs, .. } = progress;
+            !delta.text.is_empty()
+                || !delta.pieces.is_empty()
+                || delta.ending.is_some()
+                || prompt_logprobs.is_some()
+        });
+        for progress in &mut progress {
+            let sequence = &mut self.sequences[progress.index];
+            progress.first = !std::mem::replace(&mut sequence.begun, true);
+        }
+        Ok(progress)
+    }
+
+    fn take_output(&mut self, mut output: Output, progress: &mut Progress) {
+        let sequence = &mut self.sequences[progress.index];
+        sequence.cached_tokens = sequence.cached_tokens.max(output.cached_tokens);
+        progress.prompt_logprobs = progress.prompt_logprobs.take().or(output.prompt_logprobs.take());
+        sequence.text.push(&output, &mut progress.delta);
+        let finish = match &progress.delta.ending {
+            Some(Ending::StopString(_) | Ending::StopToken(_)) => Finish::Stop,
+            Some(Ending::Length) => Finish::Length,
+            None => return,
+        };
+        self.generation.close(progress.index, finish, sequence.text.tokens());
+    }
+
+    /// Prompts count once each, whatever the number of choices.
+    pub(super) fn usage(&self) -> Usage {
+        let completion_tokens = self.sequences.iter().map(|sequence| sequence.text.tokens() as usize).sum();
+        let cached_tokens =
+            self.sequences.iter().step_by(self.choices).map(|first| first.cached_tokens as usize).sum();
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens,
+            total_tokens: self.prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+        }
+    }
+}
+
+impl Usage {
+    /// The usage of an answer that generates nothing (echo alone).
+    pub(super) fn without_output(self) -> Self {
+        Self { completion_tokens: 0, total_tokens: self.prompt_tokens, ..self }
+    }
+}

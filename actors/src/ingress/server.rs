@@ -1,0 +1,244 @@
+//! The HTTP server: binds where it is told, routes, names every request, and drains when it stops.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::body::MessageBody;
+use actix_web::dev::{Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
+use actix_web::http::StatusCode;
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue};
+use actix_web::middleware::{Next, from_fn};
+use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
+use actix_web::{App, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError};
+use serde_json::json;
+use tokio::task::JoinHandle;
+
+use super::error::ApiError;
+use super::handle::Ingress;
+use super::metrics::CONTENT_TYPE as METRICS_CONTENT_TYPE;
+use super::model::ServedModel;
+use super::openai;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Where and how to serve.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HttpConfig {
+    /// Exactly this address is bound. Beyond loopback an `api_key` is required.
+    pub bind: SocketAddr,
+    /// If set, all but `/health` asks for `Authorization: Bearer KEY`.
+    pub api_key: Option<String>,
+    /// Longest body, bytes.
+    pub body_max: usize,
+    /// How long an idle connection is kept.
+    pub keep_alive: Duration,
+    /// How long requests in flight may take to finish when the server stops.
+    pub drain: Duration,
+    /// Threads that serve connections.
+    pub threads: usize,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            api_key: None,
+            body_max: 16 << 20,
+            keep_alive: Duration::from_secs(75),
+            drain: Duration::from_secs(30),
+            threads: 2,
+        }
+    }
+}
+
+/// A server that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Anyone could use it.
+    #[error("serve.bind is {0}, which others can reach: set serve.api_key, or bind 127.0.0.1")]
+    OpenWithoutKey(SocketAddr),
+    /// The address is taken or not ours.
+    #[error("cannot listen on {bind}: {cause}")]
+    Bind {
+        /// The address.
+        bind: SocketAddr,
+        /// Why.
+        cause: std::io::Error,
+    },
+}
+
+/// A running server. It ends with [`Self::stop`]; dropping it closes it at once.
+pub struct HttpService {
+    bound: SocketAddr,
+    ingress: Ingress,
+    handle: ServerHandle,
+    tasks: [JoinHandle<()>; 2],
+}
+
+/// Serves `model` by `ingress`. `extend` adds routes of other parts; it runs once in each thread.
+///
+/// Must be called inside a tokio runtime.
+///
+/// # Errors
+/// The address cannot be bound, or would be open to others without a key.
+pub fn serve(
+    config: &HttpConfig,
+    ingress: Ingress,
+    model: ServedModel,
+    extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
+) -> Result<HttpService, ServeError> {
+    if !config.bind.ip().is_loopback() && config.api_key.is_none() {
+        return Err(ServeError::OpenWithoutKey(config.bind));
+    }
+    let failed = |cause| ServeError::Bind { bind: config.bind, cause };
+    let (server, bound) = start(config, &ingress, model, extend).map_err(failed)?;
+    let handle = server.handle();
+    let accept = tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "the HTTP server ended");
+        }
+    });
+    let watch = tokio::spawn(ingress.clone().watch_parked());
+    Ok(HttpService { bound, ingress, handle, tasks: [accept, watch] })
+}
+
+fn start(
+    config: &HttpConfig,
+    ingress: &Ingress,
+    model: ServedModel,
+    extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
+) -> std::io::Result<(ActixServer, SocketAddr)> {
+    let (ingress, model) = (Data::new(ingress.clone()), Data::new(Arc::new(model)));
+    let (body_max, key) = (config.body_max, config.api_key.clone().map(ApiKey));
+    let app = move || {
+        App::new()
+            .app_data(ingress.clone())
+            .app_data(model.clone())
+            .app_data(Data::new(key.clone()))
+            .app_data(PayloadConfig::new(body_max))
+            .wrap(from_fn(around))
+            .configure(extend.clone())
+            .configure(routes)
+            .default_service(web::to(no_such_route))
+    };
+    let server = HttpServer::new(app)
+        .workers(config.threads.max(1))
+        .keep_alive(config.keep_alive)
+        .shutdown_timeout(config.drain.as_secs())
+        // A client that closes its end has gone away: its sequences are aborted at once, not after the answer.
+        .h1_allow_half_closed(false)
+        .disable_signals()
+        .bind(config.bind)?;
+    let bound = server.addrs().first().copied().unwrap_or(config.bind);
+    Ok((server.run(), bound))
+}
+
+impl HttpService {
+    /// The address that was bound, with its port.
+    pub fn bound(&self) -> SocketAddr {
+        self.bound
+    }
+
+    /// Refuses new requests, lets those in flight finish for the configured time, then closes.
+    pub async fn stop(self) {
+        self.ingress.stop_taking_requests();
+        self.handle.stop(true).await;
+    }
+}
+
+impl Drop for HttpService {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+fn routes(app: &mut ServiceConfig) {
+    let refused = || web::to(wrong_method);
+    let get = |path: &str, route| web::resource(path.to_owned()).route(route).default_service(refused());
+    app.service(get("/v1/completions", web::post().to(openai::completions)))
+        .service(get("/v1/chat/completions", web::post().to(openai::chat_completions)))
+        .service(get("/v1/models", web::get().to(openai::models)))
+        .service(get("/v1/models/{name:.+}", web::get().to(openai::model)))
+        .service(get("/health", web::get().to(health)))
+        .service(get("/metrics", web::get().to(metrics)));
+}
+
+async fn health(ingress: Data<Ingress>) -> Result<HttpResponse, ApiError> {
+    match ingress.ready() {
+        Ok(()) => Ok(HttpResponse::Ok().json(json!({"status": "ready"}))),
+        Err(missing) => Err(ApiError::not_ready(format!("not ready: {}", missing.join("; ")))),
+    }
+}
+
+async fn metrics(ingress: Data<Ingress>) -> HttpResponse {
+    HttpResponse::Ok().insert_header((CONTENT_TYPE, METRICS_CONTENT_TYPE)).body(ingress.metrics().render())
+}
+
+async fn no_such_route(http: HttpRequest) -> HttpResponse {
+    let message = format!("There is no `{} {}`.", http.method(), http.path());
+    ApiError::new(StatusCode::NOT_FOUND, message).with_code("unknown_url").error_response()
+}
+
+async fn wrong_method(http: HttpRequest) -> HttpResponse {
+    let message = format!("`{}` does not take {}.", http.path(), http.method());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).with_code("method_not_allowed").error_response()
+}
+
+/// A secret that is never printed.
+#[derive(Clone)]
+struct ApiKey(String);
+
+impl ApiKey {
+    /// Compares in a time that does not tell how much is right.
+    fn matches(&self, header: Option<&HeaderValue>) -> bool {
+        let given = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer ")).unwrap_or_default();
+        let pairs = given.bytes().zip(self.0.bytes());
+        let differing = pairs.fold(0, |differing, (given, own)| differing | (given ^ own));
+        differing == 0 && given.len() == self.0.len()
+    }
+}
+
+/// The name of a request, the client's if it gave one.
+#[derive(Clone)]
+struct RequestName(String);
+
+/// The name of a request.
+pub(crate) fn request_id(http: &HttpRequest) -> String {
+    http.extensions().get::<RequestName>().map_or_else(new_name, |name| name.0.clone())
+}
+
+fn new_name() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// Around every request: its name, the key, the count of answers.
+async fn around(
+    request: ServiceRequest,
+    next: Next<impl MessageBody + 'static>,
+) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
+    let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
+    let usable = |name: &&str| (1..=REQUEST_ID_BYTES_MAX).contains(&name.len()) && name.is_ascii();
+    let name = given.filter(usable).map_or_else(new_name, str::to_owned);
+    let header = HeaderValue::from_str(&name);
+    request.extensions_mut().insert(RequestName(name));
+    let key = request.app_data::<Data<Option<ApiKey>>>().and_then(|key| key.as_ref().clone());
+    let allowed = request.path() == "/health"
+        || key.is_none_or(|key| key.matches(request.headers().get(AUTHORIZATION)));
+    let ingress = request.app_data::<Data<Ingress>>().cloned();
+    let mut response = if allowed {
+        next.call(request).await?.map_into_left_body()
+    } else {
+        let message = "The header `Authorization: Bearer KEY` is missing or has another key.";
+        let refusal = ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key");
+        request.into_response(refusal.error_response()).map_into_right_body()
+    };
+    if let Some(ingress) = ingress {
+        ingress.count_response(response.status().as_u16());
+    }
+    if let Ok(header) = header {
+        response.headers_mut().insert(REQUEST_ID, header);
+    }
+    Ok(response)
+}
