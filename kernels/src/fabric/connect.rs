@@ -3,6 +3,7 @@
 //! The higher rank dials the lower one. All pairings advance side by side in one `poll` loop; one that fails is tried
 //! again until the deadline, the abort flag or a newer epoch ends the call.
 
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -127,7 +128,6 @@ struct Meeting<'a> {
     group: Group<'a>,
     start: Instant,
     slots: Vec<Slot>,
-    ready_said: bool,
 }
 
 /// Where the link to one rank stands.
@@ -154,7 +154,7 @@ impl<'a> Meeting<'a> {
                 }
             })
             .collect();
-        Self { shared, how, group, start, slots, ready_said: false }
+        Self { shared, how, group, start, slots }
     }
 
     fn run(mut self) -> Result<Vec<Option<Peer>>, FabricError> {
@@ -199,21 +199,10 @@ impl<'a> Meeting<'a> {
         self.check_time()?;
         self.let_in()?;
         self.dial()?;
-        let linked = |slot: &Slot| match slot {
-            Slot::Own => true,
-            Slot::Idle { .. } => false,
-            Slot::Pairing(pairing) => pairing.is_linked(),
-        };
-        if !self.ready_said && self.slots.iter().all(linked) {
-            self.ready_said = true;
+        if self.all(Pairing::is_linked) {
             self.each_pairing(|pairing, _| pairing.say_ready())?;
         }
-        let done = |slot: &Slot| match slot {
-            Slot::Own => true,
-            Slot::Idle { .. } => false,
-            Slot::Pairing(pairing) => pairing.is_done(),
-        };
-        if self.ready_said && self.slots.iter().all(done) {
+        if self.all(Pairing::is_done) {
             return Ok(true);
         }
         let ready = self.sleep();
@@ -223,6 +212,14 @@ impl<'a> Meeting<'a> {
             if ready[at - 1] { pairing.advance(group) } else { Ok(()) }
         })?;
         Ok(false)
+    }
+
+    fn all(&self, stage: impl Fn(&Pairing) -> bool) -> bool {
+        self.slots.iter().all(|slot| match slot {
+            Slot::Own => true,
+            Slot::Idle { .. } => false,
+            Slot::Pairing(pairing) => stage(pairing),
+        })
     }
 
     fn check_time(&self) -> Result<(), FabricError> {
@@ -248,7 +245,9 @@ impl<'a> Meeting<'a> {
     fn let_in(&mut self) -> Result<(), FabricError> {
         let epoch = self.how.epoch;
         let mut hall = self.shared.hall();
-        if let Some((&(newer, rank), _)) = hall.parked.range((epoch + 1, 0)..).next() {
+        if let Some((&(newer, rank), _)) =
+            hall.parked.range((Bound::Excluded((epoch, u32::MAX)), Bound::Unbounded)).next()
+        {
             return Err(FabricError::StaleEpoch { epoch, newer, rank: rank as usize });
         }
         let dialers = std::mem::take(&mut hall.parked);
@@ -262,7 +261,6 @@ impl<'a> Meeting<'a> {
                 Ok(pairing) => Slot::Pairing(Box::new(pairing)),
                 Err(error) => self.idle(from, error)?,
             };
-            self.ready_said = false;
         }
         Ok(())
     }
@@ -298,7 +296,6 @@ impl<'a> Meeting<'a> {
                 && let Err(error) = act(pairing, &self.group)
             {
                 self.slots[rank] = self.idle(rank, error)?;
-                self.ready_said = false;
             }
         }
         Ok(())

@@ -25,6 +25,7 @@ mod listener;
 mod pairing;
 mod peer;
 mod ring;
+mod waiting;
 mod watch;
 
 pub use bell::{Abort, Waker};

@@ -69,6 +69,7 @@ pub(super) struct Pairing {
     filled: usize,
     stage: Stage,
     local: Option<LocalMemory>,
+    ready_said: bool,
     /// The other rank must have answered by then.
     pub deadline: Option<Instant>,
 }
@@ -117,6 +118,7 @@ impl Pairing {
             filled: 0,
             stage: Stage::Connecting,
             local: None,
+            ready_said: false,
             deadline: Some(Instant::now() + ANSWER_TIME),
         })
     }
@@ -131,6 +133,7 @@ impl Pairing {
             filled: 0,
             stage: Stage::Offer,
             local: None,
+            ready_said: false,
             deadline: None,
         };
         if hello.to as usize != group.rank || hello.world as usize != group.endpoints.len() {
@@ -163,8 +166,12 @@ impl Pairing {
         matches!(self.stage, Stage::Done(_))
     }
 
-    /// Tells the other rank that this one has all its links.
+    /// Tells the other rank, once, that this one has all its links.
     pub(super) fn say_ready(&mut self) -> Result<(), PairError> {
+        if self.ready_said {
+            return Ok(());
+        }
+        self.ready_said = true;
         self.say(&Message::Ready)
     }
 

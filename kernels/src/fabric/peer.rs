@@ -50,6 +50,28 @@ impl Ahead {
     pub(super) fn new() -> Self {
         Self { bytes: Box::new([0; AHEAD_BYTES]), start: 0, end: 0 }
     }
+
+    /// Reads for `target`: large pieces directly, small ones by way of this buffer. A read that brings less than it
+    /// could have taken has `drained` the connection; then only what was read ahead is left to give.
+    fn read(&mut self, mut stream: &TcpStream, target: &mut [u8], drained: &mut bool) -> io::Result<usize> {
+        if self.start == self.end {
+            if *drained {
+                return Ok(0);
+            }
+            if target.len() >= AHEAD_BYTES {
+                let bytes = end_is_error(stream.read(target)?)?;
+                *drained = bytes < target.len();
+                return Ok(bytes);
+            }
+            (self.start, self.end) = (0, 0);
+            self.end = end_is_error(stream.read(&mut self.bytes[..])?)?;
+            *drained = self.end < AHEAD_BYTES;
+        }
+        let len = target.len().min(self.end - self.start);
+        target[..len].copy_from_slice(&self.bytes[self.start..][..len]);
+        self.start += len;
+        Ok(len)
+    }
 }
 
 /// Whether the rank is there.
@@ -188,7 +210,7 @@ impl Peer {
 
     /// Moves arrived bytes into frames and appends whole ones. Returns how many bytes moved.
     pub(super) fn pull(&mut self, frames: &mut VecDeque<Frame>, budget: usize) -> Result<usize, FabricError> {
-        let (mut moved, mut released) = (0, 0);
+        let (mut moved, mut released, mut drained) = (0, 0, false);
         while moved < budget && !matches!(self.state, State::Broken(_)) {
             if moved - released >= PUSH_BYTES {
                 self.release();
@@ -199,7 +221,7 @@ impl Peer {
             let target = &mut target[..wanted];
             let read = match &mut self.link {
                 Link::Memory(link) => link.into.read(target),
-                Link::Tcp(ahead) => match read_stream(&self.stream, ahead, target) {
+                Link::Tcp(ahead) => match ahead.read(&self.stream, target, &mut drained) {
                     Ok(bytes) => Ok(bytes),
                     Err(error) if would_block(&error) => Ok(0),
                     Err(_) => {
@@ -211,7 +233,7 @@ impl Peer {
             let done = read.and_then(|bytes| {
                 moved += bytes;
                 let assembled = if bytes == 0 { None } else { self.assembler.advance(bytes)? };
-                Ok((bytes < wanted, assembled))
+                Ok((bytes, assembled))
             });
             match done {
                 Err(what) => {
@@ -220,8 +242,8 @@ impl Peer {
                 }
                 Ok((_, Some(Assembled::Frame(frame)))) => frames.push_back(frame),
                 Ok((_, Some(Assembled::Bye))) => self.set_state(State::Left),
-                Ok((true, None)) => break,
-                Ok((false, None)) => {}
+                Ok((0, None)) => break,
+                Ok((_, None)) => {}
             }
         }
         if moved > released {
@@ -293,22 +315,6 @@ fn fill(ring: &mut Producer, slices: &[IoSlice<'_>]) -> Result<usize, String> {
         }
     }
     Ok(pushed)
-}
-
-/// Reads for `target`: large pieces directly, small ones through `ahead`. A short read means that nothing is left.
-fn read_stream(mut stream: &TcpStream, ahead: &mut Ahead, target: &mut [u8]) -> io::Result<usize> {
-    if ahead.start == ahead.end {
-        if target.len() >= AHEAD_BYTES {
-            return end_is_error(stream.read(target)?);
-        }
-        ahead.start = 0;
-        ahead.end = 0;
-        ahead.end = end_is_error(stream.read(&mut ahead.bytes[..])?)?;
-    }
-    let len = target.len().min(ahead.end - ahead.start);
-    target[..len].copy_from_slice(&ahead.bytes[ahead.start..][..len]);
-    ahead.start += len;
-    Ok(len)
 }
 
 fn end_is_error(bytes: usize) -> io::Result<usize> {
