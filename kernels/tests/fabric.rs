@@ -1,5 +1,7 @@
 //! The fabric as the engine uses it: all ranks as threads of one process, over shared memory and over TCP.
 
+#![allow(clippy::unwrap_used)] // A test may fail.
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -119,7 +121,7 @@ fn a_rank_that_waits_for_one_takes_in_from_all() {
     let large = vec![0; 1 << 20];
     with_ranks(4, tune, |mut fabric| {
         let data = tag(Kind::Dispatch, 0, 0);
-        let mut send = |fabric: &mut Fabric, to| fabric.send(to, data, &[&large]).unwrap();
+        let send = |fabric: &mut Fabric, to| fabric.send(to, data, &[&large]).unwrap();
         match fabric.rank() {
             0 => {
                 send(&mut fabric, 1);
