@@ -88,8 +88,12 @@ fn accumulate<S: Simd, const M: usize>(simd: S, acc: &mut Tile<S, M>, x: &[Line;
 #[inline(always)]
 fn sums<S: Simd, const M: usize>(simd: S, acc: Tile<S, M>) -> [[f32; TILE_COLS]; M] {
     let mut sums = [[0.0; TILE_COLS]; M];
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        *sums = simd.sum4(acc);
+    let ((acc, acc_last), (out, out_last)) = (acc.as_chunks::<2>(), sums.as_chunks_mut::<2>());
+    for (out, [a, b]) in out.iter_mut().zip(acc) {
+        *out = simd.sum8(*a, *b);
+    }
+    for (out, acc) in out_last.iter_mut().zip(acc_last) {
+        *out = simd.sum4(*acc);
     }
     sums
 }

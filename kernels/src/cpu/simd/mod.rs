@@ -68,6 +68,12 @@ pub(super) trait Simd: Copy + Send + Sync {
     /// The sums of four vectors: lane i + lane i + 8, of those i + (i + 4), i + (i + 2), i + (i + 1).
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
 
+    /// The sums of eight vectors, by the tree of [`Simd::sum4`].
+    #[inline(always)]
+    fn sum8(self, a: [Self::V; 4], b: [Self::V; 4]) -> [[f32; 4]; 2] {
+        [self.sum4(a), self.sum4(b)]
+    }
+
     /// The sum of one vector, by the tree of [`Simd::sum4`].
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
