@@ -52,7 +52,7 @@ struct Inner {
     file: PathBuf,
     /// When each lease ends.
     leases: Mutex<HashMap<LeaseId, Lease>>,
-    leases_changed: Notify,
+    leases_changed: Arc<Notify>,
     /// The last revision on disk.
     committed: watch::Sender<u64>,
     /// Held while the store is open; the kernel releases it when the process ends, however it ends.
@@ -170,7 +170,7 @@ impl Inner {
             leases: Mutex::new(
                 leases.into_iter().map(|(id, ttl)| (id, Lease { ttl, ends_at: ends_at(ttl) })).collect(),
             ),
-            leases_changed: Notify::new(),
+            leases_changed: Arc::default(),
             committed: watch::Sender::new(revision),
             file,
             _lock: lock,
@@ -380,17 +380,13 @@ async fn expire(store: std::sync::Weak<Inner>) {
             (due, leases.values().map(|l| l.ends_at).min())
         };
         if due.is_empty() {
-            // Weak again while it waits, so that dropping the store closes it. A new lease may end sooner than the
-            // one waited for; a kept one only later.
-            let changed = Arc::clone(&inner);
-            let wait = next.map_or(Duration::from_millis(500), |at| at - now).min(Duration::from_millis(500));
+            // Only weak while it waits, so that dropping the store closes it. A new lease may end sooner than the one
+            // waited for; a kept one only later.
+            let changed = inner.leases_changed.clone();
+            let wait = next.map_or(Duration::from_secs(3600), |at| at - now);
             drop(inner);
-            let changed = async move {
-                let notified = changed.leases_changed.notified();
-                notified.await;
-            };
             tokio::select! {
-                () = changed => {}
+                () = changed.notified() => {}
                 () = tokio::time::sleep(wait) => {}
             }
             continue;

