@@ -17,7 +17,7 @@ const SIZES: [usize; 6] = [0, 1 << 10, 16 << 10, 64 << 10, 1 << 20, 16 << 20];
 const CODEC: bincode::config::Configuration = bincode::config::standard();
 
 fn rounds(size: usize) -> usize {
-    (256 << 20 >> 3).checked_div(size).unwrap_or(20_000).clamp(40, 20_000)
+    (32usize << 20).checked_div(size).unwrap_or(20_000).clamp(40, 20_000)
 }
 
 fn tag(step: usize) -> Tag {
