@@ -11,6 +11,7 @@ use bincode::{Decode, Encode};
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 
+use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::mailbox::{DeliverFn, Table, deliver_frame};
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
@@ -188,6 +189,7 @@ fn create_erased<A: Spawn>(
 #[derive(Clone)]
 pub struct ActorCx {
     parts: Arc<CxParts>,
+    cluster: Option<Cluster>,
 }
 
 /// What a worker gives to an actor that it creates.
@@ -211,7 +213,17 @@ pub struct CxParts {
 impl ActorCx {
     /// For the worker, and for tests of actors.
     pub fn new(parts: CxParts) -> Self {
-        Self { parts: Arc::new(parts) }
+        Self { parts: Arc::new(parts), cluster: None }
+    }
+
+    /// The same, in a cluster.
+    pub fn in_cluster(self, cluster: Cluster) -> Self {
+        Self { cluster: Some(cluster), ..self }
+    }
+
+    /// The cluster that the worker belongs to; `None` only in tests of actors without one.
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_ref()
     }
 
     /// The system of the process.
@@ -232,6 +244,16 @@ impl ActorCx {
     /// Its incarnation.
     pub fn incarnation(&self) -> Incarnation {
         self.parts.incarnation
+    }
+
+    /// Its address, good once it was created.
+    pub fn addr(&self) -> ActorAddr {
+        ActorAddr {
+            actor: self.parts.actor,
+            incarnation: self.parts.incarnation,
+            process: self.parts.system.process(),
+            endpoint: self.parts.system.endpoint().to_owned(),
+        }
     }
 
     /// The device it owns, if it asked for one.

@@ -62,7 +62,7 @@ impl From<RemoteFailure> for Failure {
 }
 
 /// Delivers one frame's payload to an actor.
-pub(crate) type DeliverFn = fn(&Entry, &[u8], Option<Instant>, Option<RemoteAnswer>);
+pub(crate) type DeliverFn = fn(&Entry, &[u8], Option<Instant>, Option<RemoteAnswer>) -> Result<(), Refusal>;
 
 /// Message id to delivery.
 pub(crate) type Table = HashMap<u64, DeliverFn>;
@@ -232,9 +232,16 @@ impl Entry {
         answer: Option<RemoteAnswer>,
     ) {
         match self.table.get(&message) {
-            Some(deliver) => deliver(self, payload, expires_at, answer),
+            // Whoever asked has been told already.
+            Some(deliver) => drop(deliver(self, payload, expires_at, answer)),
             None => refuse(answer, &Refusal::UnknownMessage),
         }
+    }
+
+    /// Puts an encoded message into the mailbox, for senders that do not know the type of the actor.
+    pub(crate) fn offer_encoded(&self, message: &str, payload: &[u8]) -> Result<(), Refusal> {
+        let deliver = self.table.get(&name_hash(message)).ok_or(Refusal::UnknownMessage)?;
+        deliver(self, payload, None, None)
     }
 }
 
@@ -251,7 +258,8 @@ pub(crate) fn deliver_frame<A, M>(
     payload: &[u8],
     expires_at: Option<Instant>,
     answer: Option<RemoteAnswer>,
-) where
+) -> Result<(), Refusal>
+where
     A: RemoteActor + Handler<M>,
     M: WireMessage,
 {
@@ -259,7 +267,8 @@ pub(crate) fn deliver_frame<A, M>(
     // Asked first, because a full mailbox should not cost the decoding.
     let refused = mailbox.refuses(&mailbox.lock());
     if let Some(reason) = refused {
-        return refuse(answer, &reason);
+        refuse(answer, &reason);
+        return Err(reason);
     }
     match from_bytes::<M>(payload) {
         Ok(message) => {
@@ -273,15 +282,18 @@ pub(crate) fn deliver_frame<A, M>(
                 })
             };
             let pushed = mailbox.push(message, make);
-            if let (Err(refused), Answer::Remote(answer)) = (pushed, answer) {
-                answer.refuse(&refused.reason);
+            let refused = pushed.map_err(|refused| refused.reason);
+            if let (Err(reason), Answer::Remote(answer)) = (&refused, answer) {
+                answer.refuse(reason);
             }
+            refused
         }
         Err(error) => {
             tracing::warn!(actor = %entry.id, message = M::NAME, %error, "a message does not decode");
             if let Some(answer) = answer {
                 answer.fail(&RemoteFailure::Codec(error.to_string()));
             }
+            Err(Refusal::Unsendable(error.to_string()))
         }
     }
 }

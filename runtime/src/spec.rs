@@ -54,13 +54,7 @@ impl ActorSpec {
     /// Says what is wrong with the spec, so that a mistake is refused before anything starts.
     pub fn validate(&self) -> Result<(), InvalidSpec> {
         let fail = |why: String| Err(InvalidSpec { actor: self.name.clone(), why });
-        let name_ok = |name: &str| {
-            !name.is_empty()
-                && !name.starts_with('.')
-                && name.len() <= 128
-                && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-        };
-        if !name_ok(&self.name) {
+        if !is_name(&self.name) {
             return fail(
                 "the name must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'".into(),
             );
@@ -78,7 +72,7 @@ impl ActorSpec {
             ));
         }
         if let Some(member) = &self.group {
-            if !name_ok(&member.group) {
+            if !is_name(&member.group) {
                 return fail(format!("group name {:?} is not a valid name", member.group));
             }
             if member.rank >= member.size {
@@ -87,6 +81,14 @@ impl ActorSpec {
         }
         Ok(())
     }
+}
+
+/// Whether this can name an actor, a group or a node: it also names files.
+pub(crate) fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.len() <= 128
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
 /// A spec that cannot be applied.

@@ -156,6 +156,7 @@ pub struct HeadState {
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
     hold: Option<Duration>,
     closing: bool,
+    store_answers: bool,
     /// Raised by every visible change.
     version: u64,
     changed: bool,
@@ -174,6 +175,7 @@ impl HeadState {
             incarnations: Reserve::default(),
             hold: None,
             closing: false,
+            store_answers: true,
             version: 1,
             changed: false,
             now: Duration::ZERO,
@@ -192,6 +194,12 @@ impl HeadState {
             Event::Tick => {}
             Event::Shutdown => self.shutdown(),
         }
+        self.finish()
+    }
+
+    /// Notes whether the state store answers, so that watchers hear when that changes.
+    pub fn store_health(&mut self, answers: bool) -> Vec<Command> {
+        self.changed |= std::mem::replace(&mut self.store_answers, answers) != answers;
         self.finish()
     }
 

@@ -10,7 +10,7 @@ use super::core::Manner;
 use crate::actor::WireMessage;
 use crate::cluster::status::ClusterStatus;
 use crate::group::GroupView;
-use crate::handle::{ActorAddr, Incarnation};
+use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::spec::{ActorSpec, DeathCause, Device, InvalidSpec, Progress};
 
 /// Names a message on the wire.
@@ -30,7 +30,7 @@ macro_rules! wire {
 wire! {
     // To the head.
     NodeReport = "head.node" -> NodeVerdict;
-    WorkerReport = "head.worker" -> ();
+    WorkerReport = "head.worker" -> ProcessId;
     Apply = "head.apply" -> Result<Applied, InvalidSpec>;
     Control = "head.control" -> Result<(), String>;
     Watch = "head.watch" -> ClusterStatus;
@@ -41,7 +41,7 @@ wire! {
     StartWorker = "node.start" -> Result<(), String>;
     StopWorker = "node.stop_worker" -> ();
     StopNode = "node.stop" -> ();
-    WorkerHello = "node.hello" -> bool;
+    WorkerHello = "node.hello" -> HelloReply;
     ReadLog = "node.read_log" -> Result<LogChunk, String>;
     // To a worker.
     CreateActor = "worker.create" -> ();
@@ -113,7 +113,10 @@ pub enum ProcessStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum NodeVerdict {
     /// What was reported is known now.
-    Accepted,
+    Accepted {
+        /// The head's process.
+        head: ProcessId,
+    },
     /// The node may not join.
     Refused {
         /// Why, and what to do.
@@ -266,13 +269,22 @@ pub struct StopWorker {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct StopNode;
 
-/// A worker registers at its node, which answers whether it knows it.
+/// A worker registers at its node.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct WorkerHello {
     /// The worker.
     pub incarnation: Incarnation,
     /// Where it listens.
     pub endpoint: String,
+}
+
+/// The node's answer to a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct HelloReply {
+    /// Whether it keeps the worker. If not, the worker exits.
+    pub known: bool,
+    /// The node agent's process.
+    pub node: ProcessId,
 }
 
 /// Reads an actor's log.

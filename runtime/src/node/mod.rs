@@ -1,1 +1,252 @@
-//! The node agent: starts, watches and reaps worker processes.
+//! The node agent: starts, watches and reaps worker processes, and keeps their logs.
+//!
+//! It decides nothing about actors: the head orders, the agent reports. Workers outlive it; a new agent in the same
+//! run directory takes them over.
+
+mod agent;
+pub(crate) mod files;
+mod logs;
+mod process;
+mod report;
+
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use self::agent::Agent;
+pub(crate) use self::agent::NodeActor;
+use self::files::{AgentRecord, RunDir};
+use crate::handle::ActorId;
+use crate::spec::Device;
+use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
+
+/// What a node is.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Name, unique in the cluster.
+    pub name: String,
+    /// Where the head listens, `host:port`.
+    pub head: String,
+    /// Where the agent listens. Default 127.0.0.1, a free port.
+    pub bind: SocketAddr,
+    /// Address at which the workers listen, each on a free port. Default 127.0.0.1.
+    pub worker_bind: IpAddr,
+    /// Host name or address by which other hosts reach agent and workers; needed when they bind to a wildcard.
+    pub advertise: Option<String>,
+    /// Devices that the node lends to actors.
+    pub devices: Vec<Device>,
+    /// Logical CPUs that actors can reserve. Default: those there are.
+    pub cpus: u32,
+    /// Records, logs and lock of this node. It must survive the agent for workers to be taken over.
+    pub run_dir: PathBuf,
+    /// Program and first arguments of a worker process; `WorkerConfig::from_args` reads what follows them.
+    /// Default: this program with the argument `worker`.
+    pub worker_command: Vec<String>,
+    /// The cluster token.
+    pub token: Option<Secret>,
+    /// How patient the agent is.
+    pub timing: NodeTiming,
+    /// A log that grows beyond this is rotated; one old file is kept. Default 64 MiB.
+    pub log_bytes_max: u64,
+}
+
+/// How patient a node agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeTiming {
+    /// It reports to the head at least this often. Default 1 s.
+    pub heartbeat: Duration,
+    /// A report that is not answered for so long is repeated on a new connection. Default 3 s.
+    pub report_timeout: Duration,
+    /// Between SIGTERM and SIGKILL of a worker. Default 5 s.
+    pub stop_grace: Duration,
+    /// How long workers live on without an agent. Default 10 s.
+    pub agent_grace: Duration,
+    /// How often the size of logs is looked at. Default 10 s.
+    pub log_check: Duration,
+}
+
+impl Default for NodeTiming {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_secs(1),
+            report_timeout: Duration::from_secs(3),
+            stop_grace: Duration::from_secs(5),
+            agent_grace: Duration::from_secs(10),
+            log_check: Duration::from_secs(10),
+        }
+    }
+}
+
+impl NodeConfig {
+    /// A node on loopback with defaults and no device.
+    pub fn new(name: impl Into<String>, head: impl Into<String>, run_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            head: head.into(),
+            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            worker_bind: Ipv4Addr::LOCALHOST.into(),
+            advertise: None,
+            devices: Vec::new(),
+            cpus: std::thread::available_parallelism()
+                .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            run_dir: run_dir.into(),
+            worker_command: Vec::new(),
+            token: None,
+            timing: NodeTiming::default(),
+            log_bytes_max: 64 << 20,
+        }
+    }
+}
+
+/// Why a node agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// Two agents would start and end the same workers.
+    #[error("another node agent{} uses {run_dir}; stop it, or give this one another run directory", .pid.map_or(String::new(), |pid| format!(" (pid {pid})")))]
+    RunDirInUse {
+        /// The directory.
+        run_dir: String,
+        /// Process id of the other agent, if it can be read.
+        pid: Option<u32>,
+    },
+    /// The run directory cannot be used.
+    #[error("run directory {run_dir}: {source}")]
+    RunDir {
+        /// The directory.
+        run_dir: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The name is used in file names and on the wire.
+    #[error("node name {0:?} must be 1 to 128 letters, digits, '-', '_' or '.'")]
+    Name(String),
+    /// Two devices have the same index.
+    #[error("device {0} is listed twice")]
+    Device(u32),
+    /// The path of this program is unknown.
+    #[error("cannot find the program to start workers with: {0}")]
+    Program(std::io::Error),
+    /// Signals cannot be listened to.
+    #[error("cannot listen to signals: {0}")]
+    Signals(std::io::Error),
+    /// It cannot listen.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The agent cannot be reached.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+}
+
+/// A running node agent.
+pub struct NodeHandle {
+    agent: Arc<Agent>,
+    over: watch::Receiver<bool>,
+    /// Held until the end, so that nobody else uses the run directory.
+    _lock: File,
+}
+
+/// Starts a node agent: takes over what workers it finds and joins the head, for as long as that takes.
+pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
+    check(&config)?;
+    if config.worker_command.is_empty() {
+        let program = std::env::current_exe().map_err(NodeError::Program)?;
+        config.worker_command = vec![program.to_string_lossy().into_owned(), "worker".to_owned()];
+    }
+    let shown = config.run_dir.display().to_string();
+    let failed = |source| NodeError::RunDir { run_dir: shown.clone(), source };
+    config.run_dir = std::path::absolute(&config.run_dir).map_err(failed)?;
+    let dir = RunDir::new(&config.run_dir);
+    dir.create().map_err(failed)?;
+    let lock = File::create(dir.lock()).map_err(failed)?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let pid = files::read::<AgentRecord>(&dir.agent()).ok().map(|agent| agent.pid);
+        return Err(NodeError::RunDirInUse { run_dir: shown, pid });
+    }
+    if let Some(token) = &config.token {
+        files::write_private(&dir.token(), token.bytes()).map_err(failed)?;
+    }
+    let mut system = SystemConfig::new(config.bind);
+    system.advertise.clone_from(&config.advertise);
+    system.token.clone_from(&config.token);
+    let system = System::start(system).await?;
+    let (over, watched) = watch::channel(false);
+    let agent = Arc::new(Agent::new(config, dir.clone(), system.clone()));
+    agent.adopt_workers().map_err(failed)?;
+    let hosted = agent.clone();
+    system.spawn(SpawnOptions::well_known(ActorId::NODE), move || NodeActor::new(hosted))?;
+    let own = AgentRecord { endpoint: system.endpoint().to_owned(), pid: std::process::id() };
+    files::write(&dir.agent(), &own).map_err(failed)?;
+    let reporting = agent.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = report::report(&reporting) => {}
+            () = report::check_logs(&reporting) => {}
+        }
+        let _ = over.send(true);
+    });
+    Ok(NodeHandle { agent, over: watched, _lock: lock })
+}
+
+fn check(config: &NodeConfig) -> Result<(), NodeError> {
+    if !crate::spec::is_name(&config.name) {
+        return Err(NodeError::Name(config.name.clone()));
+    }
+    for (i, device) in config.devices.iter().enumerate() {
+        if config.devices[..i].iter().any(|other| other.index == device.index) {
+            return Err(NodeError::Device(device.index));
+        }
+    }
+    Ok(())
+}
+
+impl NodeHandle {
+    /// Where the agent listens.
+    pub fn endpoint(&self) -> &str {
+        self.agent.system.endpoint()
+    }
+
+    /// Whether the head has accepted the node, and if not, why.
+    pub fn joined(&self) -> Result<(), String> {
+        self.agent.joined()
+    }
+
+    /// Begins to leave: workers get SIGTERM, after a grace SIGKILL. `stopped` says when it is done.
+    pub fn stop(&self) {
+        self.agent.leave();
+    }
+
+    /// Waits until the node has left: it was stopped, here or by the head, and none of its workers runs.
+    pub async fn stopped(&self) {
+        // The sender goes only with its task, which ends by sending.
+        let _ = self.over.clone().wait_for(|over| *over).await;
+        self.agent.system.shutdown().await;
+    }
+
+    /// Serves until SIGTERM, SIGINT or the head ends it, and leaves nothing behind.
+    pub async fn serve(&self) -> Result<(), NodeError> {
+        let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
+        let mut over = self.over.clone();
+        tokio::select! {
+            _ = terminate.recv() => self.stop(),
+            _ = interrupt.recv() => self.stop(),
+            _ = over.wait_for(|over| *over) => {}
+        }
+        self.stopped().await;
+        Ok(())
+    }
+}
+
+/// Has the kernel send this process SIGTERM when its parent ends: a supervisor's children never outlive it.
+///
+/// Call it on the main thread, before any other is started.
+pub fn terminate_with_parent() -> std::io::Result<()> {
+    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
+}

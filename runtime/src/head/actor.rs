@@ -1,0 +1,444 @@
+//! The head as an actor: feeds what it hears to the pure core and carries out what that says.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use actix::{
+    Actor, AsyncContext, Context, Handler, MessageResult, ResponseFuture, SpawnHandle, StreamHandler,
+};
+use futures_util::stream;
+use tokio::sync::watch;
+
+use super::core::{Command, Event, HeadState};
+use super::keeper::Keeper;
+use super::messages::{
+    Applied, Apply, Control, ControlAction, DeliverView, Dismiss, FindLog, Lookup, NodeReport, NodeVerdict,
+    ProcessStatus, Shutdown, StartWorker, StopNode, StopWorker, Watch, WorkerReport,
+};
+use crate::actor::{Accepts, RemoteActor, WireMessage};
+use crate::backoff::Backoff;
+use crate::cluster::status::{ClusterStatus, HeadStatus, StoreHealth};
+use crate::handle::{ActorAddr, AskError, Handle, Incarnation, ProcessId};
+use crate::node::NodeActor;
+use crate::spec::InvalidSpec;
+use crate::system::{PeerEvent, System};
+use crate::worker::WorkerActor;
+
+/// Longest wait for the store before a client is told that its specs are applied; they are applied either way.
+const DURABLE_PATIENCE: Duration = Duration::from_secs(1);
+/// Pause before an order whose fate is unknown is repeated.
+const ORDER_PAUSE: Duration = Duration::from_millis(50);
+/// Attempts to deliver what must arrive, with growing pauses: about 4 s.
+const INSISTENCE: u32 = 12;
+
+/// The head.
+pub(crate) struct HeadActor {
+    core: HeadState,
+    system: System,
+    keeper: Keeper,
+    started: Instant,
+    nodes: HashMap<String, NodeLink>,
+    workers: HashMap<Incarnation, Handle<WorkerActor>>,
+    version: watch::Sender<u64>,
+    closed: watch::Sender<bool>,
+    timer: Option<(Duration, SpawnHandle)>,
+}
+
+struct NodeLink {
+    boot: u64,
+    process: ProcessId,
+    handle: Handle<NodeActor>,
+}
+
+/// What a head actor is made of.
+pub(super) struct Parts {
+    pub(super) core: HeadState,
+    pub(super) system: System,
+    pub(super) keeper: Keeper,
+    /// The moment that the core's time counts from.
+    pub(super) started: Instant,
+    pub(super) closed: watch::Sender<bool>,
+}
+
+impl HeadActor {
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts { core, system, keeper, started, closed } = parts;
+        Self {
+            version: watch::Sender::new(core.version()),
+            core,
+            system,
+            keeper,
+            started,
+            nodes: HashMap::new(),
+            workers: HashMap::new(),
+            closed,
+            timer: None,
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn feed(&mut self, event: Event, ctx: &mut Context<Self>) {
+        let commands = self.core.handle(self.now(), event);
+        self.carry_out(commands, ctx);
+    }
+
+    fn carry_out(&mut self, commands: Vec<Command>, ctx: &mut Context<Self>) {
+        for command in commands {
+            self.execute(command, ctx);
+        }
+        let version = self.core.version();
+        self.version.send_if_modified(|known| std::mem::replace(known, version) != version);
+        if self.core.is_closed() {
+            self.closed.send_replace(true);
+        }
+        self.rearm(ctx);
+    }
+
+    fn execute(&mut self, command: Command, ctx: &mut Context<Self>) {
+        match command {
+            Command::StartWorker { node, order } => self.start_worker(node, order, ctx),
+            Command::StopWorker { node, incarnation, manner } => {
+                if let Some(link) = self.nodes.get(&node) {
+                    insist(link.handle.clone(), StopWorker { incarnation, manner });
+                }
+            }
+            Command::DismissWorker { incarnation, why } => {
+                if let Some(worker) = self.workers.remove(&incarnation) {
+                    insist(worker, Dismiss { why });
+                }
+            }
+            Command::CreateActor(order) => {
+                if let Some(worker) = self.workers.get(&order.incarnation) {
+                    insist(worker.clone(), order);
+                }
+            }
+            Command::SendView { incarnation, view } => {
+                if let Some(worker) = self.workers.get(&incarnation) {
+                    insist(worker.clone(), DeliverView((*view).clone()));
+                }
+            }
+            Command::StopNode { node } => {
+                if let Some(link) = self.nodes.get(&node) {
+                    insist(link.handle.clone(), StopNode);
+                }
+            }
+            Command::Persist(write) => self.keeper.write(&write),
+        }
+    }
+
+    /// Orders a worker. The order is repeated while its fate is unknown: the node carries it out once.
+    fn start_worker(&self, node: String, order: StartWorker, ctx: &mut Context<Self>) {
+        let Some(link) = self.nodes.get(&node) else { return };
+        let (handle, head) = (link.handle.clone(), ctx.address());
+        actix::spawn(async move {
+            match handle.ask(order.clone()).await {
+                Ok(outcome) => head.do_send(Ordered { incarnation: order.incarnation, outcome }),
+                Err(error) => {
+                    tracing::debug!(node, actor = order.actor, %error, "cannot order a worker");
+                    tokio::time::sleep(ORDER_PAUSE).await;
+                    head.do_send(OrderAgain { node, order });
+                }
+            }
+        });
+    }
+
+    /// Has the core woken at its next deadline.
+    fn rearm(&mut self, ctx: &mut Context<Self>) {
+        let deadline = self.core.next_deadline();
+        if self.timer.as_ref().map(|(at, _)| *at) == deadline {
+            return;
+        }
+        if let Some((_, timer)) = self.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        self.timer = deadline.map(|at| {
+            let wait = at.saturating_sub(self.now());
+            let timer = ctx.run_later(wait, |head, ctx| {
+                head.timer = None;
+                head.feed(Event::Tick, ctx);
+            });
+            (at, timer)
+        });
+    }
+
+    fn status(&self) -> ClusterStatus {
+        let head = HeadStatus {
+            endpoint: self.system.endpoint().to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.now().as_secs(),
+            closing: false,
+            recovering: false,
+        };
+        ClusterStatus {
+            version: self.core.version(),
+            head: self.core.head_status(head),
+            nodes: self.core.node_status(),
+            workers: self.core.worker_status(),
+            actors: self.core.actor_status(),
+            groups: self.core.group_status(),
+            state_store: self.keeper.health(),
+        }
+    }
+}
+
+/// Delivers a message that must arrive: tries again until it did, or the receiver is certainly gone.
+fn insist<A, M>(to: Handle<A>, message: M)
+where
+    A: RemoteActor + Handler<M>,
+    M: WireMessage + Clone,
+{
+    actix::spawn(async move {
+        let mut backoff = Backoff::reconnect();
+        for _ in 0..INSISTENCE {
+            match to.ask(message.clone()).await {
+                Ok(_) => return,
+                Err(AskError::Refused(refused)) if !refused.reason.is_transient() => {
+                    return tracing::debug!(message = M::NAME, to = %to.addr(), %refused, "not delivered");
+                }
+                Err(error) => tracing::debug!(message = M::NAME, to = %to.addr(), %error, "delivering again"),
+            }
+            backoff.pause().await;
+        }
+        tracing::warn!(message = M::NAME, to = %to.addr(), "could not be delivered");
+    });
+}
+
+/// The node's answer to an order.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Ordered {
+    incarnation: Incarnation,
+    outcome: Result<(), String>,
+}
+
+/// An order may not have arrived.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct OrderAgain {
+    node: String,
+    order: StartWorker,
+}
+
+/// Asks for the status.
+#[derive(actix::Message)]
+#[rtype(result = "ClusterStatus")]
+struct Snapshot;
+
+impl Actor for HeadActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        let peers = self.system.peer_events();
+        ctx.add_stream(stream::unfold(peers, |mut peers| async { Some((peers.next().await?, peers)) }));
+        let health = self.keeper.watch();
+        ctx.add_stream(stream::unfold(health, |mut health| async {
+            health.changed().await.ok()?;
+            let now = health.borrow_and_update().clone();
+            Some((now, health))
+        }));
+        self.rearm(ctx);
+    }
+}
+
+impl RemoteActor for HeadActor {
+    const TYPE: &'static str = "head";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<NodeReport>().accept::<WorkerReport>();
+        m.accept::<Apply>().accept::<Control>().accept::<Watch>().accept::<Lookup>();
+        m.accept::<FindLog>().accept::<Shutdown>();
+    }
+}
+
+impl StreamHandler<PeerEvent> for HeadActor {
+    fn handle(&mut self, event: PeerEvent, ctx: &mut Context<Self>) {
+        let gone: Vec<(String, u64)> = match event {
+            PeerEvent::Connected { .. } => return,
+            PeerEvent::Lost { process, .. } => self.links(|link| link.process == process),
+            PeerEvent::Missed(_) => {
+                let system = self.system.clone();
+                self.links(|link| !system.is_connected(link.process))
+            }
+        };
+        for (node, boot) in gone {
+            self.feed(Event::NodeDisconnected { node, boot }, ctx);
+        }
+    }
+
+    fn finished(&mut self, _: &mut Context<Self>) {}
+}
+
+impl HeadActor {
+    fn links(&self, which: impl Fn(&NodeLink) -> bool) -> Vec<(String, u64)> {
+        self.nodes
+            .iter()
+            .filter(|(_, link)| which(link))
+            .map(|(name, link)| (name.clone(), link.boot))
+            .collect()
+    }
+}
+
+impl StreamHandler<StoreHealth> for HeadActor {
+    fn handle(&mut self, health: StoreHealth, ctx: &mut Context<Self>) {
+        let commands = self.core.store_health(health.error.is_none());
+        self.carry_out(commands, ctx);
+    }
+
+    fn finished(&mut self, _: &mut Context<Self>) {}
+}
+
+impl Handler<Ordered> for HeadActor {
+    type Result = ();
+
+    fn handle(&mut self, ordered: Ordered, ctx: &mut Context<Self>) {
+        if let Err(message) = ordered.outcome {
+            self.feed(Event::StartFailed { incarnation: ordered.incarnation, message }, ctx);
+        }
+    }
+}
+
+impl Handler<OrderAgain> for HeadActor {
+    type Result = ();
+
+    fn handle(&mut self, again: OrderAgain, ctx: &mut Context<Self>) {
+        if self.core.awaits_start(again.order.incarnation) {
+            self.start_worker(again.node, again.order, ctx);
+        }
+    }
+}
+
+impl Handler<Snapshot> for HeadActor {
+    type Result = MessageResult<Snapshot>;
+
+    fn handle(&mut self, _: Snapshot, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.status())
+    }
+}
+
+impl Handler<NodeReport> for HeadActor {
+    type Result = MessageResult<NodeReport>;
+
+    fn handle(&mut self, report: NodeReport, ctx: &mut Context<Self>) -> Self::Result {
+        if let Err(why) = self.core.admits(&report) {
+            return MessageResult(NodeVerdict::Refused { why });
+        }
+        let process = report.addr.process;
+        let link = self.nodes.get(&report.name).filter(|link| link.process == process);
+        if link.is_none() {
+            let handle = self.system.handle(report.addr.clone());
+            self.nodes.insert(report.name.clone(), NodeLink { boot: report.boot, process, handle });
+        }
+        for worker in report.workers.iter().filter(|worker| worker.status != ProcessStatus::Running) {
+            self.workers.remove(&worker.incarnation);
+        }
+        self.feed(Event::NodeReport(report), ctx);
+        MessageResult(NodeVerdict::Accepted { head: self.system.process() })
+    }
+}
+
+impl Handler<WorkerReport> for HeadActor {
+    type Result = MessageResult<WorkerReport>;
+
+    fn handle(&mut self, report: WorkerReport, ctx: &mut Context<Self>) -> Self::Result {
+        let known = self.workers.get(&report.incarnation).is_some_and(|worker| *worker.addr() == report.addr);
+        if !known {
+            self.workers.insert(report.incarnation, self.system.handle(report.addr.clone()));
+        }
+        self.feed(Event::WorkerReport(report), ctx);
+        MessageResult(self.system.process())
+    }
+}
+
+impl Handler<Apply> for HeadActor {
+    type Result = ResponseFuture<Result<Applied, InvalidSpec>>;
+
+    fn handle(&mut self, apply: Apply, ctx: &mut Context<Self>) -> Self::Result {
+        let applied = match self.core.apply(self.now(), apply.specs, apply.mode) {
+            Ok((applied, commands)) => {
+                self.carry_out(commands, ctx);
+                applied
+            }
+            Err(invalid) => return Box::pin(async { Err(invalid) }),
+        };
+        let flushed = self.keeper.flushed(DURABLE_PATIENCE);
+        Box::pin(async move {
+            if !flushed.await {
+                tracing::warn!("specs are applied but not yet durable");
+            }
+            Ok(applied)
+        })
+    }
+}
+
+impl Handler<Control> for HeadActor {
+    type Result = Result<(), String>;
+
+    fn handle(&mut self, control: Control, ctx: &mut Context<Self>) -> Self::Result {
+        let (now, name) = (self.now(), &control.actor);
+        let commands = match control.action {
+            ControlAction::Stop => self.core.stop_actor(now, name),
+            ControlAction::Restart => self.core.restart_actor(now, name),
+            ControlAction::Remove => self.core.remove_actor(now, name),
+        };
+        let commands = commands.map_err(|error| error.to_string())?;
+        self.carry_out(commands, ctx);
+        Ok(())
+    }
+}
+
+impl Handler<Watch> for HeadActor {
+    type Result = ResponseFuture<ClusterStatus>;
+
+    fn handle(&mut self, watch: Watch, ctx: &mut Context<Self>) -> Self::Result {
+        let now = self.status();
+        // A version ahead of this head is of one before it: then anything is news.
+        if watch.since == 0 || watch.since != now.version {
+            return Box::pin(async { now });
+        }
+        let (mut version, head) = (self.version.subscribe(), ctx.address());
+        Box::pin(async move {
+            let wait = Duration::from_millis(watch.wait_ms);
+            let _ = tokio::time::timeout(wait, version.wait_for(|version| *version != watch.since)).await;
+            head.send(Snapshot).await.unwrap_or(now)
+        })
+    }
+}
+
+impl Handler<Lookup> for HeadActor {
+    type Result = Option<ActorAddr>;
+
+    fn handle(&mut self, lookup: Lookup, _: &mut Context<Self>) -> Self::Result {
+        self.core.lookup(&lookup.actor).cloned()
+    }
+}
+
+impl Handler<FindLog> for HeadActor {
+    type Result = Result<ActorAddr, String>;
+
+    fn handle(&mut self, find: FindLog, _: &mut Context<Self>) -> Self::Result {
+        let actor = find.actor;
+        if !self.core.knows(&actor) {
+            return Err(format!("no actor is named {actor:?}"));
+        }
+        let node =
+            self.core.node_of(&actor).ok_or_else(|| format!("{actor} has never been placed on a node"))?;
+        let link =
+            self.nodes.get(node).ok_or_else(|| format!("node {node}, where {actor} ran, is not here"))?;
+        Ok(link.handle.addr().clone())
+    }
+}
+
+impl Handler<Shutdown> for HeadActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: Shutdown, ctx: &mut Context<Self>) -> Self::Result {
+        self.feed(Event::Shutdown, ctx);
+        let mut closed = self.closed.subscribe();
+        Box::pin(async move {
+            let _ = closed.wait_for(|closed| *closed).await;
+        })
+    }
+}

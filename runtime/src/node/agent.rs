@@ -1,0 +1,400 @@
+//! What the agent knows of its workers, and what it does when it is told.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
+use tokio::sync::Notify;
+
+use super::files::{self, RunDir, WorkerRecord};
+use super::process::{self, Process};
+use super::{NodeConfig, logs};
+use crate::actor::{Accepts, RemoteActor};
+use crate::handle::{ActorAddr, ActorId, Incarnation};
+use crate::head::core::Manner;
+use crate::head::messages::{
+    HelloReply, LogChunk, NodeReport, NodeStage, ProcessStatus, ReadLog, StartWorker, StopNode, StopWorker,
+    WorkerHello, WorkerProcess,
+};
+use crate::spec::DeathCause;
+use crate::system::System;
+
+/// Most bytes of a log in one answer.
+const LOG_CHUNK_MAX: u32 = 1 << 20;
+
+/// The agent. Its state is small and behind a lock; nothing waits while it is held.
+pub(super) struct Agent {
+    pub(super) config: NodeConfig,
+    pub(super) dir: RunDir,
+    pub(super) system: System,
+    boot: u64,
+    runtime: tokio::runtime::Handle,
+    state: Mutex<State>,
+    /// Something is to be reported.
+    pub(super) news: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    workers: BTreeMap<Incarnation, Worker>,
+    leaving: bool,
+    seq: u64,
+    /// `seq` of the last report that began a connection.
+    registered_seq: u64,
+    /// Highest incarnation that was ever ordered here.
+    ordered: Incarnation,
+    /// What the head last said to a report.
+    verdict: Option<Result<(), String>>,
+}
+
+struct Worker {
+    record: WorkerRecord,
+    status: Status,
+}
+
+enum Status {
+    /// The order is being carried out.
+    Starting,
+    Running(Process),
+    /// Kept until the head has heard of it.
+    Ended {
+        pid: u32,
+        cause: DeathCause,
+    },
+}
+
+impl Agent {
+    pub(super) fn new(config: NodeConfig, dir: RunDir, system: System) -> Self {
+        Self {
+            config,
+            dir,
+            system,
+            boot: rand::random(),
+            runtime: tokio::runtime::Handle::current(),
+            state: Mutex::default(),
+            news: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over the workers of an earlier agent.
+    pub(super) fn adopt_workers(self: &Arc<Self>) -> std::io::Result<()> {
+        for record in self.dir.worker_records()? {
+            let incarnation = record.incarnation;
+            let found = match record.process {
+                Some(process) => process::adopt(process)?,
+                None => None,
+            };
+            let pid = record.process.map_or(0, |process| process.pid);
+            let mut state = self.lock();
+            state.ordered = state.ordered.max(incarnation);
+            let status = match found {
+                Some(process) => {
+                    tracing::info!(actor = record.actor, %incarnation, pid, "took over a worker");
+                    self.watch(incarnation, process.clone());
+                    Status::Running(process)
+                }
+                None => {
+                    let why = "it ended while no node agent was there".to_owned();
+                    Status::Ended { pid, cause: DeathCause::Vanished { why } }
+                }
+            };
+            state.workers.insert(incarnation, Worker { record, status });
+        }
+        Ok(())
+    }
+
+    /// Has the end of a process noticed the moment it happens.
+    fn watch(self: &Arc<Self>, incarnation: Incarnation, process: Process) {
+        let agent = self.clone();
+        self.runtime.spawn(async move {
+            let cause = process.ended().await;
+            agent.ended(incarnation, process.record.pid, cause);
+        });
+    }
+
+    fn ended(&self, incarnation: Incarnation, pid: u32, cause: DeathCause) {
+        if let Some(worker) = self.lock().workers.get_mut(&incarnation) {
+            tracing::info!(actor = worker.record.actor, %incarnation, pid, %cause, "worker ended");
+            worker.status = Status::Ended { pid, cause };
+        }
+        self.news.notify_one();
+    }
+
+    /// Starts a worker; does nothing if that very worker was started before.
+    fn start(self: &Arc<Self>, order: StartWorker) -> Result<(), String> {
+        let incarnation = order.incarnation;
+        let record = self.record(&order);
+        {
+            let mut state = self.lock();
+            if state.workers.contains_key(&incarnation) {
+                return Ok(());
+            }
+            if state.leaving {
+                return Err("the node is leaving".into());
+            }
+            if order.report_seq < state.registered_seq || incarnation <= state.ordered {
+                return Err("the order is outdated".into());
+            }
+            state.ordered = incarnation;
+            state.workers.insert(incarnation, Worker { record: record.clone(), status: Status::Starting });
+        }
+        let started = self.spawn(&record);
+        let mut state = self.lock();
+        match started {
+            Ok(process) => {
+                let status = Status::Running(process.clone());
+                let record = WorkerRecord { process: Some(process.record), ..record };
+                state.workers.insert(incarnation, Worker { record, status });
+                self.watch(incarnation, process);
+                let leaving = state.leaving;
+                drop(state);
+                self.news.notify_one();
+                if leaving {
+                    self.stop(incarnation, Manner::Graceful);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                state.workers.remove(&incarnation);
+                self.forget(incarnation);
+                Err(format!("node {}: {error}", self.config.name))
+            }
+        }
+    }
+
+    fn record(&self, order: &StartWorker) -> WorkerRecord {
+        let grace = self.config.timing.agent_grace;
+        WorkerRecord {
+            actor: order.actor.clone(),
+            incarnation: order.incarnation,
+            device: order.device.as_ref().map(|device| device.index),
+            node: self.config.name.clone(),
+            head: self.config.head.clone(),
+            bind: self.config.worker_bind,
+            advertise: self.config.advertise.clone(),
+            token_file: self.config.token.as_ref().map(|_| self.dir.token()),
+            agent_grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+            process: None,
+        }
+    }
+
+    fn spawn(&self, record: &WorkerRecord) -> std::io::Result<Process> {
+        let path = self.dir.worker(record.incarnation);
+        files::write(&path, record)?;
+        let log = self.dir.log(&record.actor);
+        let log = logs::open(&log, &record.actor, record.incarnation, self.config.log_bytes_max)?;
+        let args = crate::worker::WorkerConfig::to_args(&record.actor, record.incarnation, &path);
+        let process = process::start(&self.config.worker_command, &args, log)?;
+        files::write(&path, &WorkerRecord { process: Some(process.record), ..record.clone() })?;
+        Ok(process)
+    }
+
+    fn forget(&self, incarnation: Incarnation) {
+        if let Err(error) = std::fs::remove_file(self.dir.worker(incarnation)) {
+            tracing::debug!(%incarnation, %error, "cannot remove a worker record");
+        }
+    }
+
+    /// Ends a worker.
+    fn stop(self: &Arc<Self>, incarnation: Incarnation, manner: Manner) {
+        let process = match self.lock().workers.get(&incarnation) {
+            Some(Worker { status: Status::Running(process), .. }) => process.clone(),
+            _ => return,
+        };
+        match manner {
+            Manner::Kill => process.kill(),
+            Manner::Graceful => {
+                process.terminate();
+                let grace = self.config.timing.stop_grace;
+                // By pidfd: harmless if the process has ended by then.
+                self.runtime.spawn(async move {
+                    tokio::time::sleep(grace).await;
+                    process.kill();
+                });
+            }
+        }
+    }
+
+    /// Ends all workers, and then the agent.
+    pub(super) fn leave(self: &Arc<Self>) {
+        let running: Vec<Incarnation> = {
+            let mut state = self.lock();
+            if std::mem::replace(&mut state.leaving, true) {
+                return;
+            }
+            state.workers.keys().copied().collect()
+        };
+        for incarnation in running {
+            self.stop(incarnation, Manner::Graceful);
+        }
+        self.news.notify_one();
+    }
+
+    /// What the head last said to a report; an error before its first word.
+    pub(super) fn joined(&self) -> Result<(), String> {
+        let verdict = self.lock().verdict.clone();
+        verdict.unwrap_or_else(|| Err(format!("no answer from the head at {} yet", self.config.head)))
+    }
+
+    pub(super) fn judged(&self, verdict: Result<(), String>) {
+        self.lock().verdict = Some(verdict);
+    }
+
+    /// The next report.
+    pub(super) fn report(&self, registering: bool) -> NodeReport {
+        let mut state = self.lock();
+        state.seq += 1;
+        if registering {
+            state.registered_seq = state.seq;
+        }
+        let alive = state.workers.values().any(|worker| !matches!(worker.status, Status::Ended { .. }));
+        let stage = match (state.leaving, alive) {
+            (false, _) => NodeStage::Serving,
+            (true, true) => NodeStage::Leaving,
+            (true, false) => NodeStage::Left,
+        };
+        NodeReport {
+            name: self.config.name.clone(),
+            boot: self.boot,
+            seq: state.seq,
+            registering,
+            addr: ActorAddr {
+                actor: ActorId::NODE,
+                incarnation: Incarnation::ANY,
+                process: self.system.process(),
+                endpoint: self.system.endpoint().to_owned(),
+            },
+            pid: std::process::id(),
+            devices: self.config.devices.clone(),
+            cpus: self.config.cpus,
+            stage,
+            workers: state.workers.values().filter_map(Worker::reported).collect(),
+        }
+    }
+
+    /// The head has this report: ends that it tells of need not be told again.
+    pub(super) fn heard(&self, report: &NodeReport) {
+        let mut state = self.lock();
+        for process in &report.workers {
+            if process.status != ProcessStatus::Running {
+                state.workers.remove(&process.incarnation);
+                self.forget(process.incarnation);
+            }
+        }
+    }
+
+    /// Names of actors whose workers run.
+    pub(super) fn running(&self) -> Vec<String> {
+        self.lock().workers.values().map(|worker| worker.record.actor.clone()).collect()
+    }
+
+    fn hello(&self, hello: &WorkerHello) -> HelloReply {
+        let state = self.lock();
+        let known = state.workers.get(&hello.incarnation).is_some_and(|worker| match &worker.status {
+            Status::Starting | Status::Running(_) => true,
+            Status::Ended { .. } => false,
+        });
+        HelloReply { known, node: self.system.process() }
+    }
+}
+
+impl Worker {
+    /// `None` while its process is being started: the head does not miss what it has not seen.
+    fn reported(&self) -> Option<WorkerProcess> {
+        let (pid, status) = match &self.status {
+            Status::Starting => return None,
+            Status::Running(process) => (process.record.pid, ProcessStatus::Running),
+            Status::Ended { pid, cause } => (*pid, ProcessStatus::Exited(cause.clone())),
+        };
+        Some(WorkerProcess {
+            actor: self.record.actor.clone(),
+            incarnation: self.record.incarnation,
+            device: self.record.device,
+            pid,
+            status,
+        })
+    }
+}
+
+/// The agent as an actor.
+pub(crate) struct NodeActor {
+    agent: Arc<Agent>,
+}
+
+impl NodeActor {
+    pub(super) fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+}
+
+impl Actor for NodeActor {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for NodeActor {
+    const TYPE: &'static str = "node";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<StartWorker>()
+            .accept::<StopWorker>()
+            .accept::<StopNode>()
+            .accept::<WorkerHello>()
+            .accept::<ReadLog>();
+    }
+}
+
+impl Handler<StartWorker> for NodeActor {
+    type Result = ResponseFuture<Result<(), String>>;
+
+    fn handle(&mut self, order: StartWorker, _: &mut Self::Context) -> Self::Result {
+        let agent = self.agent.clone();
+        // Starting a process blocks for a moment.
+        let started = self.agent.runtime.spawn_blocking(move || agent.start(order));
+        Box::pin(async move { started.await.unwrap_or_else(|error| Err(error.to_string())) })
+    }
+}
+
+impl Handler<StopWorker> for NodeActor {
+    type Result = ();
+
+    fn handle(&mut self, order: StopWorker, _: &mut Self::Context) {
+        self.agent.stop(order.incarnation, order.manner);
+    }
+}
+
+impl Handler<StopNode> for NodeActor {
+    type Result = ();
+
+    fn handle(&mut self, _: StopNode, _: &mut Self::Context) {
+        self.agent.leave();
+    }
+}
+
+impl Handler<WorkerHello> for NodeActor {
+    type Result = MessageResult<WorkerHello>;
+
+    fn handle(&mut self, hello: WorkerHello, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.agent.hello(&hello))
+    }
+}
+
+impl Handler<ReadLog> for NodeActor {
+    type Result = ResponseFuture<Result<LogChunk, String>>;
+
+    fn handle(&mut self, wanted: ReadLog, _: &mut Self::Context) -> Self::Result {
+        let agent = self.agent.clone();
+        let path = agent.dir.log(&wanted.actor);
+        let max = wanted.max.min(LOG_CHUNK_MAX);
+        let wait = Duration::from_millis(wanted.wait_ms);
+        let read = self.agent.runtime.spawn(logs::read(path, wanted.offset, max, wait));
+        Box::pin(async move {
+            let read = read.await.map_err(|error| error.to_string())?;
+            read.map_err(|error| format!("log of {} on node {}: {error}", wanted.actor, agent.config.name))
+        })
+    }
+}

@@ -1,0 +1,268 @@
+//! What a worker knows of its actor, and what it does when the head speaks.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use actix::{Actor, Context, Handler};
+use tokio::sync::{Notify, watch};
+
+use super::views::Views;
+use crate::actor::{Accepts, ActorCx, ActorTypes, CreateError, CxParts, RemoteActor, Reports};
+use crate::cluster::Cluster;
+use crate::handle::{ActorAddr, ActorId, Incarnation};
+use crate::head::messages::{CreateActor, DeliverView, Dismiss, WorkerPhase, WorkerReport};
+use crate::node::files::WorkerRecord;
+use crate::spec::{DeathCause, Progress};
+use crate::system::{ActorEnd, System};
+
+/// How long an actor that asked for its own end may take for it.
+const EXIT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why the worker is to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Its actor ended; the head is told.
+    Actor(DeathCause),
+    /// It was asked to by a signal; the actor is stopped first.
+    Terminated,
+    /// It has been replaced or abandoned and must not be heard of again.
+    Fenced(String),
+}
+
+/// The worker.
+pub(super) struct Host {
+    pub(super) record: WorkerRecord,
+    pub(super) system: System,
+    cluster: Cluster,
+    types: ActorTypes,
+    runtime: tokio::runtime::Handle,
+    state: Mutex<State>,
+    views: Views,
+    over: watch::Sender<Option<Ending>>,
+    end_reported: watch::Sender<bool>,
+    /// Something is to be reported at once.
+    pub(super) news: Notify,
+    /// Something is to be reported when it suits.
+    pub(super) progress: Notify,
+}
+
+struct State {
+    phase: WorkerPhase,
+    announced: Option<Vec<u8>>,
+    seq: u64,
+}
+
+impl Host {
+    pub(super) fn new(record: WorkerRecord, system: System, cluster: Cluster, types: ActorTypes) -> Self {
+        Self {
+            views: Views::new(system.clone(), ActorId::named(&record.actor), record.incarnation),
+            record,
+            system,
+            cluster,
+            types,
+            runtime: tokio::runtime::Handle::current(),
+            state: Mutex::new(State { phase: WorkerPhase::Waiting, announced: None, seq: 0 }),
+            over: watch::Sender::new(None),
+            end_reported: watch::Sender::new(false),
+            news: Notify::new(),
+            progress: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn actor(&self) -> ActorId {
+        ActorId::named(&self.record.actor)
+    }
+
+    /// Begins to create the actor, once.
+    fn create(self: &Arc<Self>, order: CreateActor) {
+        {
+            let mut state = self.lock();
+            if order.incarnation != self.record.incarnation || state.phase != WorkerPhase::Waiting {
+                return;
+            }
+            state.phase = WorkerPhase::Creating(Progress { phase: "creating".into(), ..Progress::default() });
+        }
+        self.news.notify_one();
+        let host = self.clone();
+        self.runtime.spawn(async move {
+            let reports = Reports::new();
+            let cause = tokio::select! {
+                cause = host.live(order, reports.clone()) => cause,
+                cause = host.pass_on(&reports) => cause,
+            };
+            host.end(Ending::Actor(cause));
+        });
+    }
+
+    /// The actor from its creation to its end.
+    async fn live(&self, order: CreateActor, reports: Reports) -> DeathCause {
+        let spec = order.spec;
+        let cx = ActorCx::new(CxParts {
+            system: self.system.clone(),
+            actor: self.actor(),
+            name: spec.name,
+            incarnation: order.incarnation,
+            device: order.device,
+            group: spec.group,
+            reports,
+        });
+        let cx = cx.in_cluster(self.cluster.clone());
+        let capacity = spec.mailbox_capacity as usize;
+        match self.types.create(&spec.type_name, spec.args, capacity, cx).await {
+            Ok(addr) => {
+                let ended = self.system.watch_local(addr.actor, addr.incarnation);
+                self.lock().phase = WorkerPhase::Ready(addr);
+                self.views.open();
+                self.news.notify_one();
+                match ended.await {
+                    Some(ActorEnd::Panicked(message)) => DeathCause::Panicked { message },
+                    Some(ActorEnd::Stopped) | None => {
+                        DeathCause::Failed { message: "the actor stopped without a cause".into() }
+                    }
+                }
+            }
+            Err(CreateError::Panicked(message)) => DeathCause::Panicked { message },
+            Err(error) => DeathCause::CreateFailed { message: error.to_string() },
+        }
+    }
+
+    /// Takes what the actor says of itself, until it asks for its end.
+    async fn pass_on(&self, reports: &Reports) -> DeathCause {
+        loop {
+            let said = reports.next().await;
+            if let Some(join_info) = said.announce {
+                self.lock().announced = Some(join_info);
+                self.news.notify_one();
+            }
+            if let Some(progress) = said.progress
+                && let WorkerPhase::Creating(present) = &mut self.lock().phase
+            {
+                *present = progress;
+                self.progress.notify_one();
+            }
+            if let Some(cause) = said.exit {
+                let ended = self.system.watch_local(self.actor(), self.record.incarnation);
+                self.system.stop_actor(self.actor(), self.record.incarnation);
+                let _ = tokio::time::timeout(EXIT_PATIENCE, ended).await;
+                return cause;
+            }
+        }
+    }
+
+    /// Ends the worker; the first word counts.
+    pub(super) fn end(&self, ending: Ending) {
+        self.over.send_if_modified(|over| {
+            let first = over.is_none();
+            over.get_or_insert(ending);
+            first
+        });
+    }
+
+    /// Waits for the end.
+    pub(super) async fn over(&self) -> Ending {
+        let mut over = self.over.subscribe();
+        match over.wait_for(Option::is_some).await.map(|over| over.clone()) {
+            Ok(Some(ending)) => ending,
+            Ok(None) | Err(_) => Ending::Terminated,
+        }
+    }
+
+    pub(super) fn note_end(&self, cause: DeathCause) {
+        self.lock().phase = WorkerPhase::Ended(cause);
+        self.news.notify_one();
+    }
+
+    /// Waits until the head has heard of the end.
+    pub(super) async fn end_reported(&self) {
+        let _ = self.end_reported.subscribe().wait_for(|reported| *reported).await;
+    }
+
+    /// Lets the actor stop in good order.
+    pub(super) async fn stop_actor(&self) {
+        let ended = self.system.watch_local(self.actor(), self.record.incarnation);
+        self.system.stop_actor(self.actor(), self.record.incarnation);
+        ended.await;
+    }
+
+    /// The next report to the head.
+    pub(super) fn report(&self, registering: bool) -> WorkerReport {
+        let mut state = self.lock();
+        state.seq += 1;
+        WorkerReport {
+            actor: self.record.actor.clone(),
+            incarnation: self.record.incarnation,
+            seq: state.seq,
+            registering,
+            addr: ActorAddr {
+                actor: ActorId::WORKER,
+                incarnation: Incarnation::ANY,
+                process: self.system.process(),
+                endpoint: self.system.endpoint().to_owned(),
+            },
+            pid: std::process::id(),
+            node: self.record.node.clone(),
+            device: self.record.device,
+            phase: state.phase.clone(),
+            announced: state.announced.clone(),
+            views: self.views.epochs(),
+        }
+    }
+
+    /// The head has this report.
+    pub(super) fn heard(&self, report: &WorkerReport) {
+        if matches!(report.phase, WorkerPhase::Ended(_)) {
+            self.end_reported.send_replace(true);
+        }
+    }
+}
+
+/// The worker as an actor.
+pub(crate) struct WorkerActor {
+    host: Arc<Host>,
+}
+
+impl WorkerActor {
+    pub(super) fn new(host: Arc<Host>) -> Self {
+        Self { host }
+    }
+}
+
+impl Actor for WorkerActor {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for WorkerActor {
+    const TYPE: &'static str = "worker";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<CreateActor>().accept::<DeliverView>().accept::<Dismiss>();
+    }
+}
+
+impl Handler<CreateActor> for WorkerActor {
+    type Result = ();
+
+    fn handle(&mut self, order: CreateActor, _: &mut Self::Context) {
+        self.host.create(order);
+    }
+}
+
+impl Handler<DeliverView> for WorkerActor {
+    type Result = ();
+
+    fn handle(&mut self, DeliverView(view): DeliverView, _: &mut Self::Context) {
+        self.host.views.deliver(view);
+    }
+}
+
+impl Handler<Dismiss> for WorkerActor {
+    type Result = ();
+
+    fn handle(&mut self, Dismiss { why }: Dismiss, _: &mut Self::Context) {
+        self.host.end(Ending::Fenced(why));
+    }
+}
