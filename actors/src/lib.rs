@@ -1,6 +1,15 @@
 //! The product: DP and EP ranks, EPLB, router and ingress. The only room where runtime and engine meet.
 
+pub mod deployment;
 pub mod eplb;
 pub mod ingress;
+pub mod ingress_actor;
 pub mod messages;
 pub mod rank;
+
+use heliostat_runtime::actor::ActorTypes;
+
+/// Every actor type that a worker of this binary can create.
+pub fn actor_types() -> ActorTypes {
+    ActorTypes::new().with::<rank::Rank>().with::<eplb::Eplb>().with::<ingress_actor::IngressActor>()
+}

@@ -1,1 +1,347 @@
-//! All messages between the product's actors.
+//! All messages between the product's actors, by the actor that receives them.
+//!
+//! Each is one struct with its reply type. `tell` is used where the reply is `()`.
+
+use actix::Message;
+use bincode::{Decode, Encode};
+use heliostat_engine::ep::PlanProgress;
+use heliostat_engine::eplb::map::Layout;
+use heliostat_engine::eplb::plan::Plan;
+use heliostat_engine::request::{Output, RankStats, Request, RequestId};
+use heliostat_runtime::actor::WireMessage;
+use heliostat_runtime::handle::ActorAddr;
+use serde::{Deserialize, Serialize};
+
+macro_rules! wire {
+    ($($message:ty => $name:literal),* $(,)?) => {
+        $(impl WireMessage for $message { const NAME: &'static str = $name; })*
+    };
+}
+
+wire! {
+    Submit => "rank.submit",
+    Abort => "rank.abort",
+    AbortAllOf => "rank.abort_all_of",
+    ApplyPlan => "rank.apply_plan",
+    AbandonPlan => "rank.abandon_plan",
+    FetchExpert => "rank.fetch_expert",
+    ReportLoad => "rank.report_load",
+    AttachEplb => "rank.attach_eplb",
+    AttachIngress => "rank.attach_ingress",
+    RankOutputs => "ingress.outputs",
+    RankRefused => "ingress.refused",
+    StepLoad => "eplb.step_load",
+    PlanReport => "eplb.plan_report",
+    RankJoined => "eplb.rank_joined",
+    GetStatus => "eplb.get_status",
+    Rebalance => "eplb.rebalance",
+}
+
+// ---- to a rank -----------------------------------------------------------------------------------------------------
+
+/// Generate this sequence and send its outputs to `reply_to`; a rank that does not take it sends [`RankRefused`].
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct Submit {
+    /// The sequence.
+    pub request: Request,
+    /// The ingress that gets [`RankOutputs`].
+    pub reply_to: ActorAddr,
+}
+
+/// Stop this sequence and free its blocks.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct Abort {
+    /// The sequence.
+    pub id: RequestId,
+}
+
+/// Stop all sequences of an ingress that went away.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct AbortAllOf {
+    /// The ingress.
+    pub reply_to: ActorAddr,
+}
+
+/// Stage the layers of this plan in order; each commits when all ranks have staged it.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<(), PlanRefused>")]
+pub struct ApplyPlan {
+    /// What to change.
+    pub plan: Plan,
+    /// The EPLB actor, which gets [`PlanReport`].
+    pub reply_to: ActorAddr,
+}
+
+/// A rank does not take a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum PlanRefused {
+    /// The plan is not newer than what the rank has seen.
+    #[error("plan {plan} is stale: plan {closed} has ended here")]
+    Stale {
+        /// Epoch of the plan.
+        plan: u64,
+        /// Newest plan that ended here.
+        closed: u64,
+    },
+    /// Another plan is open.
+    #[error("plan {open} is still open")]
+    Busy {
+        /// Epoch of the open plan.
+        open: u64,
+    },
+    /// The group is not connected at present.
+    #[error("the rank is not connected to its group")]
+    NotJoined,
+    /// The plan does not fit the model or the group.
+    #[error("the plan does not fit: {0}")]
+    Invalid(String),
+}
+
+/// Drop the uncommitted layers of a plan. Takes effect on all ranks at one step.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct AbandonPlan {
+    /// Epoch of the plan.
+    pub epoch: u64,
+}
+
+/// Read a part of an expert's weights.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<ExpertChunk, NoSuchExpert>")]
+pub struct FetchExpert {
+    /// MoE layer index.
+    pub moe_layer: u32,
+    /// Logical expert.
+    pub logical: u32,
+    /// Offset into its bytes.
+    pub offset: u64,
+    /// At most this many bytes.
+    pub len: u64,
+}
+
+/// A part of an expert's weights.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct ExpertChunk {
+    /// Length of the whole.
+    pub total: u64,
+    /// Checksum of the whole.
+    pub checksum: u64,
+    /// Bytes from the asked offset.
+    pub bytes: Vec<u8>,
+}
+
+/// The rank holds no copy (any more).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+#[error("no copy of expert {logical} of MoE layer {moe_layer} lies on this rank")]
+pub struct NoSuchExpert {
+    /// MoE layer index.
+    pub moe_layer: u32,
+    /// Logical expert.
+    pub logical: u32,
+}
+
+/// Report the load now that was counted since the last report; `None` on a rank without attention.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Option<StepLoad>")]
+pub struct ReportLoad;
+
+/// Send load, plan reports and joins to this EPLB actor from now on. Answers with the last join, if the rank is in its
+/// group.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Option<RankJoined>")]
+pub struct AttachEplb {
+    /// The EPLB actor.
+    pub eplb: ActorAddr,
+}
+
+/// Send [`RankOutputs`] with figures to this ingress from now on, also when none of its sequences runs.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct AttachIngress {
+    /// The ingress.
+    pub ingress: ActorAddr,
+}
+
+// ---- to the ingress ------------------------------------------------------------------------------------------------
+
+/// What a step of a DP rank brought to the sequences of this ingress.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct RankOutputs {
+    /// The DP rank.
+    pub dp: u32,
+    /// New tokens and ends.
+    pub outputs: Vec<Output>,
+    /// Its state after the step.
+    pub stats: RankStats,
+}
+
+/// A rank did not take a sequence.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct RankRefused {
+    /// The DP rank.
+    pub dp: u32,
+    /// The sequence.
+    pub id: RequestId,
+    /// Why.
+    pub why: Busy,
+}
+
+/// A rank does not take the sequence.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum Busy {
+    /// Its waiting queue is full; try another rank or later.
+    #[error("the rank's queue of {waiting} waiting requests is full")]
+    QueueFull {
+        /// Length of the queue.
+        waiting: u32,
+    },
+    /// It never could: it has no attention role, or the request cannot fit.
+    #[error("the rank cannot run the request: {0}")]
+    Unservable(String),
+}
+
+// ---- to the EPLB actor ---------------------------------------------------------------------------------------------
+
+/// Tokens that a DP rank routed in some steps.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct StepLoad {
+    /// The DP rank.
+    pub dp: u32,
+    /// Group steps that the counts cover.
+    pub steps: u64,
+    /// `[moe layer][logical expert]`.
+    pub counts: Vec<Vec<u32>>,
+}
+
+/// How far a rank is with a plan.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct PlanReport {
+    /// The rank.
+    pub rank: u32,
+    /// Epoch of the plan.
+    pub epoch: u64,
+    /// Layers staged here.
+    pub staged: u32,
+    /// Layers committed by the group.
+    pub committed: u32,
+    /// Set once, when the plan has ended here.
+    pub end: Option<PlanEnd>,
+    /// Experts and bytes that this rank fetched from others, and from disk.
+    pub moved: Moved,
+    /// Steps while the plan was open: their number, the longest and the median, microseconds.
+    pub steps: StepTimes,
+    /// Why staging failed, if it did.
+    pub error: Option<String>,
+}
+
+/// How a plan ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanEnd {
+    /// All layers were committed.
+    Committed,
+    /// The rest was dropped: a time-out, a failed stage or a rank that was lost.
+    RolledBack,
+}
+
+/// What staging a plan moved into one rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Moved {
+    /// Experts that already lay on the rank.
+    pub local: u64,
+    /// Experts fetched from peers.
+    pub from_peers: u64,
+    /// Experts read from the checkpoint.
+    pub from_disk: u64,
+    /// Bytes fetched from peers or disk.
+    pub bytes: u64,
+}
+
+/// Durations of some steps, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct StepTimes {
+    /// How many.
+    pub count: u64,
+    /// The longest.
+    pub longest_us: u64,
+    /// The median.
+    pub median_us: u64,
+    /// The median of the steps before the plan came, for comparison.
+    pub before_median_us: u64,
+}
+
+/// A rank connected to its group; any open plan was dropped.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct RankJoined {
+    /// The rank.
+    pub rank: u32,
+    /// Its actor.
+    pub addr: ActorAddr,
+    /// Membership epoch.
+    pub membership: u64,
+    /// Where the plans stand.
+    pub progress: PlanProgress,
+    /// The layout that all ranks agreed on.
+    pub layout: Layout,
+}
+
+/// Everything that `GET /api/eplb` shows, as JSON.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "String")]
+pub struct GetStatus;
+
+/// Plan and publish a remap now, whatever the gates say.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<RebalanceStarted, RebalanceRefused>")]
+pub struct Rebalance;
+
+/// A remap is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Encode, Decode, Serialize, Deserialize)]
+pub struct RebalanceStarted {
+    /// Its map epoch.
+    pub epoch: u64,
+    /// Layers that change.
+    pub layers: u32,
+    /// Slots whose expert changes.
+    pub moves: u32,
+}
+
+/// No remap was started.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "reason", rename_all = "snake_case")]
+pub enum RebalanceRefused {
+    /// One is under way.
+    #[error("map epoch {epoch} is still being applied")]
+    InProgress {
+        /// Its map epoch.
+        epoch: u64,
+    },
+    /// Nothing was routed yet.
+    #[error("no load was recorded yet: send requests first")]
+    NoLoad,
+    /// The plan equals the present map.
+    #[error("the present map is already what the policy wants")]
+    NothingToMove,
+    /// The policy cannot plan for this group.
+    #[error("the policy cannot plan: {why}")]
+    Policy {
+        /// What it says.
+        why: String,
+    },
+    /// The group is not complete.
+    #[error("the group is not ready: {ready} of {size} ranks")]
+    NotReady {
+        /// Ranks connected.
+        ready: u32,
+        /// Ranks of the group.
+        size: u32,
+    },
+}

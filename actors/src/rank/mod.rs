@@ -1,1 +1,268 @@
-//! A rank worker's actor and its step loop.
+//! The rank actor: one device's share of the group, its attention role, its expert role or both.
+//!
+//! The actor answers messages; its step thread ([`thread`]) computes. No message waits for a step, but for those that
+//! ask the thread for figures.
+
+mod args;
+mod attention;
+mod clock;
+mod join;
+mod link;
+mod load;
+mod outlet;
+mod plan;
+mod stager;
+mod steps;
+mod thread;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use actix::{Actor, Context, Handler, ResponseFuture};
+use heliostat_engine::checkpoint::Checkpoint;
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::ep::SharedSlots;
+use heliostat_engine::model::Expert;
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
+use heliostat_runtime::group::GroupView;
+use heliostat_runtime::handle::ActorAddr;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+pub use args::{EngineArgs, KvCacheArgs, LinkArgs, RankArgs};
+
+use crate::ingress_actor::IngressActor;
+use crate::messages::{
+    AbandonPlan, Abort, AbortAllOf, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert,
+    NoSuchExpert, PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
+};
+use link::{Command, Link};
+use plan::OpenPlan;
+use stager::Stager;
+
+/// The codec of what ranks say to each other beside the actor messages; a decoded value has at most 64 MiB.
+fn codec() -> impl bincode::config::Config {
+    bincode::config::standard().with_fixed_int_encoding().with_limit::<{ 64 << 20 }>()
+}
+
+/// One rank of the group.
+pub struct Rank {
+    args: RankArgs,
+    cx: ActorCx,
+    link: Link,
+    slots: SharedSlots,
+    checkpoint: Arc<Checkpoint>,
+    config: Arc<ModelConfig>,
+    /// Actors of all ranks in the newest complete view.
+    peers: Vec<ActorAddr>,
+    staging: Option<(u64, JoinHandle<()>)>,
+    /// The expert that was last read by a peer, encoded: large ones are read in several chunks.
+    encoded: Mutex<Option<Encoded>>,
+}
+
+struct Encoded {
+    moe_layer: u32,
+    expert: Arc<Expert>,
+    bytes: Vec<u8>,
+    checksum: u64,
+}
+
+impl Actor for Rank {
+    type Context = Context<Self>;
+
+    fn stopped(&mut self, _: &mut Self::Context) {
+        self.drop_staging();
+        self.link.stop();
+    }
+}
+
+impl RemoteActor for Rank {
+    const TYPE: &'static str = "rank";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<GroupView>().accept::<Submit>().accept::<Abort>().accept::<AbortAllOf>();
+        m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
+        m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
+    }
+}
+
+impl Spawn for Rank {
+    type Args = RankArgs;
+
+    async fn create(args: RankArgs, cx: ActorCx) -> Result<Self, CreateError> {
+        let loading = cx.clone();
+        let wanted = args.clone();
+        let loaded = tokio::task::spawn_blocking(move || load::load(&wanted, &loading))
+            .await
+            .map_err(|why| CreateError::Panicked(why.to_string()))??;
+        load::start(args, cx, loaded)
+    }
+}
+
+impl Rank {
+    fn drop_staging(&mut self) {
+        if let Some((_, task)) = self.staging.take() {
+            task.abort();
+        }
+    }
+
+    fn chunk(&self, ask: FetchExpert) -> Option<ExpertChunk> {
+        let expert = self.slots.read().find(ask.moe_layer as usize, ask.logical)?;
+        let mut encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = encoded
+            .take()
+            .filter(|kept| kept.moe_layer == ask.moe_layer && Arc::ptr_eq(&kept.expert, &expert));
+        let kept = kept.unwrap_or_else(|| Encoded {
+            moe_layer: ask.moe_layer,
+            bytes: expert.to_bytes(),
+            checksum: expert.checksum(),
+            expert,
+        });
+        let rest = kept.bytes.get(ask.offset as usize..).unwrap_or_default();
+        let chunk = ExpertChunk {
+            total: kept.bytes.len() as u64,
+            checksum: kept.checksum,
+            bytes: rest[..rest.len().min(ask.len as usize)].to_vec(),
+        };
+        let is_last = ask.offset + chunk.bytes.len() as u64 >= chunk.total;
+        *encoded = (!is_last).then_some(kept);
+        Some(chunk)
+    }
+
+    fn open(&mut self, message: ApplyPlan) -> Result<(), PlanRefused> {
+        let epoch = message.plan.epoch;
+        let closed = self.link.closed_plan();
+        if epoch <= closed {
+            return Err(PlanRefused::Stale { plan: epoch, closed });
+        }
+        if let Some((open, _)) = &self.staging
+            && *open > closed
+        {
+            return if *open == epoch { Ok(()) } else { Err(PlanRefused::Busy { open: *open }) };
+        }
+        if self.peers.is_empty() {
+            return Err(PlanRefused::NotJoined);
+        }
+        let plan = Arc::new(OpenPlan::new(message.plan, message.reply_to));
+        self.link.send(Command::Open(Arc::clone(&plan)));
+        let stager = Stager {
+            system: self.cx.system().clone(),
+            topology: self.args.topology.clone(),
+            rank: self.args.rank as usize,
+            peers: self.peers.clone(),
+            slots: self.slots.clone(),
+            checkpoint: Arc::clone(&self.checkpoint),
+            config: Arc::clone(&self.config),
+            ahead: self.args.links.stage_ahead,
+            link: self.link.clone(),
+        };
+        self.drop_staging();
+        self.staging = Some((epoch, tokio::spawn(stager.run(plan))));
+        Ok(())
+    }
+}
+
+impl Handler<GroupView> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, view: GroupView, _: &mut Self::Context) {
+        // A plan that was open ends with the membership epoch: the ranks agree on that when they join.
+        self.drop_staging();
+        self.peers = view.members.iter().filter_map(|member| member.addr.clone()).collect();
+        if !view.is_complete() {
+            self.peers.clear();
+        }
+        self.link.send_view(view);
+    }
+}
+
+impl Handler<Submit> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: Submit, _: &mut Self::Context) {
+        let Some(dp) = self.args.topology.role(self.args.rank as usize).dp else {
+            tracing::error!("a request came to rank {}, which has no attention role", self.args.rank);
+            return;
+        };
+        match self.link.admit(self.args.engine.max_waiting) {
+            Ok(()) => self.link.send(Command::Submit(message.request, message.reply_to)),
+            Err(why) => {
+                let ingress = self.cx.system().handle::<IngressActor>(message.reply_to);
+                let refusal = RankRefused { dp: dp as u32, id: message.request.id, why };
+                if let Err(refused) = ingress.tell(refusal) {
+                    tracing::warn!("the ingress took no refusal: {}", refused.reason);
+                }
+            }
+        }
+    }
+}
+
+impl Handler<Abort> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: Abort, _: &mut Self::Context) {
+        self.link.send(Command::Abort(message.id));
+    }
+}
+
+impl Handler<AbortAllOf> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: AbortAllOf, _: &mut Self::Context) {
+        self.link.send(Command::AbortAllOf(message.reply_to));
+    }
+}
+
+impl Handler<ApplyPlan> for Rank {
+    type Result = Result<(), PlanRefused>;
+
+    fn handle(&mut self, message: ApplyPlan, _: &mut Self::Context) -> Self::Result {
+        self.open(message)
+    }
+}
+
+impl Handler<AbandonPlan> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: AbandonPlan, _: &mut Self::Context) {
+        self.link.send(Command::Abandon(message.epoch));
+        if self.staging.as_ref().is_some_and(|(epoch, _)| *epoch <= message.epoch) {
+            self.drop_staging();
+        }
+    }
+}
+
+impl Handler<FetchExpert> for Rank {
+    type Result = Result<ExpertChunk, NoSuchExpert>;
+
+    fn handle(&mut self, ask: FetchExpert, _: &mut Self::Context) -> Self::Result {
+        self.chunk(ask).ok_or(NoSuchExpert { moe_layer: ask.moe_layer, logical: ask.logical })
+    }
+}
+
+impl Handler<ReportLoad> for Rank {
+    type Result = ResponseFuture<Option<StepLoad>>;
+
+    fn handle(&mut self, _: ReportLoad, _: &mut Self::Context) -> Self::Result {
+        let (reply, answer) = oneshot::channel();
+        self.link.send(Command::ReportLoad(reply));
+        Box::pin(async move { answer.await.unwrap_or(None) })
+    }
+}
+
+impl Handler<AttachIngress> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: AttachIngress, _: &mut Self::Context) {
+        self.link.send(Command::AttachIngress(message.ingress));
+    }
+}
+
+impl Handler<AttachEplb> for Rank {
+    type Result = ResponseFuture<Option<RankJoined>>;
+
+    fn handle(&mut self, message: AttachEplb, _: &mut Self::Context) -> Self::Result {
+        let (reply, answer) = oneshot::channel();
+        self.link.send(Command::AttachEplb(message.eplb, reply));
+        Box::pin(async move { answer.await.unwrap_or(None) })
+    }
+}

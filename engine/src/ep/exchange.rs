@@ -140,10 +140,15 @@ impl EpGroup {
         self.stats
     }
 
-    /// Tokens routed by this DP rank since the last call, `[moe layer][logical expert]`.
-    pub fn take_loads(&mut self) -> Vec<Vec<u32>> {
-        let zero = vec![vec![0; self.layout.shape().experts as usize]; self.loads.len()];
-        std::mem::replace(&mut self.loads, zero)
+    /// Adds the tokens routed by this DP rank since the last call to `sums`, `[moe layer][logical expert]`; an empty
+    /// one is given its shape.
+    pub fn drain_loads(&mut self, sums: &mut Vec<Vec<u32>>) {
+        if sums.is_empty() {
+            sums.resize(self.loads.len(), vec![0; self.layout.shape().experts as usize]);
+        }
+        for (sum, count) in sums.iter_mut().flatten().zip(self.loads.iter_mut().flatten()) {
+            *sum = sum.saturating_add(std::mem::take(count));
+        }
     }
 
     /// Serves one MoE layer on a rank without attention.
@@ -263,13 +268,11 @@ impl EpGroup {
         out.fill(0.0);
         let tokens = out.len() / self.hidden;
         let top_k = weights.len().checked_div(tokens).unwrap_or(0);
-        for (token, out) in out.chunks_exact_mut(self.hidden).enumerate() {
-            for choice in token * top_k..(token + 1) * top_k {
-                let (ep, entry) = self.places[choice];
-                let row = &self.combined[ep][entry * self.hidden..][..self.hidden];
-                let weight = weights[choice];
-                out.iter_mut().zip(row).for_each(|(out, &y)| *out = weight.mul_add(y, *out));
-            }
+        let choices = self.places.iter().zip(weights);
+        for (choice, (&(ep, entry), &weight)) in choices.enumerate() {
+            let out = &mut out[choice / top_k * self.hidden..][..self.hidden];
+            let row = &self.combined[ep][entry * self.hidden..][..self.hidden];
+            out.iter_mut().zip(row).for_each(|(out, &y)| *out = weight.mul_add(y, *out));
         }
         Ok(())
     }

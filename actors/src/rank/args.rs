@@ -1,0 +1,68 @@
+//! What a rank worker is told at its creation.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bincode::{Decode, Encode};
+use heliostat_engine::ep::Topology;
+use heliostat_engine::eplb::map::Layout;
+
+/// Arguments of the `rank` actor; the same for all ranks of a group but for `rank`.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct RankArgs {
+    /// Index in the group.
+    pub rank: u32,
+    /// Shape of the group.
+    pub topology: Topology,
+    /// Checkpoint directory, on every node.
+    pub model: PathBuf,
+    /// Where experts lie when the EPLB actor knows nothing better.
+    pub layout: Layout,
+    /// One rank's engine.
+    pub engine: EngineArgs,
+    /// How the ranks talk.
+    pub links: LinkArgs,
+}
+
+/// Bounds of one rank's engine, in vLLM's names.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct EngineArgs {
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// Room for KV blocks.
+    pub kv_cache: KvCacheArgs,
+    /// Sequences that run at once.
+    pub max_num_seqs: u32,
+    /// Tokens per step.
+    pub max_num_batched_tokens: u32,
+    /// Tokens per sequence.
+    pub max_model_len: u32,
+    /// Share KV blocks of equal prefixes.
+    pub enable_prefix_caching: bool,
+    /// Requests that wait; one more is refused.
+    pub max_waiting: u32,
+    /// Group steps between two load reports to the EPLB actor.
+    pub load_report_steps: u32,
+}
+
+/// Room for KV blocks of one DP rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum KvCacheArgs {
+    /// So many blocks.
+    Blocks(u32),
+    /// As many as fit into so many bytes.
+    Bytes(u64),
+}
+
+/// How the ranks talk during a step.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct LinkArgs {
+    /// A rank that is silent for longer inside a step is treated as lost.
+    pub timeout: Duration,
+    /// Shared-memory ring per direction and pair, bytes.
+    pub ring_bytes: u64,
+    /// Proof that a connecting process belongs to the cluster.
+    pub secret: Option<Vec<u8>>,
+    /// Layers that may be staged ahead of the commits.
+    pub stage_ahead: u32,
+}

@@ -1,0 +1,160 @@
+//! The line from the rank's actor to its step thread.
+//!
+//! The actor never waits for a step: it queues a command and rings. The thread takes commands between two steps.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use heliostat_engine::request::{Request, RequestId};
+use heliostat_kernels::fabric::{Abort, Waker};
+use heliostat_runtime::group::GroupView;
+use heliostat_runtime::handle::ActorAddr;
+use tokio::sync::oneshot;
+
+use super::plan::OpenPlan;
+use crate::messages::{Busy, RankJoined, StepLoad};
+
+/// What the step thread is asked to do between two steps.
+pub(super) enum Command {
+    /// Queue a sequence.
+    Submit(Request, ActorAddr),
+    /// Stop a sequence.
+    Abort(RequestId),
+    /// Stop all sequences of an ingress.
+    AbortAllOf(ActorAddr),
+    /// Stage a plan; its stager runs already.
+    Open(Arc<OpenPlan>),
+    /// Give a plan up.
+    Abandon(u64),
+    /// Report the load that was counted since the last report.
+    ReportLoad(oneshot::Sender<Option<StepLoad>>),
+    /// Report to this EPLB actor, and answer with the last join.
+    AttachEplb(ActorAddr, oneshot::Sender<Option<RankJoined>>),
+    /// Send figures to this ingress.
+    AttachIngress(ActorAddr),
+    /// The group changed.
+    View(GroupView),
+    /// End.
+    Stop,
+}
+
+/// The actor's end.
+#[derive(Clone)]
+pub(super) struct Link {
+    commands: Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+/// The thread's end.
+pub(super) struct Inbox {
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Set while the thread is connected to its group: how to wake it and how to end its step.
+    bell: Mutex<Option<(Waker, Abort)>>,
+    /// Requests that wait in the scheduler or on their way to it.
+    waiting: AtomicU32,
+    /// Newest plan that ended.
+    closed: AtomicU64,
+    /// Whether the actor asked the thread to end.
+    stopped: AtomicBool,
+    /// Newest membership epoch that was passed on.
+    membership: AtomicU64,
+}
+
+/// Makes both ends.
+pub(super) fn link() -> (Link, Inbox) {
+    let (sender, receiver) = channel();
+    let shared = Arc::new(Shared::default());
+    (Link { commands: sender, shared: Arc::clone(&shared) }, Inbox { commands: receiver, shared })
+}
+
+impl Link {
+    /// Queues a command and wakes the thread.
+    pub(super) fn send(&self, command: Command) {
+        // A send fails only when the thread is gone; its end stops the actor, so nobody waits for this command.
+        let _ = self.commands.send(command);
+        self.ring();
+    }
+
+    /// Wakes the thread if it sleeps.
+    pub(super) fn ring(&self) {
+        if let Some((waker, _)) = &*self.bell() {
+            waker.wake();
+        }
+    }
+
+    /// Queues a view and ends the step that runs in an older one. Views that are not newer are dropped.
+    pub(super) fn send_view(&self, view: GroupView) {
+        let epoch = view.epoch;
+        if self.shared.membership.fetch_max(epoch, Ordering::AcqRel) < epoch {
+            self.interrupt(Command::View(view), epoch);
+        }
+    }
+
+    /// Ends the thread.
+    pub(super) fn stop(&self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        self.interrupt(Command::Stop, u64::MAX);
+    }
+
+    /// Whether [`Link::stop`] was called.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    fn interrupt(&self, command: Command, reason: u64) {
+        let _ = self.commands.send(command);
+        if let Some((_, abort)) = &*self.bell() {
+            abort.abort(reason);
+        }
+    }
+
+    /// Counts a request in, or refuses it when `max_waiting` are there already.
+    pub(super) fn admit(&self, max_waiting: u32) -> Result<(), Busy> {
+        let admitted = self.shared.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| {
+            (waiting < max_waiting).then_some(waiting + 1)
+        });
+        admitted.map(|_| ()).map_err(|waiting| Busy::QueueFull { waiting })
+    }
+
+    /// Newest plan that ended on this rank.
+    pub(super) fn closed_plan(&self) -> u64 {
+        self.shared.closed.load(Ordering::Acquire)
+    }
+
+    fn bell(&self) -> std::sync::MutexGuard<'_, Option<(Waker, Abort)>> {
+        self.shared.bell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inbox {
+    /// Waits for a command; `None` when the actor is gone.
+    pub(super) fn wait(&self) -> Option<Command> {
+        self.commands.recv().ok()
+    }
+
+    /// Takes a command if there is one.
+    pub(super) fn take(&self) -> Option<Command> {
+        self.commands.try_recv().ok()
+    }
+
+    /// Tells the actor how to reach the thread inside the group; `None` when it leaves.
+    pub(super) fn set_bell(&self, bell: Option<(Waker, Abort)>) {
+        *self.shared.bell.lock().unwrap_or_else(PoisonError::into_inner) = bell;
+    }
+
+    /// Says how many requests wait now.
+    pub(super) fn set_waiting(&self, waiting: u32) {
+        self.shared.waiting.store(waiting, Ordering::Relaxed);
+    }
+
+    /// Says that no plan up to `epoch` is open.
+    pub(super) fn set_closed_plan(&self, epoch: u64) {
+        self.shared.closed.store(epoch, Ordering::Release);
+    }
+}

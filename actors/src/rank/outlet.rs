@@ -1,0 +1,190 @@
+//! What the step thread sends to other actors. It never waits for them.
+//!
+//! Outputs that an ingress cannot take at the moment stay here and go with those of the next step; they are bounded by
+//! the tokens of its running sequences. Load counts that cannot be sent are added to the next report.
+
+use std::collections::HashMap;
+
+use heliostat_engine::request::{Output, RankStats, RequestId};
+use heliostat_runtime::handle::ActorAddr;
+use heliostat_runtime::system::System;
+
+use super::plan::OpenPlan;
+use crate::eplb::Eplb;
+use crate::ingress_actor::IngressActor;
+use crate::messages::{Busy, PlanEnd, PlanReport, RankJoined, RankOutputs, RankRefused, StepLoad, StepTimes};
+
+/// The step thread's way out.
+pub(super) struct Outlet {
+    system: System,
+    me: ActorAddr,
+    rank: u32,
+    dp: Option<u32>,
+    /// Outputs that wait for each ingress that ever submitted something.
+    outputs: HashMap<ActorAddr, Vec<Output>>,
+    eplb: Option<ActorAddr>,
+    joined: Option<RankJoined>,
+    load: Vec<Vec<u32>>,
+    load_steps: u64,
+    /// Ends the actor with an error.
+    failed: tokio::sync::mpsc::UnboundedSender<String>,
+}
+
+impl Outlet {
+    /// Nobody to send to yet.
+    pub(super) fn new(
+        system: System,
+        me: ActorAddr,
+        (rank, dp): (u32, Option<u32>),
+        failed: tokio::sync::mpsc::UnboundedSender<String>,
+    ) -> Self {
+        let (outputs, load) = (HashMap::new(), Vec::new());
+        Self { system, me, rank, dp, outputs, eplb: None, joined: None, load, load_steps: 0, failed }
+    }
+
+    /// This rank's actor.
+    pub(super) fn me(&self) -> ActorAddr {
+        self.me.clone()
+    }
+
+    /// The rank cannot go on.
+    pub(super) fn fail(&self, why: String) {
+        // The receiver is the actor; without it nobody is left to tell.
+        let _ = self.failed.send(why);
+    }
+
+    /// Queues an output for its ingress.
+    pub(super) fn push(&mut self, ingress: &ActorAddr, output: Output) {
+        match self.outputs.get_mut(ingress) {
+            Some(waiting) => waiting.push(output),
+            None => {
+                self.outputs.insert(ingress.clone(), vec![output]);
+            }
+        }
+    }
+
+    /// Sends figures to this ingress from now on.
+    pub(super) fn attach_ingress(&mut self, ingress: ActorAddr, stats: &RankStats) {
+        self.outputs.entry(ingress).or_default();
+        self.send_stats(stats);
+    }
+
+    /// Tells an ingress that a sequence cannot run here.
+    pub(super) fn refuse(&mut self, id: RequestId, ingress: &ActorAddr, why: Busy) {
+        let Some(dp) = self.dp else { return };
+        let ingress = self.system.handle::<IngressActor>(ingress.clone());
+        if let Err(refused) = ingress.tell(RankRefused { dp, id, why }) {
+            tracing::warn!("the ingress took no refusal: {}", refused.reason);
+        }
+    }
+
+    /// Forgets an ingress that is gone.
+    pub(super) fn forget(&mut self, ingress: &ActorAddr) {
+        self.outputs.remove(ingress);
+    }
+
+    /// Sends what waits.
+    pub(super) fn send_outputs(&mut self, stats: &RankStats) {
+        self.send(stats, |waiting| !waiting.is_empty());
+    }
+
+    /// Sends what waits, and the figures to everybody.
+    pub(super) fn send_stats(&mut self, stats: &RankStats) {
+        self.send(stats, |_| true);
+    }
+
+    fn send(&mut self, stats: &RankStats, wanted: impl Fn(&[Output]) -> bool) {
+        let Some(dp) = self.dp else { return };
+        for (ingress, waiting) in self.outputs.iter_mut().filter(|(_, waiting)| wanted(waiting)) {
+            let message = RankOutputs { dp, outputs: std::mem::take(waiting), stats: stats.clone() };
+            if let Err(refused) = self.system.handle::<IngressActor>(ingress.clone()).tell(message) {
+                *waiting = refused.message.outputs;
+            }
+        }
+    }
+
+    /// Sends joins, plan reports and loads to this EPLB actor from now on; returns the last join.
+    pub(super) fn attach_eplb(&mut self, eplb: ActorAddr) -> Option<RankJoined> {
+        self.eplb = Some(eplb);
+        self.joined.clone()
+    }
+
+    /// The rank joined its group.
+    pub(super) fn joined(&mut self, joined: RankJoined) {
+        self.to_eplb(joined.clone());
+        self.joined = Some(joined);
+    }
+
+    /// A plan went on or ended here.
+    pub(super) fn plan_report(
+        &mut self,
+        plan: &OpenPlan,
+        committed: u32,
+        end: Option<PlanEnd>,
+        steps: StepTimes,
+    ) {
+        let staging = plan.staging();
+        let report = PlanReport {
+            rank: self.rank,
+            epoch: plan.plan.epoch,
+            staged: staging.staged,
+            committed,
+            end,
+            moved: staging.moved,
+            steps,
+            error: staging.error,
+        };
+        let eplb = self.system.handle::<Eplb>(plan.reply_to.clone());
+        if let Err(refused) = eplb.tell(report) {
+            tracing::warn!(
+                epoch = plan.plan.epoch,
+                "the EPLB actor took no plan report: {:?}",
+                refused.reason
+            );
+        }
+    }
+
+    /// Counts a step for the load report.
+    pub(super) fn count_step(&mut self) {
+        self.load_steps += 1;
+    }
+
+    /// Whether the load of `steps` steps has gathered.
+    pub(super) fn load_is_due(&self, steps: u32) -> bool {
+        self.load_steps >= u64::from(steps)
+    }
+
+    /// Where routed tokens gather, `[moe layer][logical expert]`.
+    pub(super) fn load_sums(&mut self) -> &mut Vec<Vec<u32>> {
+        &mut self.load
+    }
+
+    /// Hands out the gathered load.
+    pub(super) fn take_load(&mut self) -> Option<StepLoad> {
+        let counts = std::mem::take(&mut self.load);
+        let steps = std::mem::take(&mut self.load_steps);
+        self.dp.filter(|_| steps > 0).map(|dp| StepLoad { dp, steps, counts })
+    }
+
+    /// Sends the gathered load.
+    pub(super) fn send_load(&mut self) {
+        if self.load_steps > 0
+            && self.eplb.is_some()
+            && let Some(load) = self.take_load()
+        {
+            self.to_eplb(load);
+        }
+    }
+
+    fn to_eplb<M>(&self, message: M)
+    where
+        M: heliostat_runtime::actor::WireMessage,
+        Eplb: actix::Handler<M>,
+    {
+        if let Some(eplb) = &self.eplb
+            && let Err(refused) = self.system.handle::<Eplb>(eplb.clone()).tell(message)
+        {
+            tracing::debug!("the EPLB actor took no report: {:?}", refused.reason);
+        }
+    }
+}

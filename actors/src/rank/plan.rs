@@ -1,0 +1,114 @@
+//! A plan that is being staged on this rank: what the stager has brought and the step thread has not yet committed.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use heliostat_engine::ep::Slot;
+use heliostat_engine::eplb::plan::Plan;
+use heliostat_engine::model::Expert;
+use heliostat_runtime::handle::ActorAddr;
+use tokio::sync::Notify;
+
+use crate::messages::Moved;
+
+/// A plan on this rank, shared by its stager and the step thread.
+pub(super) struct OpenPlan {
+    /// What to change.
+    pub(super) plan: Plan,
+    /// The EPLB actor.
+    pub(super) reply_to: ActorAddr,
+    state: Mutex<State>,
+    /// Rings when a layer was committed, so that the stager goes on.
+    committed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    staged: u32,
+    committed: u32,
+    /// Contents of the staged, uncommitted layers, in the plan's order: (local slot, weights).
+    layers: VecDeque<Vec<(usize, Slot)>>,
+    moved: Moved,
+    error: Option<String>,
+}
+
+/// Where staging stands.
+#[derive(Clone, Debug)]
+pub(super) struct Staging {
+    /// Layers staged here, the committed ones included.
+    pub(super) staged: u32,
+    /// What it moved.
+    pub(super) moved: Moved,
+    /// Why it failed, if it did.
+    pub(super) error: Option<String>,
+}
+
+impl OpenPlan {
+    /// Nothing staged yet.
+    pub(super) fn new(plan: Plan, reply_to: ActorAddr) -> Self {
+        Self { plan, reply_to, state: Mutex::default(), committed: Notify::new() }
+    }
+
+    /// Waits until fewer than `ahead` staged layers are uncommitted.
+    pub(super) async fn room(&self, ahead: u32) {
+        loop {
+            let rung = self.committed.notified();
+            {
+                let state = self.state();
+                if state.staged < state.committed + ahead.max(1) {
+                    return;
+                }
+            }
+            rung.await;
+        }
+    }
+
+    /// Takes in the next layer's weights.
+    pub(super) fn stage(&self, contents: Vec<(usize, Slot)>, moved: Moved) {
+        let mut state = self.state();
+        state.layers.push_back(contents);
+        state.staged += 1;
+        state.moved.local += moved.local;
+        state.moved.from_peers += moved.from_peers;
+        state.moved.from_disk += moved.from_disk;
+        state.moved.bytes += moved.bytes;
+    }
+
+    /// Staging cannot go on.
+    pub(super) fn fail(&self, error: String) {
+        self.state().error = Some(error);
+    }
+
+    /// Hands out the next staged layer, which the caller commits.
+    pub(super) fn commit_next(&self) -> Option<Vec<(usize, Slot)>> {
+        let mut state = self.state();
+        let contents = state.layers.pop_front()?;
+        state.committed += 1;
+        self.committed.notify_one();
+        Some(contents)
+    }
+
+    /// An expert among the staged, uncommitted layers.
+    pub(super) fn find_staged(&self, moe_layer: usize, logical: u32) -> Option<Arc<Expert>> {
+        let state = self.state();
+        let layers = self.plan.layers.iter().skip(state.committed as usize);
+        let (_, contents) = layers.zip(&state.layers).find(|(layer, _)| layer.layer as usize == moe_layer)?;
+        let found = contents.iter().find(|(_, slot)| slot.logical == logical)?;
+        Some(Arc::clone(&found.1.expert))
+    }
+
+    /// Where it stands.
+    pub(super) fn staging(&self) -> Staging {
+        let state = self.state();
+        Staging { staged: state.staged, moved: state.moved, error: state.error.clone() }
+    }
+
+    /// Layers staged, without the rest: read before every step.
+    pub(super) fn staged(&self) -> u32 {
+        self.state().staged
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,132 @@
+//! Brings the experts of a plan to this rank in the background, layer by layer, while the group steps on.
+//!
+//! An expert comes from this rank itself, from a peer that holds it under the map before the plan, or from the
+//! checkpoint. Nothing is put into a slot here: the step thread does that when all ranks have staged a layer.
+
+use std::sync::Arc;
+
+use heliostat_engine::checkpoint::Checkpoint;
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::ep::{SharedSlots, Slot, Topology};
+use heliostat_engine::eplb::plan::LayerPlan;
+use heliostat_engine::model::Expert;
+use heliostat_runtime::handle::{ActorAddr, Handle};
+use heliostat_runtime::system::System;
+
+use super::Rank;
+use super::join::read_expert;
+use super::link::{Command, Link};
+use super::plan::OpenPlan;
+use crate::messages::{FetchExpert, Moved};
+
+/// Bytes asked for at once. Bounds what a reply occupies in the connection that it shares with other messages.
+const CHUNK_BYTES: u64 = 8 << 20;
+
+/// What staging needs.
+pub(super) struct Stager {
+    pub(super) system: System,
+    pub(super) topology: Topology,
+    pub(super) rank: usize,
+    /// The ranks' actors in the present membership.
+    pub(super) peers: Vec<ActorAddr>,
+    pub(super) slots: SharedSlots,
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) config: Arc<ModelConfig>,
+    /// Layers that may wait for their commit.
+    pub(super) ahead: u32,
+    pub(super) link: Link,
+}
+
+impl Stager {
+    /// Stages all layers in order. A layer that cannot be staged ends the plan on all ranks.
+    pub(super) async fn run(self, plan: Arc<OpenPlan>) {
+        for layer in &plan.plan.layers {
+            plan.room(self.ahead).await;
+            match self.stage(layer).await {
+                Ok((contents, moved)) => plan.stage(contents, moved),
+                Err(why) => {
+                    tracing::error!(epoch = plan.plan.epoch, layer = layer.layer, "cannot stage: {why}");
+                    plan.fail(why);
+                    self.link.send(Command::Abandon(plan.plan.epoch));
+                    return;
+                }
+            }
+            self.link.ring();
+        }
+    }
+
+    async fn stage(&self, layer: &LayerPlan) -> Result<(Vec<(usize, Slot)>, Moved), String> {
+        let mut moved = Moved::default();
+        let mut contents: Vec<(usize, Slot)> = Vec::new();
+        let Some(ep) = self.topology.role(self.rank).ep else {
+            return Ok((contents, moved));
+        };
+        let moe_layer = layer.layer as usize;
+        let present = self.slots.read().logical(moe_layer);
+        let wanted = &layer.physical_to_logical[ep * present.len()..][..present.len()];
+        for (slot, (&logical, present)) in wanted.iter().zip(present).enumerate() {
+            if present == Some(logical) {
+                continue;
+            }
+            let fetched = contents.iter().find(|(_, content)| content.logical == logical);
+            let here = fetched
+                .map(|(_, content)| Arc::clone(&content.expert))
+                .or_else(|| self.slots.read().find(moe_layer, logical));
+            let expert = match here {
+                Some(expert) => {
+                    moved.local += 1;
+                    expert
+                }
+                None => self.fetch(layer, logical, &mut moved).await?,
+            };
+            contents.push((slot, Slot { logical, expert }));
+        }
+        Ok((contents, moved))
+    }
+
+    /// Fetches an expert from the first peer that delivers it whole, else from the checkpoint.
+    async fn fetch(&self, layer: &LayerPlan, logical: u32, moved: &mut Moved) -> Result<Arc<Expert>, String> {
+        for source in layer.sources(logical, self.rank as u32) {
+            let rank = self.topology.rank_of_ep(source as usize);
+            let peer = self.system.handle::<Rank>(self.peers[rank].clone());
+            match fetch_from(&peer, layer.layer, logical).await {
+                Ok((expert, bytes)) => {
+                    moved.from_peers += 1;
+                    moved.bytes += bytes;
+                    return Ok(Arc::new(expert));
+                }
+                Err(why) => {
+                    tracing::warn!(rank, layer = layer.layer, logical, "cannot fetch an expert: {why}");
+                }
+            }
+        }
+        let (checkpoint, config) = (Arc::clone(&self.checkpoint), Arc::clone(&self.config));
+        let moe_layer = layer.layer as usize;
+        let read = move || read_expert(&checkpoint, &config, moe_layer, logical);
+        let expert = tokio::task::spawn_blocking(read).await.map_err(|why| why.to_string())??;
+        moved.from_disk += 1;
+        moved.bytes += expert.size_bytes() as u64;
+        Ok(expert)
+    }
+}
+
+/// Reads an expert from a peer in chunks and checks that it is the right one and whole.
+async fn fetch_from(peer: &Handle<Rank>, moe_layer: u32, logical: u32) -> Result<(Expert, u64), String> {
+    let mut bytes: Vec<u8> = Vec::new();
+    loop {
+        let ask = FetchExpert { moe_layer, logical, offset: bytes.len() as u64, len: CHUNK_BYTES };
+        let chunk = peer.ask(ask).await.map_err(|why| why.to_string())?.map_err(|why| why.to_string())?;
+        if chunk.bytes.is_empty() && chunk.total > bytes.len() as u64 {
+            return Err(format!("the transfer stopped after {} of {} bytes", bytes.len(), chunk.total));
+        }
+        bytes.extend_from_slice(&chunk.bytes);
+        if (bytes.len() as u64) < chunk.total {
+            continue;
+        }
+        let expert = Expert::from_bytes(&bytes).map_err(|why| why.to_string())?;
+        if expert.checksum() != chunk.checksum {
+            return Err("the checksum does not match".to_owned());
+        }
+        return Ok((expert, bytes.len() as u64));
+    }
+}

@@ -1,0 +1,235 @@
+//! The step thread of a rank: joins the group at every membership epoch and steps in it until the epoch ends.
+//!
+//! One operating-system thread owns the model, the KV cache, the scheduler and the links. It leaves an epoch when a
+//! peer is lost, a newer view arrives or the actor stops; sequences, KV blocks and an unfinished batch stay, so a step
+//! that was cut off is redone in the next epoch.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use heliostat_engine::checkpoint::Checkpoint;
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::ep::{EpGroup, EpParts, PlanProgress, SharedSlots};
+use heliostat_engine::eplb::map::Layout;
+use heliostat_engine::model::ExchangeError;
+use heliostat_kernels::cpu::Cpu;
+use heliostat_kernels::fabric::{Connect, Endpoint, Fabric, FabricError, FabricListener};
+use heliostat_runtime::group::GroupView;
+
+use super::args::RankArgs;
+use super::attention::Attention;
+use super::clock::StepClock;
+use super::join::{self, JoinState};
+use super::link::{Command, Inbox};
+use super::outlet::Outlet;
+use super::plan::OpenPlan;
+use crate::messages::{PlanEnd, RankJoined};
+
+/// How long one attempt to link all ranks may take before views are looked at again.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The thread's state.
+pub(super) struct StepThread {
+    pub(super) args: RankArgs,
+    pub(super) config: Arc<ModelConfig>,
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) cpu: Cpu,
+    /// On DP ranks.
+    pub(super) attention: Option<Attention>,
+    pub(super) slots: SharedSlots,
+    pub(super) layout: Layout,
+    pub(super) progress: PlanProgress,
+    pub(super) plan: Option<Arc<OpenPlan>>,
+    /// Newest plan that this rank wants to end.
+    pub(super) abandon: u64,
+    pub(super) clock: StepClock,
+    pub(super) inbox: Inbox,
+    pub(super) listener: FabricListener,
+    pub(super) outlet: Outlet,
+    /// The newest view, which the thread acts on when it has left the present epoch.
+    pub(super) view: Option<GroupView>,
+    pub(super) stopping: bool,
+}
+
+impl StepThread {
+    /// Runs until the actor stops.
+    pub(super) fn run(mut self) {
+        while let Some(view) = self.next_complete_view() {
+            match self.connect(&view) {
+                Ok(fabric) => self.live(&view, fabric),
+                Err(FabricError::Argument(why)) => {
+                    self.outlet.fail(format!("cannot link the group: {why}"));
+                    return;
+                }
+                Err(why) => tracing::warn!(epoch = view.epoch, "cannot link the group yet: {why}"),
+            }
+            self.inbox.set_bell(None);
+        }
+    }
+
+    /// Takes commands until the newest view is complete; `None` when the actor stops.
+    fn next_complete_view(&mut self) -> Option<GroupView> {
+        loop {
+            self.take_commands();
+            if self.stopping {
+                return None;
+            }
+            if let Some(view) = self.view.as_ref().filter(|view| view.is_complete()) {
+                return Some(view.clone());
+            }
+            let command = self.inbox.wait()?;
+            self.apply(command);
+        }
+    }
+
+    /// Links all ranks of `view`.
+    fn connect(&mut self, view: &GroupView) -> Result<Fabric, FabricError> {
+        let endpoints = endpoints(view)?;
+        let links = &self.args.links;
+        let connect = Connect {
+            connect_timeout: CONNECT_TIMEOUT,
+            call_timeout: links.timeout,
+            ring_bytes: links.ring_bytes as usize,
+            ..Connect::new(view.epoch, self.args.rank as usize, &endpoints)
+        };
+        // From here on a newer view ends whatever blocks.
+        self.inbox.set_bell(Some((self.listener.waker(), connect.abort.clone())));
+        self.take_commands();
+        if self.should_leave(view.epoch) {
+            return Err(FabricError::Aborted { reason: view.epoch });
+        }
+        self.listener.connect(connect)
+    }
+
+    /// Joins, steps and leaves one membership epoch.
+    fn live(&mut self, view: &GroupView, mut fabric: Fabric) {
+        let outcome = self.join(view, &mut fabric).and_then(|()| {
+            let mut group = EpGroup::new(EpParts {
+                fabric,
+                topology: self.args.topology.clone(),
+                rank: self.args.rank as usize,
+                cpu: self.cpu.clone(),
+                layout: self.layout.clone(),
+                slots: self.slots.clone(),
+                hidden: self.config.hidden_size,
+            });
+            self.step_until_over(&mut group, view.epoch)
+        });
+        if let Err(why) = outcome {
+            tracing::info!(epoch = view.epoch, "left the membership epoch: {why}");
+        }
+    }
+
+    /// Agrees with all ranks on the layout and fills the slots with it. Plans that were open are dropped.
+    fn join(&mut self, view: &GroupView, fabric: &mut Fabric) -> Result<(), ExchangeError> {
+        let open = self.plan.as_ref().map_or(0, |plan| plan.plan.epoch);
+        let mine = JoinState { progress: self.progress, open, layout: self.layout.clone() };
+        let (progress, layout) = join::agree(fabric, self.args.topology.size(), &mine)?;
+        self.adopt(progress, layout)?;
+        self.outlet.joined(RankJoined {
+            rank: self.args.rank,
+            addr: self.outlet.me(),
+            membership: view.epoch,
+            progress: self.progress,
+            layout: self.layout.clone(),
+        });
+        tracing::info!(epoch = view.epoch, map_epoch = self.progress.epoch, "joined the group");
+        Ok(())
+    }
+
+    fn adopt(&mut self, progress: PlanProgress, layout: Layout) -> Result<(), ExchangeError> {
+        let role = self.args.topology.role(self.args.rank as usize);
+        if let Some(ep) = role.ep {
+            let staged = self.plan.as_ref();
+            join::fill_slots(&layout, ep, &self.slots, |moe_layer, logical| {
+                let found = staged.and_then(|plan| plan.find_staged(moe_layer, logical));
+                found
+                    .map_or_else(|| join::read_expert(&self.checkpoint, &self.config, moe_layer, logical), Ok)
+            })
+            .map_err(ExchangeError::Other)?;
+        }
+        self.layout = layout;
+        self.progress = progress;
+        self.end_plan(PlanEnd::RolledBack);
+        self.inbox.set_closed_plan(self.progress.closed);
+        Ok(())
+    }
+
+    /// Reports the open plan's end, if one is open, and forgets it.
+    pub(super) fn end_plan(&mut self, end: PlanEnd) {
+        if let Some(plan) = self.plan.take() {
+            let committed = if self.progress.epoch == plan.plan.epoch { self.progress.committed } else { 0 };
+            self.progress.closed = self.progress.closed.max(plan.plan.epoch);
+            self.outlet.plan_report(&plan, committed, Some(end), self.clock.end_watch());
+        }
+        self.inbox.set_closed_plan(self.progress.closed);
+    }
+
+    /// Takes all commands that wait.
+    pub(super) fn take_commands(&mut self) {
+        while let Some(command) = self.inbox.take() {
+            self.apply(command);
+        }
+        if let Some(attention) = &self.attention {
+            self.inbox.set_waiting(attention.waiting());
+        }
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Submit(request, reply_to) => match &mut self.attention {
+                Some(attention) => attention.submit(request, reply_to, &mut self.outlet),
+                None => tracing::error!("a request came to a rank without an attention role"),
+            },
+            Command::Abort(id) => self.attention.iter_mut().for_each(|attention| attention.abort(id)),
+            Command::AbortAllOf(who) => {
+                self.attention.iter_mut().for_each(|attention| attention.abort_all_of(&who));
+                self.outlet.forget(&who);
+            }
+            Command::Open(plan) if plan.plan.epoch > self.progress.closed => {
+                self.clock.begin_watch();
+                self.plan = Some(plan);
+            }
+            Command::Open(plan) => {
+                tracing::info!(epoch = plan.plan.epoch, "dropped a plan that has already ended");
+            }
+            Command::Abandon(epoch) => self.abandon = self.abandon.max(epoch),
+            Command::ReportLoad(reply) => {
+                // Replies are dropped when the asker has given up, here and below.
+                let _ = reply.send(self.outlet.take_load());
+            }
+            Command::AttachEplb(eplb, reply) => {
+                let _ = reply.send(self.outlet.attach_eplb(eplb));
+            }
+            Command::AttachIngress(ingress) => {
+                let stats = self.attention.as_ref().map(|attention| attention.stats(self.clock.last_us()));
+                self.outlet.attach_ingress(ingress, &stats.unwrap_or_default());
+            }
+            Command::View(view) => {
+                if self.view.as_ref().is_none_or(|old| old.epoch < view.epoch) {
+                    self.view = Some(view);
+                }
+            }
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    /// Whether the epoch of `view` should be left.
+    pub(super) fn should_leave(&self, epoch: u64) -> bool {
+        self.stopping || self.view.as_ref().is_some_and(|view| view.epoch > epoch)
+    }
+}
+
+/// Where all ranks of a view can be reached.
+fn endpoints(view: &GroupView) -> Result<Vec<Endpoint>, FabricError> {
+    let decode =
+        |bytes: &[u8]| bincode::decode_from_slice(bytes, super::codec()).map(|(endpoint, _)| endpoint);
+    view.members
+        .iter()
+        .map(|member| {
+            decode(&member.join_info).map_err(|why| {
+                FabricError::Argument(format!("rank {} announced no usable address: {why}", member.rank))
+            })
+        })
+        .collect()
+}
