@@ -111,6 +111,14 @@ pub enum MapError {
         /// What is wrong with it.
         source: Box<MapError>,
     },
+    /// Likewise, in one row of a file.
+    #[error("layer {layer}: {source}")]
+    Row {
+        /// Index of the layer in the model.
+        layer: usize,
+        /// What is wrong with it.
+        source: Box<MapError>,
+    },
     /// A layout has no layers, or layers of different shapes.
     #[error("the layout needs one map of the same shape for each MoE layer: {0}")]
     Layers(String),
@@ -230,6 +238,16 @@ impl ExpertMap {
         &self.physical_to_logical[rank as usize * per_rank..][..per_rank]
     }
 
+    /// How many ranks can be lost, whichever they are, before some expert has no copy left.
+    pub fn losses_survived(&self) -> u32 {
+        let ranks_of = |expert: u32| {
+            let mut ranks: Vec<u32> = self.slots_of(expert).iter().map(|&slot| self.rank_of(slot)).collect();
+            ranks.dedup();
+            ranks.len() as u32
+        };
+        (0..self.shape.experts).map(ranks_of).min().map_or(0, |fewest| fewest - 1)
+    }
+
     /// The slot that serves `expert` for the token that `token_key` names. The same key gives the same slot anywhere;
     /// different keys spread evenly over the replicas.
     pub fn slot_for(&self, expert: u32, token_key: u64) -> u32 {
@@ -345,5 +363,58 @@ impl Layout {
         }
         self.layers[moe_layer] = map;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: MapShape = MapShape { experts: 4, slots: 6, ranks: 2 };
+
+    #[test]
+    fn initial_maps_follow_the_strategy() {
+        let linear = ExpertMap::initial(SHAPE, PlacementStrategy::Linear).unwrap();
+        assert_eq!(linear.physical_to_logical(), [0, 1, 2, 3, 0, 1]);
+        let dealt = ExpertMap::initial(SHAPE, PlacementStrategy::RoundRobin).unwrap();
+        assert_eq!(dealt.physical_to_logical(), [0, 2, 0, 1, 3, 1]);
+        assert_eq!(linear.logical_to_physical(), [vec![0, 4], vec![1, 5], vec![2], vec![3]]);
+        assert_eq!((linear.replica_counts(), linear.losses_survived()), (vec![2, 2, 1, 1], 0));
+        assert_eq!((linear.experts_of_rank(1), linear.rank_of(3)), ([3, 0, 1].as_slice(), 1));
+        let double = MapShape { experts: 3, slots: 6, ranks: 2 };
+        assert_eq!(ExpertMap::initial(double, PlacementStrategy::Linear).unwrap().losses_survived(), 1);
+    }
+
+    #[test]
+    fn impossible_maps_are_refused_also_from_the_wire() {
+        let why = |shape, slots: &[u32]| ExpertMap::new(shape, slots.to_vec()).unwrap_err().to_string();
+        assert!(why(SHAPE, &[0, 1, 2, 3, 0]).contains("5 slots, 6 were expected"));
+        assert!(why(SHAPE, &[0, 1, 2, 2, 0, 1]).contains("expert 3 has no slot"));
+        assert!(why(SHAPE, &[0, 1, 2, 3, 4, 1]).contains("slot 4 holds expert 4"));
+        assert!(why(MapShape { ranks: 4, ..SHAPE }, &[0; 6]).contains("set num_redundant_experts to 4"));
+        assert!(why(MapShape { slots: 2, ..SHAPE }, &[0; 2]).contains("raise num_redundant_experts"));
+
+        let wire = bincode::config::standard();
+        let map = ExpertMap::initial(SHAPE, PlacementStrategy::Linear).unwrap();
+        let mut bytes = bincode::encode_to_vec(&map, wire).unwrap();
+        assert_eq!(bincode::decode_from_slice::<ExpertMap, _>(&bytes, wire).unwrap().0, map);
+        *bytes.last_mut().unwrap() = 9;
+        assert!(bincode::decode_from_slice::<ExpertMap, _>(&bytes, wire).is_err());
+        let json = serde_json::to_string(&map).unwrap();
+        assert_eq!(serde_json::from_str::<ExpertMap>(&json).unwrap(), map);
+        assert!(serde_json::from_str::<ExpertMap>(&json.replace("3,0,1]", "3,0,9]")).is_err());
+    }
+
+    #[test]
+    fn tokens_spread_evenly_over_replicas_and_always_alike() {
+        let shape = MapShape { experts: 2, slots: 4, ranks: 4 };
+        let map = ExpertMap::new(shape, vec![0, 1, 0, 0]).unwrap();
+        let mut counts = [0u32; 4];
+        for key in 0..30_000 {
+            assert_eq!(map.slot_for(1, key), 1);
+            assert_eq!(map.slot_for(0, key), map.slot_for(0, key));
+            counts[map.slot_for(0, key) as usize] += 1;
+        }
+        assert!([0, 2, 3].iter().all(|&slot| counts[slot].abs_diff(10_000) < 300), "{counts:?}");
     }
 }
