@@ -1,0 +1,158 @@
+//! The actors that the scenarios run.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use actix::{Actor, Context, Handler, MessageResult};
+use bincode::{Decode, Encode};
+use heliostat_runtime::actor::{Accepts, ActorCx, ActorTypes, CreateError, RemoteActor, Spawn, WireMessage};
+use heliostat_runtime::group::GroupView;
+use heliostat_runtime::spec::{ActorSpec, GroupMember, Progress, Resources};
+use heliostat_runtime::wire::to_bytes;
+
+/// Counts, and remembers the views it was sent.
+pub(crate) struct Counter {
+    value: u64,
+    seen: Vec<Seen>,
+}
+
+#[derive(Encode, Decode, Default, Clone)]
+pub(crate) struct CounterArgs {
+    /// The error to fail with.
+    pub(crate) fail: Option<String>,
+}
+
+/// A view as it arrived.
+#[derive(Encode, Decode, Debug, Clone, PartialEq)]
+pub(crate) struct Seen {
+    pub(crate) epoch: u64,
+    pub(crate) complete: bool,
+    /// Incarnation of each rank; 0 for one that is not ready.
+    pub(crate) incarnations: Vec<u64>,
+    pub(crate) at_us: u64,
+}
+
+#[derive(Encode, Decode, Clone)]
+pub(crate) struct Add(pub(crate) u64);
+#[derive(Encode, Decode)]
+pub(crate) struct Views;
+#[derive(Encode, Decode)]
+pub(crate) struct Crash;
+
+impl actix::Message for Add {
+    type Result = u64;
+}
+impl WireMessage for Add {
+    const NAME: &'static str = "add";
+}
+impl actix::Message for Views {
+    type Result = Vec<Seen>;
+}
+impl WireMessage for Views {
+    const NAME: &'static str = "views";
+}
+impl actix::Message for Crash {
+    type Result = ();
+}
+impl WireMessage for Crash {
+    const NAME: &'static str = "crash";
+}
+
+pub(crate) fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64
+}
+
+impl Actor for Counter {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for Counter {
+    const TYPE: &'static str = "counter";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<Add>().accept::<Views>().accept::<Crash>().accept::<GroupView>();
+    }
+}
+
+impl Spawn for Counter {
+    type Args = CounterArgs;
+
+    async fn create(args: CounterArgs, cx: ActorCx) -> Result<Self, CreateError> {
+        println!("creating {}", cx.name());
+        cx.progress(Progress { phase: "counting".into(), done: 1, total: 2 });
+        if let Some(why) = args.fail {
+            return Err(CreateError::Failed(why));
+        }
+        cx.announce(cx.name().as_bytes().to_vec());
+        Ok(Self { value: 0, seen: Vec::new() })
+    }
+}
+
+impl Handler<Add> for Counter {
+    type Result = u64;
+
+    fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 {
+        self.value += n;
+        self.value
+    }
+}
+
+impl Handler<Views> for Counter {
+    type Result = MessageResult<Views>;
+
+    fn handle(&mut self, _: Views, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.seen.clone())
+    }
+}
+
+impl Handler<Crash> for Counter {
+    type Result = ();
+
+    fn handle(&mut self, _: Crash, _: &mut Context<Self>) {
+        panic!("crashed on request");
+    }
+}
+
+impl Handler<GroupView> for Counter {
+    type Result = ();
+
+    fn handle(&mut self, view: GroupView, _: &mut Context<Self>) {
+        if let Some(last) = self.seen.last() {
+            assert!(view.epoch >= last.epoch, "epoch {} after {}", view.epoch, last.epoch);
+        }
+        let incarnation = |member: &heliostat_runtime::group::Member| {
+            member.addr.as_ref().map_or(0, |addr| addr.incarnation.0)
+        };
+        self.seen.push(Seen {
+            epoch: view.epoch,
+            complete: view.is_complete(),
+            incarnations: view.members.iter().map(incarnation).collect(),
+            at_us: now_us(),
+        });
+    }
+}
+
+pub(crate) fn types() -> ActorTypes {
+    ActorTypes::new().with::<Counter>()
+}
+
+/// A counter that needs a device.
+pub(crate) fn counter(name: &str) -> ActorSpec {
+    let args = to_bytes(&CounterArgs::default()).unwrap();
+    let mut spec = ActorSpec::new(name, "counter", args);
+    spec.resources = Resources { devices: 1, cpus: 0 };
+    spec
+}
+
+/// Ranks of a group of counters, named `rank-0`, ...
+pub(crate) fn ranks(size: u32) -> Vec<ActorSpec> {
+    let rank = |rank| ActorSpec {
+        group: Some(GroupMember { group: "ranks".into(), rank, size }),
+        ..counter(&format!("rank-{rank}"))
+    };
+    (0..size).map(rank).collect()
+}
+
+/// A counter without a device that is sent the views of the ranks.
+pub(crate) fn watcher() -> ActorSpec {
+    ActorSpec { subscribe: vec!["ranks".into()], resources: Resources::default(), ..counter("watcher") }
+}

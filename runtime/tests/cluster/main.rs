@@ -1,0 +1,64 @@
+//! Clusters of real processes: this binary starts itself again as head, node and worker, and kills them.
+//!
+//! `cargo test -p heliostat-runtime --test cluster [-- NAME...]` prints what each repair took.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints what it measured")]
+
+mod actors;
+mod harness;
+mod scenarios;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+type Scenario = fn() -> futures_util::future::BoxFuture<'static, ()>;
+
+const SCENARIOS: &[(&str, Scenario)] = &[
+    ("worker_killed", || Box::pin(scenarios::worker_killed())),
+    ("actor_panics", || Box::pin(scenarios::actor_panics())),
+    ("agent_killed", || Box::pin(scenarios::agent_killed())),
+    ("agent_gone", || Box::pin(scenarios::agent_gone())),
+    ("head_killed", || Box::pin(scenarios::head_killed())),
+    ("restart_limit", || Box::pin(scenarios::restart_limit())),
+    ("node_lost", || Box::pin(scenarios::node_lost())),
+    ("orderly_ends", || Box::pin(scenarios::orderly_ends())),
+    ("logs", || Box::pin(scenarios::logs())),
+    ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
+];
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let first = args.next();
+    match first.as_deref() {
+        Some("head") => harness::head(args),
+        Some("node") => harness::node(args),
+        Some("worker") => harness::worker(args),
+        _ => run(first.into_iter().chain(args).filter(|arg| !arg.starts_with('-')).collect()),
+    }
+}
+
+fn run(wanted: Vec<String>) -> ExitCode {
+    let chosen =
+        SCENARIOS.iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|w| name.contains(w)));
+    let mut failed = Vec::new();
+    for (name, scenario) in chosen {
+        let start = Instant::now();
+        println!("{name} ...");
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let outcome = runtime.block_on(async {
+            let task = tokio::spawn(async move { scenario().await });
+            tokio::time::timeout(Duration::from_secs(90), task).await
+        });
+        runtime.shutdown_background();
+        match outcome {
+            Ok(Ok(())) => println!("{name} ok, {:.1} s", start.elapsed().as_secs_f32()),
+            Ok(Err(_)) => failed.push(*name),
+            Err(_) => {
+                println!("{name}: not over after 90 s");
+                failed.push(*name);
+            }
+        }
+    }
+    println!("failed: {failed:?}");
+    ExitCode::from(u8::from(!failed.is_empty()))
+}
