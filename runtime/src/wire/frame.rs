@@ -230,3 +230,84 @@ pub(crate) fn write_goodbye(out: &mut Vec<u8>, why: &str) {
     out.extend_from_slice(why.as_bytes());
     finish(out);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MAX: usize = 1 << 16;
+
+    fn head() -> impl Strategy<Value = CallHead> {
+        any::<[u64; 6]>().prop_map(|[call, actor, incarnation, process, message, deadline_us]| CallHead {
+            call,
+            actor,
+            incarnation,
+            process,
+            message,
+            deadline_us,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+        /// Whatever arrives, parsing neither panics nor reads beyond the frame.
+        #[test]
+        fn any_bytes_are_a_frame_or_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..9) {
+            if let Some(first) = bytes.get_mut(LEN_BYTES) {
+                *first = kind;
+            }
+            if let Ok(Some((body, used))) = split(&bytes, MAX) {
+                prop_assert!(used <= bytes.len() && body.len() + LEN_BYTES == used);
+                let _ = parse(body);
+            }
+            let _ = parse(&bytes);
+        }
+
+        /// A call comes out as it went in, wherever the stream is cut, and its length is checked before it is awaited.
+        #[test]
+        fn a_call_survives_the_wire(head in head(), payload in prop::collection::vec(any::<u8>(), 0..100)) {
+            let mut bytes = Vec::new();
+            begin_call(&mut bytes, &head);
+            bytes.extend_from_slice(&payload);
+            finish(&mut bytes);
+            for cut in 0..bytes.len() {
+                prop_assert_eq!(split(&bytes[..cut], MAX), Ok(None));
+            }
+            let next = bytes.len();
+            bytes.extend_from_slice(b"next frame");
+            let (body, used) = split(&bytes, MAX).unwrap().unwrap();
+            prop_assert_eq!(used, next);
+            prop_assert_eq!(parse(body), Ok(Frame::Call(head, &payload[..])));
+            let too_long = FrameError::TooLong { bytes: next - LEN_BYTES, max: 10 };
+            prop_assert_eq!(split(&bytes[..LEN_BYTES], 10), Err(too_long));
+        }
+    }
+
+    #[test]
+    fn answers_survive_the_wire() {
+        let mut bytes = Vec::new();
+        let mut check = |expected: Frame<'_>, write: &dyn Fn(&mut Vec<u8>)| {
+            write(&mut bytes);
+            let (body, used) = split(&bytes, MAX).unwrap().unwrap();
+            assert_eq!(used, bytes.len());
+            assert_eq!(parse(body), Ok(expected));
+        };
+        for refusal in [Refusal::MailboxFull, Refusal::WrongIncarnation, Refusal::Unreachable("down".into())]
+        {
+            check(Frame::Refused(7, refusal.clone()), &|out| write_refused(out, 7, &refusal));
+        }
+        for failure in [RemoteFailure::Expired, RemoteFailure::NoReply, RemoteFailure::Panicked("π".into())]
+        {
+            check(Frame::Failed(8, failure.clone()), &|out| write_failed(out, 8, &failure));
+        }
+        check(Frame::Ping, &write_ping);
+        check(Frame::Goodbye("done"), &|out| write_goodbye(out, "done"));
+        check(Frame::Reply(9, b""), &|out| {
+            begin_reply(out, 9);
+            finish(out);
+        });
+    }
+}

@@ -201,3 +201,61 @@ fn check_proof(given: &[u8; PROOF_BYTES], expected: &[u8; PROOF_BYTES]) -> Resul
         _ => Err(HandshakeError::TokenWrong),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hello(process: u64, has_token: bool) -> Hello {
+        Hello {
+            process: ProcessId(process),
+            endpoint: "host:1".into(),
+            has_token,
+            nonce: [process as u8; 32],
+        }
+    }
+
+    proptest! {
+        /// Whatever a stranger says, it is an error or a greeting; it is never waited for beyond its length.
+        #[test]
+        fn strangers_are_errors(bytes in prop::collection::vec(any::<u8>(), 0..300), magic in any::<bool>()) {
+            let mut said = bytes;
+            if magic && said.len() >= 10 {
+                said[..8].copy_from_slice(MAGIC);
+                said[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let _ = runtime.block_on(read_hello(&mut std::io::Cursor::new(said)));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_proof_is_not_worth_anything_for_another_role_or_connection() {
+        let token = Secret::new("token");
+        let (one, two) = (hello(1, true), hello(2, true));
+        let given = proof(&token, b"connect", &one, &two);
+        assert!(check_proof(&given, &proof(&token, b"connect", &one, &two)).is_ok());
+        for other in [
+            proof(&token, b"accept!", &one, &two),
+            proof(&token, b"connect", &two, &one),
+            proof(&token, b"connect", &one, &hello(3, true)),
+            proof(&Secret::new("tokem"), b"connect", &one, &two),
+        ] {
+            assert!(matches!(check_proof(&given, &other), Err(HandshakeError::TokenWrong)));
+        }
+    }
+
+    #[tokio::test]
+    async fn both_sides_learn_of_a_wrong_token() {
+        let (mut here, mut there) = tokio::io::duplex(4096);
+        let connecting = tokio::spawn(async move {
+            connect(&mut here, &hello(1, true), Some(&Secret::new("sun"))).await.unwrap_err().to_string()
+        });
+        let accepted = accept(&mut there, &hello(2, true), Some(&Secret::new("moon"))).await;
+        assert!(matches!(accepted, Err(HandshakeError::TokenWrong)));
+        drop(there);
+        assert!(connecting.await.unwrap().contains("if it has a cluster token, it differs from ours"));
+    }
+}
