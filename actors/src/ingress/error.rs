@@ -77,8 +77,7 @@ impl ApiError {
 
     /// The body.
     pub fn to_json(&self) -> Json {
-        let code = self.code.map_or_else(|| json!(self.status.as_u16()), Json::from);
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": code}})
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
     }
 }
 
@@ -110,6 +109,7 @@ impl From<Refused> for ApiError {
         match refused {
             Refused::NotReady { .. } | Refused::RankNotReady(_) => Self::not_ready(message),
             Refused::QueueFull => Self::queue_full(message),
+            Refused::NeverFits { .. } => Self::invalid("n", message),
             Refused::NoSuchRank { .. } => Self::invalid("X-data-parallel-rank", message),
         }
     }
@@ -120,7 +120,9 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::QueueFull => Self::queue_full(message),
-            Failure::NoRank(_) | Failure::MovedTooOften(_) => Self::not_ready(message).with_code("rank_lost"),
+            Failure::NoRank(_) | Failure::Stalled { .. } | Failure::MovedTooOften(_) => {
+                Self::not_ready(message).with_code("rank_lost")
+            }
             Failure::Unservable(_) => Self::new(StatusCode::BAD_REQUEST, message).with_code("unservable"),
             Failure::Rank(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, message).with_code("rank_failed")

@@ -16,8 +16,8 @@ use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
 use super::engine::{EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
 
-/// How often parked sequences are looked at.
-const PARKED_INTERVAL: Duration = Duration::from_millis(250);
+/// How often sequences without a working rank are looked at.
+const TICK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The ingress between HTTP and the ranks. Cheap to clone.
 #[derive(Clone)]
@@ -31,7 +31,7 @@ struct Inner {
     instance: u64,
     next_id: AtomicU64,
     stopping: AtomicBool,
-    parked: Notify,
+    ticking: Notify,
 }
 
 struct Shell {
@@ -68,7 +68,7 @@ impl Ingress {
             instance: rand::random(),
             next_id: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
-            parked: Notify::new(),
+            ticking: Notify::new(),
         }))
     }
 
@@ -181,12 +181,12 @@ impl Ingress {
         &self.0.metrics
     }
 
-    /// Fails sequences that found no rank for too long. Runs for as long as the server; sleeps while none is parked.
-    pub(crate) async fn watch_parked(self) {
+    /// Fails sequences that wait too long for a rank. Runs for as long as the server; sleeps while all have one.
+    pub(crate) async fn watch_time(self) {
         loop {
-            self.0.parked.notified().await;
+            self.0.ticking.notified().await;
             while self.act(|dispatch, now, effects| dispatch.tick(now, effects)) {
-                tokio::time::sleep(PARKED_INTERVAL).await;
+                tokio::time::sleep(TICK_INTERVAL).await;
             }
         }
     }
@@ -223,8 +223,8 @@ impl Ingress {
                 }
             }
         }
-        if shell.dispatch.has_parked() {
-            self.0.parked.notify_one();
+        if shell.dispatch.needs_tick() {
+            self.0.ticking.notify_one();
         }
     }
 

@@ -288,7 +288,7 @@ mod tests {
             r#"vllm:num_requests_running{model_name="sundial",engine="1"} 3"#,
             r#"vllm:kv_cache_usage_perc{model_name="sundial",engine="1"} 0.25"#,
             r#"vllm:prompt_tokens_total{model_name="sundial",engine="1"} 7"#,
-            r#"vllm:time_to_first_token_seconds_bucket{le="0.04",model_name="sundial",engine="1"} 1"#,
+            r#"vllm:time_to_first_token_seconds_bucket{model_name="sundial",le="0.04",engine="1"} 1"#,
             r#"vllm:inter_token_latency_seconds_count{model_name="sundial",engine="1"} 2"#,
             r#"vllm:e2e_request_latency_seconds_count{model_name="sundial",engine="1"} 1"#,
             r#"vllm:request_success_total{model_name="sundial",engine="1",finished_reason="length"} 1"#,

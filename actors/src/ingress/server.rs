@@ -100,7 +100,7 @@ pub fn serve(
             tracing::error!(%error, "the HTTP server ended");
         }
     });
-    let watch = tokio::spawn(ingress.clone().watch_parked());
+    let watch = tokio::spawn(ingress.clone().watch_time());
     Ok(HttpService { bound, ingress, handle, tasks: [accept, watch] })
 }
 

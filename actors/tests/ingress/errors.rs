@@ -59,6 +59,12 @@ async fn each_wrong_field_is_named() {
             "prompt",
             "maximum context length is 2048 tokens. However, your prompt has 2100",
         ),
+        (json!({"prompt": "x".repeat(200_000)}), "prompt", "However, your prompt has at least"),
+        (
+            json!({"n": 128, "prompt": ["a", "b", "c", "d", "e"]}),
+            "n",
+            "640 sequences, but the queues hold 512",
+        ),
         (json!({"prompt": [1, "a"]}), "prompt", "must be a string"),
         (json!({"prompt": []}), "prompt", "empty"),
         (json!({"prompt": [4096]}), "prompt", "below 4096"),

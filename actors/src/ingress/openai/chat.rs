@@ -14,7 +14,7 @@ use crate::ingress::server::request_id;
 use crate::ingress::text::Ending;
 
 use super::body::{Body, Refusal, empty, never};
-use super::job::{Job, Prompt, Shape};
+use super::job::{Job, Prompt, Shape, encode, off_the_loop};
 use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::params::{self, Params, top_count};
 use super::reply::{Dialect, Envelope, answer, finish_reason, stop_reason};
@@ -67,7 +67,7 @@ pub(crate) async fn chat_completions(
     let job = {
         let body = Body::parse(&http, body)?;
         let model = model.clone();
-        super::job::off_the_loop(body, move |body| check(&body, &model)).await?
+        off_the_loop(body, move |body| check(&body, &model)).await?
     };
     let delivery = job.delivery;
     let envelope = Envelope::new("chatcmpl", &request_id(&http), &model);
@@ -118,8 +118,7 @@ fn prompt(fields: &Fields, model: &ServedModel) -> Result<Prompt, ApiError> {
     let extra = fields.chat_template_kwargs.clone().unwrap_or_default();
     let rendered = template.render(&messages, fields.add_generation_prompt.unwrap_or(true), &extra);
     let text = rendered.map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-    let ids = model.text.encode(&text, false).map_err(|error| ApiError::invalid("messages", error))?;
-    Ok(Prompt { ids, text: None })
+    Ok(Prompt { ids: encode(model, "messages", &text, false)?, text: None })
 }
 
 /// The message as templates expect it: content as one string; OpenAI's newer `developer` is `system`.

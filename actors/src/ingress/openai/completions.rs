@@ -15,7 +15,7 @@ use crate::ingress::server::request_id;
 use crate::ingress::text::{Detokenizer, TextModel};
 
 use super::body::{Body, Refusal, empty, never};
-use super::job::{Job, Prompt, Shape};
+use super::job::{self, Job, Prompt, Shape, off_the_loop};
 use super::logprobs::{CompletionLogprobs, PromptLogprobs};
 use super::params::{self, Params, top_count};
 use super::reply::{Dialect, Envelope, answer, finish_reason, stop_reason};
@@ -50,7 +50,7 @@ pub(crate) async fn completions(
     let (job, echo) = {
         let body = Body::parse(&http, body)?;
         let model = model.clone();
-        super::job::off_the_loop(body, move |body| check(&body, &model)).await?
+        off_the_loop(body, move |body| check(&body, &model)).await?
     };
     let delivery = job.delivery;
     let envelope = Envelope::new("cmpl", &request_id(&http), &model);
@@ -83,7 +83,7 @@ fn check(body: &Body, model: &ServedModel) -> Result<(Job, Option<EchoKind>), Ap
         ));
     }
     let shape = Shape {
-        prompts: prompts(&fields.prompt, &model.text, fields.add_special_tokens.unwrap_or(true))?,
+        prompts: prompts(&fields.prompt, model, fields.add_special_tokens.unwrap_or(true))?,
         prompt_param: "prompt",
         // The ranks need a token to generate; it is not shown.
         max_tokens: Some((max_tokens.max(1), "max_tokens")),
@@ -94,11 +94,11 @@ fn check(body: &Body, model: &ServedModel) -> Result<(Job, Option<EchoKind>), Ap
 }
 
 /// A string, token ids, or an array of either.
-fn prompts(prompt: &Json, text: &TextModel, special: bool) -> Result<Vec<Prompt>, ApiError> {
+fn prompts(prompt: &Json, model: &ServedModel, special: bool) -> Result<Vec<Prompt>, ApiError> {
     let shape = "`prompt` must be a string, an array of token ids, or an array of either.";
     let wrong = || ApiError::invalid("prompt", shape);
     let encode = |prompt: &str| {
-        let ids = text.encode(prompt, special).map_err(|error| ApiError::invalid("prompt", error))?;
+        let ids = job::encode(model, "prompt", prompt, special)?;
         Ok(Prompt { ids, text: Some(prompt.to_owned()) })
     };
     let tokens = |ids: &[Json]| {

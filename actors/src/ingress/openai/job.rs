@@ -131,6 +131,26 @@ pub(super) async fn off_the_loop<R: Send + 'static>(
     checked.unwrap_or_else(|_| Err(ApiError::not_ready("The server is stopping.")))
 }
 
+/// Token ids of a prompt's text. A text that is far too long is refused before the work of encoding it.
+pub(super) fn encode(
+    model: &ServedModel,
+    param: &str,
+    text: &str,
+    add_special_tokens: bool,
+) -> Result<Vec<u32>, ApiError> {
+    let (context, least) = (model.context_length, model.text.tokens_min(text));
+    if least > context {
+        let request = format!("your {param} has at least {least} tokens");
+        return Err(context_exceeded(context, &request, param));
+    }
+    model.text.encode(text, add_special_tokens).map_err(|error| ApiError::invalid(param, error))
+}
+
+fn context_exceeded(context: usize, request: &str, param: &str) -> ApiError {
+    let message = format!("This model's maximum context length is {context} tokens. However, {request}.");
+    ApiError::invalid(param, message).with_code("context_length_exceeded")
+}
+
 /// Tokens that may be generated after `prompt`.
 fn output_limit(model: &ServedModel, prompt: &Prompt, shape: &Shape) -> Result<u32, ApiError> {
     let (context, tokens) = (model.context_length, prompt.ids.len());
@@ -144,10 +164,7 @@ fn output_limit(model: &ServedModel, prompt: &Prompt, shape: &Shape) -> Result<u
         return Err(ApiError::invalid(param, message));
     }
     let room = context.saturating_sub(tokens);
-    let exceeded = |request: String, param: &str| {
-        let message = format!("This model's maximum context length is {context} tokens. However, {request}.");
-        Err(ApiError::invalid(param, message).with_code("context_length_exceeded"))
-    };
+    let exceeded = |request: String, param| Err(context_exceeded(context, &request, param));
     match shape.max_tokens {
         _ if room == 0 => exceeded(
             format!("your {param} has {tokens} tokens, and at least one must be left for the output"),

@@ -37,6 +37,11 @@ impl TokenBytes {
         Some(table)
     }
 
+    /// Bytes of the longest token.
+    pub(crate) fn longest(&self) -> usize {
+        (0..self.ends.len() as u32).map(|token| self.get(token).len()).max().unwrap_or(0)
+    }
+
     /// Bytes of `token`; empty where the vocabulary has no such token.
     pub(crate) fn get(&self, token: u32) -> &[u8] {
         let token = token as usize;

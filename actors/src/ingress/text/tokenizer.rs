@@ -15,6 +15,8 @@ use super::template::ChatTemplate;
 pub struct TextModel {
     tokenizer: Tokenizer,
     bytes: Option<TokenBytes>,
+    /// Bytes of the longest token, where no text has fewer tokens than its bytes divided by this.
+    token_bytes_max: Option<usize>,
     special: HashSet<u32>,
     /// Prepended to prompts whose tokenizer.json does not do it itself.
     bos: Option<u32>,
@@ -56,7 +58,15 @@ impl TextModel {
         let wants_bos = config.get("add_bos_token").and_then(Json::as_bool) == Some(true);
         let bos = token_content(config.get("bos_token")).and_then(|token| tokenizer.token_to_id(&token));
         let bytes = TokenBytes::of(&tokenizer);
-        Self { bytes, special, bos: bos.filter(|_| wants_bos), template, tokenizer }
+        // A normalizer may shorten the text first.
+        let exact = bytes.as_ref().filter(|_| tokenizer.get_normalizer().is_none());
+        let token_bytes_max = exact.map(TokenBytes::longest);
+        Self { token_bytes_max, bytes, special, bos: bos.filter(|_| wants_bos), template, tokenizer }
+    }
+
+    /// At least how many tokens `text` has, known without encoding it; 0 where nothing is known.
+    pub fn tokens_min(&self, text: &str) -> usize {
+        self.token_bytes_max.map_or(0, |longest| text.len().div_ceil(longest.max(1)))
     }
 
     /// Token ids of `text`; with `add_special_tokens` as a prompt, else as it stands.
@@ -206,6 +216,8 @@ pub(crate) mod tests {
         for prompt in text.clone() {
             let ids = bundled().encode(prompt["prompt"].as_str().unwrap(), true).unwrap();
             assert_eq!(json!(ids), prompt["prompt_ids"], "{}", prompt["prompt"]);
+            let least = bundled().tokens_min(prompt["prompt"].as_str().unwrap());
+            assert!((1..ids.len()).contains(&least));
         }
         assert!(text.count() > 2);
     }

@@ -65,10 +65,11 @@ fn full_queues_refuse_all_of_a_request_or_none() {
     let mut submit = |ids: std::ops::Range<u128>, effects: &mut Vec<Effect>| {
         dispatch.submit(NOW, ids.map(|id| request(id, 4)).collect(), None, effects)
     };
-    assert_eq!(submit(0..9, &mut effects), Err(Refused::QueueFull));
-    assert_eq!(submit(0..8, &mut effects), Ok(()));
+    assert_eq!(submit(0..9, &mut effects), Err(Refused::NeverFits { sequences: 9, capacity: 8 }));
+    assert_eq!(submit(0..5, &mut effects), Ok(()));
+    assert_eq!(submit(5..9, &mut effects), Err(Refused::QueueFull));
+    assert_eq!(submit(5..8, &mut effects), Ok(()));
     assert_eq!(effects.len(), 8);
-    assert_eq!(submit(8..9, &mut effects), Err(Refused::QueueFull));
 }
 
 #[test]
@@ -101,6 +102,7 @@ fn a_restarted_rank_has_forgotten_its_sequences() {
 fn a_sequence_without_a_rank_waits_so_long_then_fails() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, Ranks { missing: vec![], ..ranks(&[(0, 1)]) }, &mut effects);
     dispatch.submit(NOW, vec![request(1, 4), request(2, 4)], None, &mut effects).unwrap();
     effects.clear();
     dispatch.outputs(NOW, 0, vec![output(2, 0, &[1, 2, 3, 4], None)], &mut effects);
@@ -112,6 +114,42 @@ fn a_sequence_without_a_rank_waits_so_long_then_fails() {
     assert!(!dispatch.tick(NOW + Duration::from_secs(120), &mut effects));
     let [Effect::Fail(RequestId(1), failure)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!(failure.to_string(), "no rank could take the request for 120 seconds");
+}
+
+#[test]
+fn a_sequence_that_is_refused_again_and_again_does_not_wait_for_ever() {
+    let mut dispatch = dispatch(&[(0, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    for second in 0..=120 {
+        let now = NOW + Duration::from_secs(second);
+        dispatch.refused(now, 0, RequestId(1), Refusal::Gone, &mut effects);
+        effects.clear();
+        dispatch.tick(now, &mut effects);
+        assert_eq!(dispatch.is_empty(), second == 120 && matches!(&effects[..], [.., Effect::Fail(..)]));
+    }
+}
+
+#[test]
+fn a_group_that_lacks_a_rank_and_makes_nothing_fails_its_sequences() {
+    let mut dispatch = dispatch(&[(0, 1)]);
+    let mut effects = Vec::new();
+    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    let later = |seconds| NOW + Duration::from_secs(seconds);
+    dispatch.outputs(later(60), 0, vec![output(1, 0, &[7], None)], &mut effects);
+    effects.clear();
+    assert!(dispatch.tick(later(179), &mut effects) && effects.is_empty(), "it worked 119 seconds ago");
+    assert!(!dispatch.tick(later(180), &mut effects));
+    let [Effect::Send(0, RankCommand::Abort(_)), Effect::Fail(_, failure)] = &effects[..] else {
+        panic!("{effects:?}")
+    };
+    assert_eq!(failure.to_string(), "the group generated nothing for 120 seconds: rank 3: starting");
+    let refused = dispatch.submit(later(181), vec![request(2, 4)], None, &mut effects);
+    assert!(matches!(refused, Err(Refused::NotReady { .. })));
+    let complete = Ranks { missing: vec![], ..ranks(&[(0, 1)]) };
+    dispatch.set_ranks(later(182), complete, &mut effects);
+    assert_eq!(dispatch.submit(later(183), vec![request(2, 4)], None, &mut effects), Ok(()));
+    assert!(!dispatch.needs_tick());
 }
 
 #[test]

@@ -4,6 +4,8 @@
 //! Pure: events and the time come in, effects go out. A sequence whose rank is lost is submitted to another with the
 //! tokens it already has, so its client sees neither a gap nor a repetition.
 
+mod outcome;
+
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
@@ -11,6 +13,8 @@ use heliostat_engine::request::{FinishReason, Output, RankStats, Request, Reques
 
 use super::engine::{RankCommand, Ranks, Refusal};
 use super::router::{Job, Router, block_hashes};
+
+pub use outcome::{Effect, Failure, Refused};
 
 /// Bounds of the dispatch.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,7 +25,7 @@ pub struct DispatchConfig {
     pub queue_max: usize,
     /// A sequence that has lost its rank this often fails.
     pub moves_max: u32,
-    /// A sequence without a rank fails after this long.
+    /// A sequence without a rank, or whose group is incomplete and generates nothing, fails after this long.
     pub park_timeout: Duration,
 }
 
@@ -29,62 +33,6 @@ impl Default for DispatchConfig {
     fn default() -> Self {
         Self { block_size: 16, queue_max: 256, moves_max: 8, park_timeout: Duration::from_secs(120) }
     }
-}
-
-/// What the shell must do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Hand this to a rank.
-    Send(u32, RankCommand),
-    /// Hand new tokens to the sequence's client; never a token twice. Its rank and what it brought.
-    Deliver(u32, Output),
-    /// Tell the client that the sequence has failed.
-    Fail(RequestId, Failure),
-}
-
-/// Requests that were not taken.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// No rank is ready yet.
-    #[error("the model is not ready: {}", if missing.is_empty() { "no rank is ready".to_owned() } else { missing.join("; ") })]
-    NotReady {
-        /// What is waited for.
-        missing: Vec<String>,
-    },
-    /// All queues are full.
-    #[error("all queues are full; try again later")]
-    QueueFull,
-    /// The client named a rank that does not exist.
-    #[error("there is no data-parallel rank {rank}: the group has {size}")]
-    NoSuchRank {
-        /// The rank.
-        rank: u32,
-        /// Ranks of the group.
-        size: u32,
-    },
-    /// The rank that the client named is not ready.
-    #[error("data-parallel rank {0} is not ready")]
-    RankNotReady(u32),
-}
-
-/// Why a sequence ended without finishing.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Failure {
-    /// Its rank's queue was full, and so were all others.
-    #[error("all queues are full; try again later")]
-    QueueFull,
-    /// No rank could take it for this long.
-    #[error("no rank could take the request for {} seconds", .0.as_secs())]
-    NoRank(Duration),
-    /// Its ranks were lost one after the other.
-    #[error("the request was moved {0} times because its rank was lost, and lost it again")]
-    MovedTooOften(u32),
-    /// No rank can run it.
-    #[error("{0}")]
-    Unservable(String),
-    /// The rank reported an error.
-    #[error("the rank failed: {0}")]
-    Rank(String),
 }
 
 /// All sequences in flight.
@@ -97,6 +45,9 @@ pub struct Dispatch {
     /// Those without a rank.
     parked: BTreeSet<RequestId>,
     moves: u64,
+    /// Since when the group lacks something.
+    incomplete_since: Option<Duration>,
+    last_output: Duration,
 }
 
 #[derive(Debug)]
@@ -104,6 +55,8 @@ struct Sequence {
     /// As submitted, but `generated` holds all tokens delivered so far.
     request: Request,
     place: Place,
+    /// Since when it has no rank, or none that has generated anything yet.
+    homeless_since: Option<Duration>,
     moves: u32,
     /// Ranks that refused it since it last had one.
     refused_by: Vec<u32>,
@@ -114,7 +67,7 @@ struct Sequence {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
     On(u32),
-    Parked { since: Duration },
+    Nowhere,
 }
 
 impl Sequence {
@@ -134,8 +87,16 @@ impl Dispatch {
     /// No ranks, no sequences.
     pub fn new(config: DispatchConfig) -> Self {
         let router = Router::new(config.block_size, config.queue_max);
-        let (sequences, parked) = (HashMap::new(), BTreeSet::new());
-        Self { config, router, ranks: Ranks::default(), sequences, parked, moves: 0 }
+        Self {
+            config,
+            router,
+            ranks: Ranks::default(),
+            sequences: HashMap::new(),
+            parked: BTreeSet::new(),
+            moves: 0,
+            incomplete_since: None,
+            last_output: Duration::ZERO,
+        }
     }
 
     /// What the ranks were last said to be.
@@ -151,11 +112,6 @@ impl Dispatch {
     /// Whether nothing is in flight.
     pub fn is_empty(&self) -> bool {
         self.sequences.is_empty()
-    }
-
-    /// Whether a sequence waits for a rank, so that [`Self::tick`] must be called.
-    pub fn has_parked(&self) -> bool {
-        !self.parked.is_empty()
     }
 
     /// Sequences that went on at another rank, since the start.
@@ -174,11 +130,17 @@ impl Dispatch {
         pinned: Option<u32>,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Refused> {
-        self.admit(requests.len(), pinned)?;
+        self.admit(now, requests.len(), pinned)?;
         for request in requests {
             let id = request.id;
-            let place = Place::Parked { since: now };
-            let sequence = Sequence { request, place, moves: 0, refused_by: Vec::new(), pinned };
+            let sequence = Sequence {
+                request,
+                place: Place::Nowhere,
+                homeless_since: None,
+                moves: 0,
+                refused_by: Vec::new(),
+                pinned,
+            };
             self.sequences.insert(id, sequence);
             if !self.place(id, effects) {
                 self.fail(id, Failure::QueueFull, effects);
@@ -187,10 +149,14 @@ impl Dispatch {
         Ok(())
     }
 
-    fn admit(&self, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
+    fn admit(&self, now: Duration, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
         let Ranks { size, ready, missing } = &self.ranks;
-        if ready.is_empty() {
+        if ready.is_empty() || self.is_stalled(now) {
             return Err(Refused::NotReady { missing: missing.clone() });
+        }
+        let capacity = self.config.queue_max * if pinned.is_some() { 1 } else { ready.len() };
+        if requests > capacity {
+            return Err(Refused::NeverFits { sequences: requests, capacity });
         }
         let room = match pinned {
             None => ready.keys().map(|&rank| self.router.room(rank)).sum(),
@@ -239,6 +205,8 @@ impl Dispatch {
         if output.prompt_logprobs.is_some() {
             sequence.request.prompt_logprobs = None;
         }
+        sequence.homeless_since = None;
+        self.last_output = now;
         self.router.started(rank, id);
         match &output.finish {
             Some(FinishReason::Error(cause)) => self.fail(id, Failure::Rank(cause.clone()), effects),
@@ -262,6 +230,10 @@ impl Dispatch {
     /// The ranks changed: sequences of lost ones move, parked ones go where there is room.
     pub fn set_ranks(&mut self, now: Duration, ranks: Ranks, effects: &mut Vec<Effect>) {
         let before = std::mem::replace(&mut self.ranks, ranks);
+        self.incomplete_since = match (self.ranks.missing.is_empty(), self.incomplete_since) {
+            (true, _) => None,
+            (false, since) => since.or(Some(now)),
+        };
         let lost: Vec<u32> = before
             .ready
             .iter()
@@ -306,7 +278,8 @@ impl Dispatch {
         if sequence.place != Place::On(rank) {
             return;
         }
-        sequence.place = Place::Parked { since: now };
+        sequence.place = Place::Nowhere;
+        sequence.homeless_since.get_or_insert(now);
         sequence.refused_by.push(rank);
         let fresh = sequence.moves == 0;
         self.router.left(rank, id, &[]);
@@ -318,20 +291,36 @@ impl Dispatch {
         }
     }
 
-    /// Fails what has been parked too long, and tries the rest again. Returns whether any is still parked, so that
-    /// the caller must call again soon.
+    /// Fails what has waited too long for a rank or for a group that is incomplete, and tries the rest again. Returns
+    /// whether the caller must call again soon.
     pub fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) -> bool {
-        self.place_parked(effects);
         let timeout = self.config.park_timeout;
-        let overdue = |id: &&RequestId| match self.sequences[id].place {
-            Place::Parked { since } => now.saturating_sub(since) >= timeout,
-            Place::On(_) => false,
-        };
-        let overdue: Vec<RequestId> = self.parked.iter().filter(overdue).copied().collect();
-        for id in overdue {
+        if self.is_stalled(now) {
+            let missing = &self.ranks.missing;
+            let stalled = Failure::Stalled { waited: timeout, missing: missing.clone() };
+            for id in self.sequences.keys().copied().collect::<Vec<_>>() {
+                self.abort(id, effects);
+                effects.push(Effect::Fail(id, stalled.clone()));
+            }
+        }
+        self.place_parked(effects);
+        let since = |id: &RequestId| self.sequences[id].homeless_since;
+        let overdue = |id: &&RequestId| since(id).is_some_and(|since| now.saturating_sub(since) >= timeout);
+        for id in self.parked.iter().filter(overdue).copied().collect::<Vec<_>>() {
             self.fail(id, Failure::NoRank(timeout), effects);
         }
-        !self.parked.is_empty()
+        self.needs_tick()
+    }
+
+    /// Whether time alone can change something, so that [`Self::tick`] must be called.
+    pub fn needs_tick(&self) -> bool {
+        !self.parked.is_empty() || (self.incomplete_since.is_some() && !self.sequences.is_empty())
+    }
+
+    /// The group lacks a rank that it cannot work without, and has generated nothing for too long.
+    fn is_stalled(&self, now: Duration) -> bool {
+        let quiet_since = self.incomplete_since.map(|since| since.max(self.last_output));
+        quiet_since.is_some_and(|since| now.saturating_sub(since) >= self.config.park_timeout)
     }
 
     /// Takes a sequence off its rank, which is lost or has lost it, and places it again.
@@ -340,7 +329,8 @@ impl Dispatch {
         if let Place::On(rank) = sequence.place {
             self.router.left(rank, id, &[]);
         }
-        sequence.place = Place::Parked { since: now };
+        sequence.place = Place::Nowhere;
+        sequence.homeless_since.get_or_insert(now);
         sequence.moves += 1;
         sequence.pinned = None;
         sequence.refused_by.clear();
@@ -420,5 +410,4 @@ fn finished(request: &Request) -> Output {
 }
 
 #[cfg(test)]
-#[path = "dispatch_tests.rs"]
 mod tests;
