@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p heliostat-kernels --bench fabric [-- ring KiB, spin us]`. Ping-pong: one round trip is two frames;
 //! the figures are of one way, so half of it. Bandwidth: the payload of one way over half a round trip.
+//! Exchange: four processes, each sends a frame to each other one and receives theirs, twice, as in one MoE layer.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // A bench may fail, and prints.
 
@@ -28,18 +29,20 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     match words.first().map(String::as_str) {
         Some("echo") => return echo(&words[1]),
+        Some("exchange") => return exchange(&mut join(&words[1]), |_, _| {}),
         Some("echo-tcp") => return echo_tcp(&words[1]),
         _ => {}
     }
     let number = |at: usize, default| words.get(at).map_or(default, |word| word.parse().unwrap());
-    let (ring_kib, spin_us) = (number(0, 1024), number(1, 0));
+    let (ring_kib, spin_us) = (number(0, 2048), number(1, 0));
     println!("ring {ring_kib} KiB, spin {spin_us} us; one way");
     println!(
         "{:<14} {:>10} {:>12} {:>12} {:>12} {:>9}",
         "link", "bytes", "p50 us", "p99 us", "min us", "GB/s"
     );
     for transport in ["memory", "tcp"] {
-        let (mut child, mut fabric) = pair(transport, ring_kib, spin_us);
+        let settings = format!("{transport},{ring_kib},{spin_us}");
+        let (mut children, mut fabric) = gather("echo", 1, &settings);
         let mut step = 0;
         for size in SIZES {
             let bytes = vec![7; size];
@@ -50,9 +53,23 @@ fn main() {
             });
         }
         drop(fabric);
-        child.wait().unwrap();
+        children[0].wait().unwrap();
     }
     plain_tcp();
+    for transport in ["memory", "tcp"] {
+        let settings = format!("{transport},{ring_kib},{spin_us}");
+        let (mut children, mut fabric) = gather("exchange", 3, &settings);
+        let name = format!("4x {transport}");
+        exchange(&mut fabric, |size, round| {
+            // The time of a round, not half of it.
+            measure(&name, size, || {
+                round();
+                round();
+            });
+        });
+        drop(fabric);
+        children.iter_mut().for_each(|child| drop(child.wait().unwrap()));
+    }
 }
 
 fn measure(link: &str, size: usize, mut round_trip: impl FnMut()) {
@@ -106,28 +123,70 @@ fn connect(listener: &FabricListener, rank: usize, endpoints: &[Endpoint], setti
     listener.connect(how).unwrap()
 }
 
-fn pair(transport: &str, ring_kib: usize, spin_us: usize) -> (Child, Fabric) {
-    let settings = format!("{transport},{ring_kib},{spin_us}");
-    let mut child = child("echo", &settings);
+/// Starts `count` processes in this role and links with them as rank 0.
+fn gather(role: &str, count: usize, settings: &str) -> (Vec<Child>, Fabric) {
     let listener = FabricListener::bind(LOOPBACK, None).unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let endpoints = [listener.endpoint(), from_line(&line).remove(0)];
-    writeln!(child.stdin.as_mut().unwrap(), "{}", to_line(&endpoints)).unwrap();
-    let fabric = connect(&listener, 0, &endpoints, &settings);
-    (child, fabric)
+    let mut endpoints = vec![listener.endpoint()];
+    let mut children: Vec<Child> = (0..count).map(|_| child(role, settings)).collect();
+    for child in &mut children {
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        endpoints.extend(from_line(&line));
+    }
+    for child in &mut children {
+        writeln!(child.stdin.as_mut().unwrap(), "{}", to_line(&endpoints)).unwrap();
+    }
+    let fabric = connect(&listener, 0, &endpoints, settings);
+    (children, fabric)
 }
 
-/// The other process: sends every frame back.
-fn echo(settings: &str) {
+/// The other processes: link with the rest.
+fn join(settings: &str) -> Fabric {
     let listener = FabricListener::bind(LOOPBACK, None).unwrap();
     println!("{}", to_line(&[listener.endpoint()]));
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).unwrap();
-    let mut fabric = connect(&listener, 1, &from_line(&line), settings);
+    let endpoints = from_line(&line);
+    let rank = endpoints.iter().position(|endpoint| *endpoint == listener.endpoint()).unwrap();
+    let fabric = connect(&listener, rank, &endpoints, settings);
+    // The process ends with its rank.
+    std::mem::forget(listener);
+    fabric
+}
+
+/// Sends every frame back.
+fn echo(settings: &str) {
+    let mut fabric = join(settings);
     for step in 0.. {
         let Ok(frame) = fabric.recv(0, tag(step)) else { return };
         fabric.send(0, tag(step), &[frame.payload()]).unwrap();
+    }
+}
+
+/// Runs rounds of dispatch and combine of several sizes; all ranks run the same number.
+fn exchange(fabric: &mut Fabric, mut run: impl FnMut(usize, &mut dyn FnMut())) {
+    let (rank, world) = (fabric.rank(), fabric.world());
+    for size in [0, 4 << 10, 64 << 10, 1 << 20] {
+        let bytes = vec![7; size];
+        let rounds = rounds(size);
+        let calls = 2 * (rounds / 10 + 2 + rounds);
+        let mut step = 0;
+        let mut round = || {
+            for _ in 0..2 {
+                (0..world)
+                    .filter(|&to| to != rank)
+                    .for_each(|to| fabric.send(to, tag(step), &[&bytes]).unwrap());
+                for from in (0..world).filter(|&from| from != rank) {
+                    fabric.recv(from, tag(step)).unwrap();
+                }
+                step += 1;
+            }
+        };
+        if rank == 0 {
+            run(size, &mut round);
+        } else {
+            (0..calls).for_each(|_| round());
+        }
     }
 }
 

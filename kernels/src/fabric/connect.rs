@@ -62,7 +62,7 @@ pub struct Connect<'a> {
 }
 
 impl<'a> Connect<'a> {
-    /// The defaults: 30 s for every wait, rings of 1 MiB, no spinning, frames up to 1 GiB, 4 GiB pending.
+    /// The defaults: 30 s for every wait, rings of 2 MiB, no spinning, frames up to 1 GiB, 4 GiB pending.
     pub fn new(epoch: u64, rank: usize, endpoints: &'a [Endpoint]) -> Self {
         Self {
             epoch,
@@ -72,7 +72,7 @@ impl<'a> Connect<'a> {
             transport: Transport::Auto,
             connect_timeout: Duration::from_secs(30),
             call_timeout: Duration::from_secs(30),
-            ring_bytes: 1 << 20,
+            ring_bytes: 2 << 20,
             spin: Duration::ZERO,
             frame_bytes_max: 1 << 30,
             pending_bytes_max: 4 << 30,
