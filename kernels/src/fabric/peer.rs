@@ -338,3 +338,106 @@ pub(super) fn liveness(mut stream: &TcpStream) -> Option<State> {
 pub(super) fn would_block(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::super::bell::Bell;
+    use super::super::frame::Kind;
+    use super::super::ring::{SharedMap, mapping_bytes};
+    use super::*;
+
+    const TAG: Tag = Tag { kind: Kind::Dispatch, step: 1, layer: 2 };
+
+    /// A link of rank 0 to rank 1, and what rank 1 holds of it: its ring, its end of the connection.
+    fn link(memory: bool) -> (Peer, Producer, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let ring = || SharedMap::create("test", mapping_bytes(4096), 1).unwrap();
+        let (_kept, offer, theirs) = ring();
+        let ours = SharedMap::open(&offer, mapping_bytes(4096)).unwrap();
+        let bell = Bell::new().unwrap();
+        let bell = RemoteBell::open(&bell.offer()).unwrap();
+        let link = if memory {
+            Link::Memory(Box::new(MemoryLink {
+                out: Producer::new(ring().2),
+                into: Consumer::new(ours),
+                bell,
+            }))
+        } else {
+            Link::Tcp(Ahead::new())
+        };
+        let (frame_bytes_max, pool) = (1 << 20, Arc::default());
+        let peer = Peer::new(PeerParts { rank: 1, local: 0, stream, link, frame_bytes_max, pool });
+        (peer, Producer::new(theirs), other)
+    }
+
+    fn pull_all(peer: &mut Peer) -> (VecDeque<Frame>, Result<(), FabricError>) {
+        let mut frames = VecDeque::new();
+        loop {
+            match peer.pull(&mut frames, usize::MAX) {
+                Ok(0) => return (frames, Ok(())),
+                Ok(_) => {}
+                Err(error) => return (frames, Err(error)),
+            }
+        }
+    }
+
+    /// Frames before the nonsense arrive, the nonsense is an error, and the link stays broken.
+    #[test]
+    fn nonsense_from_a_peer_is_a_protocol_error() {
+        let good = [&encode(Head::Frame(TAG, 3), 0)[..], b"abc"].concat();
+        let cases = [
+            ("random bytes", [0x5a; 40].to_vec(), "checksum"),
+            ("a frame twice", good.clone(), "checksum"),
+            ("a huge frame", encode(Head::Frame(TAG, 1 << 40), 1).to_vec(), "over the limit"),
+        ];
+        for memory in [true, false] {
+            for (name, bad, wanted) in &cases {
+                let (mut peer, mut ring, mut stream) = link(memory);
+                let bytes = [&good[..], bad].concat();
+                if memory {
+                    assert_eq!(ring.write(&bytes), Ok(bytes.len()));
+                    ring.publish();
+                } else {
+                    stream.write_all(&bytes).unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                let (frames, result) = pull_all(&mut peer);
+                assert_eq!(frames.len(), 1, "{name}");
+                assert_eq!((frames[0].tag(), frames[0].payload()), (TAG, &b"abc"[..]));
+                let error = result.unwrap_err().to_string();
+                assert!(
+                    error.contains("rank 1 broke the protocol") && error.contains(wanted),
+                    "{name}: {error}"
+                );
+                assert!(matches!(peer.state(), State::Broken(_)));
+                assert!(pull_all(&mut peer).0.is_empty(), "a broken link gives nothing more");
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_connection_is_a_loss_unless_the_rank_said_farewell() {
+        for memory in [true, false] {
+            for farewell in [true, false] {
+                let (mut peer, _ring, mut stream) = link(memory);
+                let bye = if memory { vec![POKE, BYE] } else { encode(Head::Bye, 0).to_vec() };
+                if farewell {
+                    stream.write_all(&bye).unwrap();
+                }
+                drop(stream);
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                if memory {
+                    peer.check_liveness();
+                }
+                pull_all(&mut peer).1.unwrap();
+                assert_eq!(*peer.state(), if farewell { State::Left } else { State::Lost });
+                assert!(matches!(peer.failure(), FabricError::PeerLost { rank: 1 }));
+            }
+        }
+    }
+}
