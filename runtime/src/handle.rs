@@ -4,14 +4,16 @@
 //! goes over the connection to the actor's process. Delivery is at most once; a message that was certainly not
 //! accepted comes back in the error.
 
+mod addr;
+mod error;
+
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use actix::Handler;
-use bincode::{Decode, Encode};
-use serde::{Deserialize, Serialize};
+use bincode::Decode;
 use tokio::sync::oneshot;
 
 use crate::actor::{RemoteActor, WireMessage};
@@ -22,237 +24,8 @@ use crate::wire::frame::CallHead;
 use crate::wire::link::Link;
 use crate::wire::{from_bytes, name_hash};
 
-/// Identifies an actor in the whole cluster, over all its incarnations: a hash of its name.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
-)]
-pub struct ActorId(pub u64);
-
-impl ActorId {
-    /// The head, in the head's process.
-    pub const HEAD: Self = Self::named("heliostat/head");
-    /// The node agent, in its process.
-    pub const NODE: Self = Self::named("heliostat/node");
-    /// The host of a worker process, in that process.
-    pub const WORKER: Self = Self::named("heliostat/worker");
-
-    /// The id of the actor with that name.
-    pub const fn named(name: &str) -> Self {
-        Self(name_hash(name))
-    }
-}
-
-impl fmt::Display for ActorId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::HEAD => f.write_str("head"),
-            Self::NODE => f.write_str("node"),
-            Self::WORKER => f.write_str("worker"),
-            Self(id) => write!(f, "{id:016x}"),
-        }
-    }
-}
-
-/// Counts the lives of one actor. A message for an earlier one is refused.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
-)]
-pub struct Incarnation(pub u64);
-
-impl Incarnation {
-    /// In an address: whichever incarnation is there. Only for actors at well-known ids.
-    pub const ANY: Self = Self(0);
-}
-
-impl fmt::Display for Incarnation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// Identifies one run of one process.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
-)]
-pub struct ProcessId(pub u64);
-
-impl ProcessId {
-    /// In an address: whichever process listens at the endpoint.
-    pub const ANY: Self = Self(0);
-
-    /// A fresh id.
-    pub fn random() -> Self {
-        Self(rand::random_range(1..=u64::MAX))
-    }
-}
-
-impl fmt::Display for ProcessId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-/// Address of one incarnation of an actor. It may be sent in messages.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode, Serialize, Deserialize)]
-pub struct ActorAddr {
-    /// Which actor.
-    pub actor: ActorId,
-    /// Which of its lives.
-    pub incarnation: Incarnation,
-    /// The process it lives in.
-    pub process: ProcessId,
-    /// Where that process listens, `host:port`.
-    pub endpoint: String,
-}
-
-impl fmt::Display for ActorAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}#{}@{}", self.actor, self.incarnation, self.endpoint)
-    }
-}
-
-/// Why a message was not accepted.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The actor has as many messages waiting as it may.
-    #[error("the actor's mailbox is full")]
-    MailboxFull,
-    /// The process has no such actor; it may have stopped.
-    #[error("no such actor in the process")]
-    NoSuchActor,
-    /// The actor was restarted since the address was taken.
-    #[error("the address is of another incarnation of the actor")]
-    WrongIncarnation,
-    /// Another process took over the endpoint.
-    #[error("another process listens at the endpoint")]
-    WrongProcess,
-    /// The message does not stand in the actor's table of messages.
-    #[error("the actor does not accept this message")]
-    UnknownMessage,
-    /// Too many bytes already wait to be sent to the peer.
-    #[error("the queue to the peer is full")]
-    QueueFull,
-    /// No connection could be made.
-    #[error("unreachable: {0}")]
-    Unreachable(String),
-    /// The message is larger than a frame may be, or cannot be encoded at all.
-    #[error("cannot be sent: {0}")]
-    Unsendable(String),
-}
-
-impl Refusal {
-    /// Whether the same message to the same address may be accepted later.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::MailboxFull | Self::QueueFull | Self::Unreachable(_) => true,
-            Self::NoSuchActor
-            | Self::WrongIncarnation
-            | Self::WrongProcess
-            | Self::UnknownMessage
-            | Self::Unsendable(_) => false,
-        }
-    }
-
-    pub(crate) fn code(&self) -> (u8, &str) {
-        match self {
-            Self::MailboxFull => (1, ""),
-            Self::NoSuchActor => (2, ""),
-            Self::WrongIncarnation => (3, ""),
-            Self::WrongProcess => (4, ""),
-            Self::UnknownMessage => (5, ""),
-            Self::QueueFull => (6, ""),
-            Self::Unreachable(why) => (7, why),
-            Self::Unsendable(why) => (8, why),
-        }
-    }
-
-    pub(crate) fn from_code(code: u8, text: &str) -> Option<Self> {
-        Some(match code {
-            1 => Self::MailboxFull,
-            2 => Self::NoSuchActor,
-            3 => Self::WrongIncarnation,
-            4 => Self::WrongProcess,
-            5 => Self::UnknownMessage,
-            6 => Self::QueueFull,
-            7 => Self::Unreachable(text.to_owned()),
-            8 => Self::Unsendable(text.to_owned()),
-            _ => return None,
-        })
-    }
-}
-
-/// A message that was not accepted, with the reason.
-#[derive(thiserror::Error)]
-#[error("{} refused: {reason}", std::any::type_name::<M>())]
-pub struct Refused<M> {
-    /// The message, as it was given.
-    pub message: M,
-    /// Why.
-    pub reason: Refusal,
-}
-
-impl<M> fmt::Debug for Refused<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// Why an `ask` has no answer.
-///
-/// Only `Refused` says that the actor certainly did not see the message.
-#[derive(thiserror::Error)]
-pub enum AskError<M> {
-    /// The message was not accepted; here it is again.
-    #[error(transparent)]
-    Refused(Refused<M>),
-    /// The deadline passed. The actor may or may not have handled the message.
-    #[error("no answer to {} before the deadline", std::any::type_name::<M>())]
-    Deadline,
-    /// The connection to the actor's process broke while the message was on its way.
-    #[error("lost the process that was asked: {0}")]
-    PeerLost(String),
-    /// The actor stopped before it answered.
-    #[error("the actor stopped before it answered")]
-    Stopped,
-    /// The actor panicked before it answered.
-    #[error("the actor panicked: {0}")]
-    Panicked(String),
-    /// The handler dropped its reply.
-    #[error("the handler of {} gave no reply", std::any::type_name::<M>())]
-    NoReply,
-    /// The answer, or the message at its receiver, did not decode.
-    #[error("codec: {0}")]
-    Codec(String),
-}
-
-impl<M> fmt::Debug for AskError<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl<M> AskError<M> {
-    /// The message, where it came back.
-    pub fn into_message(self) -> Option<M> {
-        match self {
-            Self::Refused(refused) => Some(refused.message),
-            _ => None,
-        }
-    }
-
-    fn new(failure: Failure, message: Option<M>) -> Self {
-        match (failure, message) {
-            (Failure::Refused(reason), Some(message)) => Self::Refused(Refused { message, reason }),
-            (Failure::Refused(reason), None) => Self::PeerLost(reason.to_string()),
-            (Failure::Expired, _) => Self::Deadline,
-            (Failure::Stopped, _) => Self::Stopped,
-            (Failure::Panicked(message), _) => Self::Panicked(message),
-            (Failure::NoReply, _) => Self::NoReply,
-            (Failure::Codec(why), _) => Self::Codec(why),
-            (Failure::PeerLost(why), _) => Self::PeerLost(why),
-        }
-    }
-}
+pub use addr::{ActorAddr, ActorId, Incarnation, ProcessId};
+pub use error::{AskError, Refusal, Refused};
 
 /// A typed handle to an actor. Cheap to clone; usable from any thread.
 pub struct Handle<A> {
@@ -412,7 +185,7 @@ impl<A: RemoteActor> Handle<A> {
     }
 
     fn expires_at(&self) -> Option<Instant> {
-        self.deadline.map(|deadline| Instant::now() + deadline)
+        self.deadline.and_then(|deadline| Instant::now().checked_add(deadline))
     }
 
     fn head<M: WireMessage>(&self) -> CallHead {

@@ -3,27 +3,34 @@
 //! actix's own mailbox stays for what an actor sends to itself. Messages that come through a handle use this one,
 //! because it gives refused messages back, drops expired ones, and tells every asker how the actor ended.
 
+mod answer;
+mod envelope;
+mod registry;
+
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use actix::dev::MessageResponse;
 use actix::fut::ActorFuture;
 use actix::{ActorContext, AsyncContext, Handler};
-use bincode::Encode;
 use futures_util::task::AtomicWaker;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
-use crate::wire::conn::RemoteAnswer;
+use crate::wire::answer::RemoteAnswer;
 use crate::wire::frame::RemoteFailure;
 use crate::wire::{from_bytes, name_hash};
+
+use answer::Asker;
+pub(crate) use answer::{Answer, Failure};
+pub(crate) use envelope::panic_message;
+use envelope::{Deliver, Envelope};
+pub(crate) use registry::Registry;
 
 /// Messages delivered before other work of the arbiter gets a turn.
 const DELIVERIES_PER_POLL: usize = 64;
@@ -37,39 +44,11 @@ pub enum ActorEnd {
     Panicked(String),
 }
 
-/// Why a call has no answer.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Failure {
-    Refused(Refusal),
-    Expired,
-    Stopped,
-    Panicked(String),
-    NoReply,
-    Codec(String),
-    PeerLost(String),
-}
-
-impl From<RemoteFailure> for Failure {
-    fn from(failure: RemoteFailure) -> Self {
-        match failure {
-            RemoteFailure::Expired => Self::Expired,
-            RemoteFailure::Stopped => Self::Stopped,
-            RemoteFailure::Panicked(message) => Self::Panicked(message),
-            RemoteFailure::NoReply => Self::NoReply,
-            RemoteFailure::Codec(why) => Self::Codec(why),
-        }
-    }
-}
-
 /// Delivers one frame's payload to an actor.
 pub(crate) type DeliverFn = fn(&Entry, &[u8], Option<Instant>, Option<RemoteAnswer>) -> Result<(), Refusal>;
 
 /// Message id to delivery.
 pub(crate) type Table = HashMap<u64, DeliverFn>;
-
-trait Deliver<A: RemoteActor>: Send {
-    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>);
-}
 
 /// The bounded queue. Not a channel: what is pushed after the end must be dropped at once, so that its asker hears it.
 struct Mailbox<A> {
@@ -298,113 +277,6 @@ where
     }
 }
 
-/// Where an answer goes.
-pub(crate) enum Answer<T> {
-    /// It was a `tell`.
-    None,
-    /// To an asker in this process.
-    Local(oneshot::Sender<Result<T, Failure>>),
-    /// Over the wire.
-    Remote(RemoteAnswer),
-}
-
-impl<T: Encode> Answer<T> {
-    fn send(self, outcome: Result<T, Failure>) {
-        match (self, outcome) {
-            (Self::None, _) => {}
-            (Self::Local(asker), outcome) => drop(asker.send(outcome)),
-            (Self::Remote(asker), Ok(value)) => asker.reply(&value),
-            (Self::Remote(asker), Err(failure)) => asker.fail(&match failure {
-                Failure::Expired => RemoteFailure::Expired,
-                Failure::Panicked(message) => RemoteFailure::Panicked(message),
-                Failure::NoReply => RemoteFailure::NoReply,
-                Failure::Codec(why) => RemoteFailure::Codec(why),
-                Failure::Stopped | Failure::Refused(_) | Failure::PeerLost(_) => RemoteFailure::Stopped,
-            }),
-        }
-    }
-}
-
-/// An answer that is certainly given: if nothing else, dropping it says how the actor ended.
-struct Asker<T: Encode> {
-    answer: Answer<T>,
-    lifetime: Arc<Lifetime>,
-}
-
-impl<T: Encode> Asker<T> {
-    fn waits(&self) -> bool {
-        !matches!(self.answer, Answer::None)
-    }
-
-    fn send(mut self, outcome: Result<T, Failure>) {
-        std::mem::replace(&mut self.answer, Answer::None).send(outcome);
-    }
-}
-
-impl<T: Encode> Drop for Asker<T> {
-    fn drop(&mut self) {
-        if self.waits() {
-            std::mem::replace(&mut self.answer, Answer::None).send(Err(self.lifetime.failure()));
-        }
-    }
-}
-
-struct Envelope<M: WireMessage> {
-    message: M,
-    expires_at: Option<Instant>,
-    asker: Asker<M::Result>,
-}
-
-impl<A, M> Deliver<A> for Envelope<M>
-where
-    A: RemoteActor + Handler<M>,
-    M: WireMessage,
-{
-    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>) {
-        let Self { message, expires_at, asker } = *self;
-        if expires_at.is_some_and(|at| Instant::now() >= at) {
-            return asker.send(Err(Failure::Expired));
-        }
-        let (reply, mut replied) = match asker.waits() {
-            true => {
-                let (reply, replied) = oneshot::channel();
-                (Some(reply), Some(replied))
-            }
-            false => (None, None),
-        };
-        // Caught only to answer the asker with the cause; the panic goes on and ends the actor.
-        let handled = catch_unwind(AssertUnwindSafe(|| actor.handle(message, ctx).handle(ctx, reply)));
-        if let Err(panic) = handled {
-            asker.lifetime.end(ActorEnd::Panicked(panic_message(&*panic)));
-            drop(asker);
-            resume_unwind(panic);
-        }
-        let Some(replied_now) = replied.as_mut() else { return };
-        match replied_now.try_recv() {
-            Ok(value) => asker.send(Ok(value)),
-            Err(oneshot::error::TryRecvError::Closed) => asker.send(Err(Failure::NoReply)),
-            Err(oneshot::error::TryRecvError::Empty) => {
-                actix::spawn(async move {
-                    if let Some(replied) = replied
-                        && let Ok(value) = replied.await
-                    {
-                        asker.send(Ok(value));
-                    }
-                });
-            }
-        }
-    }
-}
-
-/// The text of a panic.
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned())
-}
-
 /// Runs inside the actor's context and hands it one message after the other. Its drop is the end of the actor.
 pub(crate) struct Pump<A: RemoteActor> {
     mailbox: Arc<Mailbox<A>>,
@@ -428,7 +300,8 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
         let mut left = DELIVERIES_PER_POLL;
         // `waiting` is also true once the actor stops.
         while !ctx.waiting() {
-            if this.lifetime.stop.load(Ordering::Acquire) {
+            // Taken, because the actor may refuse to stop.
+            if this.lifetime.stop.swap(false, Ordering::AcqRel) {
                 ctx.stop();
                 return Poll::Pending;
             }
@@ -459,52 +332,6 @@ impl<A: RemoteActor> Drop for Pump<A> {
         drop(left);
         if let Some(registry) = self.registry.upgrade() {
             registry.remove(self.id, self.incarnation);
-        }
-    }
-}
-
-/// The registered actors of this process.
-#[derive(Default)]
-pub(crate) struct Registry {
-    entries: RwLock<HashMap<ActorId, Arc<Entry>>>,
-}
-
-impl Registry {
-    /// Registers an actor. A later incarnation replaces an earlier one, which is told to stop; the reverse is refused
-    /// with the incarnation that is there.
-    pub(crate) fn insert(&self, entry: Arc<Entry>) -> Result<(), Incarnation> {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(present) = entries.get(&entry.id).filter(|present| !present.has_ended()) {
-            if present.incarnation >= entry.incarnation {
-                return Err(present.incarnation);
-            }
-            present.stop();
-        }
-        entries.insert(entry.id, entry);
-        Ok(())
-    }
-
-    /// The actor, if it is there in that incarnation.
-    pub(crate) fn find(&self, id: ActorId, incarnation: Incarnation) -> Result<Arc<Entry>, Refusal> {
-        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
-        match entries.get(&id) {
-            None => Err(Refusal::NoSuchActor),
-            Some(entry) if incarnation == Incarnation::ANY || entry.incarnation == incarnation => {
-                Ok(entry.clone())
-            }
-            Some(_) => Err(Refusal::WrongIncarnation),
-        }
-    }
-
-    /// All actors.
-    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
-        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
-    }
-
-    fn remove(&self, id: ActorId, incarnation: Incarnation) {
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        if entries.get(&id).is_some_and(|entry| entry.incarnation == incarnation) {
-            entries.remove(&id);
         }
     }
 }

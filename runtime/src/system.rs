@@ -3,10 +3,12 @@
 //! A system owns the threads that its actors run on (actix arbiters). Its sockets are served by the tokio runtime it
 //! was started in. Nothing here is global: a process may hold several systems, as tests do.
 
+mod arbiters;
+mod config;
+mod peers;
+
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -14,7 +16,7 @@ use actix::dev::ContextFut;
 use actix::{Arbiter, AsyncContext, Context};
 use futures_util::FutureExt;
 use tokio::net::TcpListener;
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -29,161 +31,13 @@ use crate::wire::handshake::Hello;
 pub use crate::wire::handshake::Secret;
 use crate::wire::link::{self, Link, now_ms};
 
-/// Peer events that a slow subscriber may lag behind.
-const PEER_EVENTS_MAX: usize = 1024;
+use arbiters::Arbiters;
+pub use config::{SpawnError, SpawnOptions, SystemConfig, SystemError};
+use peers::Peers;
+pub use peers::{PeerEvent, PeerEvents};
+
 /// How long a shutdown waits for actors, and then for peers to take what is queued.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
-
-/// How a process takes part in the cluster.
-#[derive(Debug, Clone)]
-pub struct SystemConfig {
-    /// Where to listen; port 0 picks a free one.
-    pub bind: SocketAddr,
-    /// The host name or address that others connect to; needed when `bind` is a wildcard address.
-    pub advertise: Option<String>,
-    /// The cluster token. Without it the system listens on loopback only.
-    pub token: Option<Secret>,
-    /// The identity of this run of the process.
-    pub process: ProcessId,
-    /// Largest frame sent or accepted; at most `wire::FRAME_BYTES_MAX`.
-    pub frame_bytes_max: usize,
-    /// Bytes that may wait for one peer; one more message is refused and handed back.
-    pub queue_bytes_max: usize,
-    /// Limit of connecting and shaking hands.
-    pub connect_timeout: Duration,
-    /// A peer that says nothing for so long is lost. Live peers say something four times as often.
-    pub silence_max: Duration,
-    /// Threads shared by the actors that `spawn` starts.
-    pub arbiters: usize,
-}
-
-impl SystemConfig {
-    /// Listens at `bind`, with defaults.
-    pub fn new(bind: SocketAddr) -> Self {
-        Self {
-            bind,
-            advertise: None,
-            token: None,
-            process: ProcessId::random(),
-            frame_bytes_max: FRAME_BYTES_MAX,
-            queue_bytes_max: FRAME_BYTES_MAX,
-            connect_timeout: Duration::from_secs(5),
-            silence_max: Duration::from_secs(20),
-            arbiters: 2,
-        }
-    }
-
-    /// Listens on a free loopback port.
-    pub fn loopback() -> Self {
-        Self::new(SocketAddr::from(([127, 0, 0, 1], 0)))
-    }
-}
-
-/// Why a system could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum SystemError {
-    /// It would be open to everybody.
-    #[error(
-        "refusing to listen at {bind}, which other hosts can reach, without a cluster token: set one, or bind to 127.0.0.1"
-    )]
-    TokenRequired {
-        /// The address asked for.
-        bind: SocketAddr,
-    },
-    /// Others would not know where to connect to.
-    #[error(
-        "listening at the wildcard address {bind} needs an address to advertise, by which other hosts reach this one"
-    )]
-    AdvertiseRequired {
-        /// The address asked for.
-        bind: SocketAddr,
-    },
-    /// The address cannot be bound.
-    #[error("cannot listen at {bind}: {source}")]
-    Bind {
-        /// The address asked for.
-        bind: SocketAddr,
-        /// What the system says.
-        source: std::io::Error,
-    },
-    /// A bound of the configuration makes no sense.
-    #[error("frame_bytes_max is {0}, at most {FRAME_BYTES_MAX} is possible")]
-    FrameLimit(usize),
-    /// The threads of the actors could not be started.
-    #[error("cannot start actor threads: {0}")]
-    Threads(String),
-}
-
-/// Why an actor could not be registered.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SpawnError {
-    /// The same or a later incarnation is there.
-    #[error("actor {id} is already here, in incarnation {present}")]
-    AlreadyHere {
-        /// The actor.
-        id: ActorId,
-        /// The incarnation that is there.
-        present: Incarnation,
-    },
-    /// The system is shutting down.
-    #[error("the process is shutting down")]
-    ShuttingDown,
-}
-
-/// What happened to another process.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PeerEvent {
-    /// The first connection with it is there.
-    Connected {
-        /// The process.
-        process: ProcessId,
-        /// Where it listens.
-        endpoint: String,
-    },
-    /// The last connection with it is gone. It may be dead, or only cut off.
-    Lost {
-        /// The process.
-        process: ProcessId,
-        /// Where it listened.
-        endpoint: String,
-        /// How that was noticed.
-        why: String,
-    },
-    /// The subscriber was too slow; that many events are gone. Ask `System::is_connected` of whom it matters.
-    Missed(u64),
-}
-
-/// A subscription to peer events.
-pub struct PeerEvents(broadcast::Receiver<PeerEvent>);
-
-impl PeerEvents {
-    /// The next event, or `None` once the system is gone.
-    pub async fn next(&mut self) -> Option<PeerEvent> {
-        match self.0.recv().await {
-            Ok(event) => Some(event),
-            Err(broadcast::error::RecvError::Lagged(missed)) => Some(PeerEvent::Missed(missed)),
-            Err(broadcast::error::RecvError::Closed) => None,
-        }
-    }
-}
-
-/// Which actor to start.
-#[derive(Debug, Clone, Copy)]
-pub struct SpawnOptions {
-    /// Its id.
-    pub id: ActorId,
-    /// Its incarnation; a later one replaces an earlier one.
-    pub incarnation: Incarnation,
-    /// Messages that wait at most.
-    pub mailbox_capacity: usize,
-}
-
-impl SpawnOptions {
-    /// An actor at a well-known id, of which there is one per process.
-    pub fn well_known(id: ActorId) -> Self {
-        Self { id, incarnation: Incarnation(1), mailbox_capacity: 4096 }
-    }
-}
 
 /// The system of this process. Cheap to clone.
 #[derive(Clone)]
@@ -241,6 +95,9 @@ impl System {
         let bind = config.bind;
         if !bind.ip().is_loopback() && config.token.is_none() {
             return Err(SystemError::TokenRequired { bind });
+        }
+        if config.token.as_ref().is_some_and(Secret::is_empty) {
+            return Err(SystemError::TokenEmpty);
         }
         if bind.ip().is_unspecified() && config.advertise.is_none() {
             return Err(SystemError::AdvertiseRequired { bind });
@@ -387,12 +244,12 @@ impl System {
 
     /// Subscribes to the coming and going of other processes.
     pub fn peer_events(&self) -> PeerEvents {
-        PeerEvents(self.shared.peers.events.subscribe())
+        self.shared.peers.subscribe()
     }
 
     /// Whether there is a connection with that process.
     pub fn is_connected(&self, process: ProcessId) -> bool {
-        self.shared.peers.lock().contains_key(&process)
+        self.shared.peers.has(process)
     }
 
     /// Stops the actors, says goodbye to the peers and closes everything.
@@ -418,7 +275,7 @@ impl System {
         if timeout(SHUTDOWN_PATIENCE, shared.tasks.wait()).await.is_err() {
             tracing::warn!("some connections did not close in time");
         }
-        shared.arbiters.system.stop();
+        shared.arbiters.stop();
     }
 
     pub(crate) fn is_here(&self, addr: &ActorAddr) -> bool {
@@ -525,99 +382,6 @@ async fn watch_silence(shared: Arc<Shared>) {
             } else {
                 conn.ping();
             }
-        }
-    }
-}
-
-/// The processes that there are connections with.
-pub(crate) struct Peers {
-    connections: Mutex<HashMap<ProcessId, usize>>,
-    events: broadcast::Sender<PeerEvent>,
-}
-
-impl Peers {
-    fn new() -> Self {
-        Self { connections: Mutex::default(), events: broadcast::Sender::new(PEER_EVENTS_MAX) }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<ProcessId, usize>> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn connected(&self, peer: &Hello) {
-        let mut connections = self.lock();
-        let count = connections.entry(peer.process).or_default();
-        *count += 1;
-        if *count == 1 {
-            let (process, endpoint) = (peer.process, peer.endpoint.clone());
-            // Sent under the lock, so that events of one process are in order. Nobody may listen.
-            let _ = self.events.send(PeerEvent::Connected { process, endpoint });
-        }
-    }
-
-    pub(crate) fn disconnected(&self, peer: &Hello, why: &str) {
-        let mut connections = self.lock();
-        let Some(count) = connections.get_mut(&peer.process) else { return };
-        *count -= 1;
-        if *count == 0 {
-            connections.remove(&peer.process);
-            let (process, endpoint) = (peer.process, peer.endpoint.clone());
-            let _ = self.events.send(PeerEvent::Lost { process, endpoint, why: why.to_owned() });
-        }
-    }
-}
-
-/// The threads that actors run on.
-struct Arbiters {
-    system: actix::System,
-    pool: Vec<actix::ArbiterHandle>,
-    turn: AtomicUsize,
-    stopped: AtomicBool,
-}
-
-impl Arbiters {
-    fn start(count: usize) -> Result<Self, SystemError> {
-        let (started, outcome) = std::sync::mpsc::channel();
-        let failed = |error: String| SystemError::Threads(error);
-        std::thread::Builder::new()
-            .name("heliostat-actix".to_owned())
-            .spawn(move || {
-                let runner = actix::System::new();
-                let pool: Result<Vec<_>, _> =
-                    (0..count).map(|_| Arbiter::try_new().map(|arbiter| arbiter.handle())).collect();
-                let ok = pool.is_ok();
-                let sent = started.send(pool.map(|pool| (actix::System::current(), pool)));
-                if ok
-                    && sent.is_ok()
-                    && let Err(error) = runner.run()
-                {
-                    tracing::error!(%error, "actor threads ended");
-                }
-            })
-            .map_err(|e| failed(e.to_string()))?;
-        let (system, pool) =
-            outcome.recv().map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
-        Ok(Self { system, pool, turn: AtomicUsize::new(0), stopped: AtomicBool::new(false) })
-    }
-
-    fn next(&self) -> &actix::ArbiterHandle {
-        &self.pool[self.turn.fetch_add(1, Ordering::Relaxed) % self.pool.len()]
-    }
-
-    /// Runs `work` on a new thread of the system.
-    fn on_fresh(&self, work: impl FnOnce() + Send + 'static) {
-        self.system.arbiter().spawn_fn(move || match Arbiter::try_new() {
-            Ok(arbiter) => drop(arbiter.spawn_fn(work)),
-            // Dropping the work tells whoever waits for it.
-            Err(error) => tracing::error!(%error, "cannot start an actor thread"),
-        });
-    }
-}
-
-impl Drop for Arbiters {
-    fn drop(&mut self) {
-        if !self.stopped.swap(true, Ordering::Relaxed) {
-            self.system.stop();
         }
     }
 }

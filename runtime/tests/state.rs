@@ -167,6 +167,9 @@ async fn transactions_are_all_or_nothing(store: &StateStore) {
     let snapshot = store.range("t/").await.unwrap();
     assert!(snapshot.entries.iter().all(|entry| entry.revision == revision));
     assert_eq!(snapshot.entries.len(), 2);
+    let many: Vec<_> = (0..129).map(|i| Op::put(format!("t/{i}"), "")).collect();
+    assert!(store.txn(many[..128].to_vec()).await.is_ok());
+    assert!(matches!(store.txn(many).await, Err(StateError::Invalid(_))));
     let twice = store.txn(vec![Op::put("t/a", "1"), Op::delete("t/a")]).await;
     assert!(matches!(twice, Err(StateError::Invalid(_))), "{twice:?}");
 }

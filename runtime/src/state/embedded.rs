@@ -3,6 +3,8 @@
 //! Every transaction is on disk before it is acknowledged. Its events go into a log of bounded length, from which
 //! watches read, so a slow watch costs nothing and misses nothing.
 
+mod watch;
+
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -13,12 +15,13 @@ use std::time::{Duration, Instant};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use rustix::fs::{FlockOperation, flock};
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Entry, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
 use crate::mailbox::panic_message;
-use crate::wire::{from_bytes, to_bytes};
+use crate::wire::to_bytes;
+pub(super) use watch::EmbeddedWatch;
 
 /// Key -> (revision, lease or 0, value).
 const ENTRIES: TableDefinition<'_, &str, (u64, i64, &[u8])> = TableDefinition::new("entries");
@@ -54,7 +57,7 @@ struct Inner {
     leases: Mutex<HashMap<LeaseId, Lease>>,
     leases_changed: Arc<Notify>,
     /// The last revision on disk.
-    committed: watch::Sender<u64>,
+    committed: tokio::sync::watch::Sender<u64>,
     /// Held while the store is open; the kernel releases it when the process ends, however it ends.
     _lock: File,
 }
@@ -107,13 +110,7 @@ impl Embedded {
     }
 
     pub(super) fn watch(&self, prefix: &str, from: Revision) -> EmbeddedWatch {
-        EmbeddedWatch {
-            inner: self.inner.clone(),
-            prefix: prefix.to_owned(),
-            next: from.0.max(1),
-            ready: Vec::new(),
-            committed: self.inner.committed.subscribe(),
-        }
+        EmbeddedWatch::new(self.inner.clone(), prefix, from)
     }
 
     pub(super) async fn grant(&self, ttl: Duration) -> Result<LeaseId, StateError> {
@@ -171,7 +168,7 @@ impl Inner {
                 leases.into_iter().map(|(id, ttl)| (id, Lease { ttl, ends_at: ends_at(ttl) })).collect(),
             ),
             leases_changed: Arc::default(),
-            committed: watch::Sender::new(revision),
+            committed: tokio::sync::watch::Sender::new(revision),
             file,
             _lock: lock,
         })
@@ -395,56 +392,5 @@ async fn expire(store: std::sync::Weak<Inner>) {
         if let Ok(Err(error)) = ended {
             tracing::warn!(%error, "could not remove the keys of an expired lease");
         }
-    }
-}
-
-/// Reads the log from where it is.
-pub(super) struct EmbeddedWatch {
-    inner: Arc<Inner>,
-    prefix: String,
-    next: u64,
-    /// Events of transactions before `next`, in reverse.
-    ready: Vec<Event>,
-    committed: watch::Receiver<u64>,
-}
-
-impl EmbeddedWatch {
-    pub(super) async fn next(&mut self) -> Result<Event, StateError> {
-        loop {
-            if let Some(event) = self.ready.pop() {
-                return Ok(event);
-            }
-            let last = *self.committed.borrow_and_update();
-            if self.next <= last {
-                self.read()?;
-            } else if self.committed.changed().await.is_err() {
-                return Err(StateError::Unavailable("the store was closed".into()));
-            }
-        }
-    }
-
-    /// Reads the next transaction that has events of this watch.
-    fn read(&mut self) -> Result<(), StateError> {
-        let inner = &self.inner;
-        let read = inner.database.begin_read().map_err(|e| inner.failed(e))?;
-        let log = read.open_table(LOG).map_err(|e| inner.failed(e))?;
-        if let Some((oldest, _)) = log.first().map_err(|e| inner.failed(e))?
-            && oldest.value() > self.next
-        {
-            return Err(StateError::Compacted { oldest: Revision(oldest.value()) });
-        }
-        for item in log.range(self.next..).map_err(|e| inner.failed(e))? {
-            let (revision, events) = item.map_err(|e| inner.failed(e))?;
-            self.next = revision.value() + 1;
-            let events: Vec<Event> = from_bytes(events.value()).map_err(|e| StateError::Damaged {
-                file: inner.file.display().to_string(),
-                why: e.to_string(),
-            })?;
-            self.ready.extend(events.into_iter().rev().filter(|event| event.key.starts_with(&self.prefix)));
-            if !self.ready.is_empty() {
-                break;
-            }
-        }
-        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! The store in etcd. Every call has a time limit; a lost connection is made again by the channel below, and a broken
 //! watch goes on from where it was.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
@@ -21,8 +22,9 @@ const NOT_FOUND: i32 = 5;
 /// A store in etcd.
 #[derive(Clone)]
 pub struct Etcd {
-    client: Client,
-    prefix: String,
+    /// Shared, because a client is large.
+    client: Arc<Client>,
+    prefix: Arc<str>,
 }
 
 impl Etcd {
@@ -45,7 +47,7 @@ impl Etcd {
             true => prefix.to_owned(),
             false => format!("{prefix}/"),
         };
-        let store = Self { client, prefix };
+        let store = Self { client: Arc::new(client), prefix: prefix.into() };
         // Connecting succeeds without a server; asking does not.
         within(store.client.maintenance_client().status()).await.map_err(|e| match e {
             StateError::Unavailable(why) => unavailable(why),
@@ -123,7 +125,7 @@ impl Etcd {
                 Expect::Revision(revision) => present == Some(*revision),
             };
             if !holds {
-                let key = key.strip_prefix(&self.prefix).unwrap_or(key).to_owned();
+                let key = key.strip_prefix(&*self.prefix).unwrap_or(key).to_owned();
                 return StateError::Conflict { key, present };
             }
         }
@@ -171,7 +173,7 @@ impl Etcd {
         let key = std::str::from_utf8(key).map_err(|_| {
             StateError::Invalid(format!("etcd has a key that is not text under {:?}", self.prefix))
         })?;
-        Ok(key.strip_prefix(&self.prefix).unwrap_or(key).to_owned())
+        Ok(key.strip_prefix(&*self.prefix).unwrap_or(key).to_owned())
     }
 }
 

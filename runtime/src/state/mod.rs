@@ -17,6 +17,11 @@ pub use election::Leadership;
 use embedded::{Embedded, EmbeddedWatch};
 use etcd::{Etcd, EtcdWatch};
 
+/// Operations of one transaction at most: etcd's default limit.
+pub const TXN_OPS_MAX: usize = 128;
+/// Bytes of keys and values of one transaction at most: within etcd's default limit of a request.
+pub const TXN_BYTES_MAX: usize = 1_400_000;
+
 /// A state of the store; grows with every change and never goes back, also over restarts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct Revision(pub u64);
@@ -122,6 +127,13 @@ impl Op {
             }
         }
         self
+    }
+
+    fn size(&self) -> usize {
+        match self {
+            Self::Put { key, value, .. } => key.len() + value.len(),
+            Self::Delete { key, .. } | Self::Check { key, .. } => key.len(),
+        }
     }
 
     fn parts(&self) -> (&str, Expect) {
@@ -232,12 +244,20 @@ impl StateStore {
         }
     }
 
-    /// Does all of it or, when an expectation does not hold, nothing. Returns the revision. A key may occur once.
+    /// Does all of it or, when an expectation does not hold, nothing. Returns the revision. A key may occur once;
+    /// `TXN_OPS_MAX` and `TXN_BYTES_MAX` bound it.
     pub async fn txn(&self, ops: Vec<Op>) -> Result<Revision, StateError> {
         let mut keys: Vec<_> = ops.iter().map(|op| op.parts().0).collect();
         keys.sort_unstable();
         if let Some(pair) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(StateError::Invalid(format!("key {} occurs twice in a transaction", pair[0])));
+        }
+        let bytes: usize = ops.iter().map(Op::size).sum();
+        if ops.len() > TXN_OPS_MAX || bytes > TXN_BYTES_MAX {
+            let ops = ops.len();
+            return Err(StateError::Invalid(format!(
+                "a transaction of {ops} operations and {bytes} bytes; {TXN_OPS_MAX} and {TXN_BYTES_MAX} are possible"
+            )));
         }
         match self {
             Self::Embedded(store) => store.txn(ops).await,

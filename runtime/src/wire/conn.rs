@@ -4,27 +4,19 @@
 //! left to a task of the same thread that runs after its other work, so that many frames share one system call. Only
 //! a full socket hands over to a task of the process.
 
-use std::collections::{HashMap, VecDeque};
-use std::io::{self, IoSlice};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
 
 use bincode::Encode;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use super::codec::encode_into;
-use super::frame::{self, CallHead, LEN_BYTES, RemoteFailure};
+use super::codec::{CodecError, encode_into};
+use super::frame::{self, CallHead, LEN_BYTES};
+use super::outbound::{CHUNK_BYTES, Flush, Outbound};
 use crate::handle::Refusal;
 use crate::mailbox::Failure;
-
-/// Frames are gathered into chunks of this size.
-const CHUNK_BYTES: usize = 64 << 10;
-/// A flush sooner than this after the last one waits for more frames.
-const GATHER_AFTER: Duration = Duration::from_micros(50);
-/// Chunks per system call.
-const CHUNKS_PER_WRITE: usize = 32;
 
 /// Bounds of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -54,17 +46,21 @@ pub(crate) struct Conn {
 
 #[derive(Default)]
 struct State {
-    chunks: VecDeque<Vec<u8>>,
-    /// Bytes queued or being written.
-    bytes: usize,
-    /// Somebody is writing or will.
-    flushing: bool,
-    flushed_at: Option<Instant>,
+    outbound: Outbound,
     open: bool,
     closed: Option<Closed>,
     waiting: HashMap<u64, Box<dyn Waiter>>,
-    /// A written chunk to use again.
-    spare: Vec<u8>,
+}
+
+impl State {
+    /// Queues a frame; says who writes it. Before the handshake is over nobody does.
+    fn push(&mut self, frame: &mut Vec<u8>) -> Flush {
+        self.outbound.push(frame);
+        match self.open {
+            true => self.outbound.flush(),
+            false => Flush::Nothing,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -81,13 +77,6 @@ impl Closed {
             false => Failure::Refused(Refusal::Unreachable(self.why.clone())),
         }
     }
-}
-
-/// What has to be done after a frame was queued.
-enum Flush {
-    Nothing,
-    Now,
-    Soon,
 }
 
 enum Flushed {
@@ -145,7 +134,8 @@ impl Conn {
                 });
             }
             // A queue that is empty takes any frame, else one of the largest size might never go.
-            if state.bytes > 0 && state.bytes + out.len() > self.limits.queue_bytes_max {
+            if state.outbound.bytes() > 0 && state.outbound.bytes() + out.len() > self.limits.queue_bytes_max
+            {
                 return Err(Refusal::QueueFull);
             }
             if let Some(waiter) = waiter {
@@ -168,24 +158,40 @@ impl Conn {
     }
 
     /// Queues a frame that is not a call: answers are never refused, instead the reader of this connection pauses.
-    fn send_other(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>)) {
+    /// Fails only when the frame cannot be written or is too large.
+    pub(super) fn send_answer(
+        self: &Arc<Self>,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(), CodecError>,
+    ) -> Result<(), String> {
         with_scratch(|out| {
-            write(out);
+            write(out).map_err(|e| e.to_string())?;
+            self.check_size(out)?;
+            frame::finish(out);
             let mut state = self.lock();
             if state.closed.is_none() {
                 let flush = state.push(out);
                 drop(state);
                 self.flush(flush);
             }
+            Ok(())
+        })
+    }
+
+    /// The same for a frame that is small for certain.
+    pub(super) fn send_note(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>)) {
+        let sent = self.send_answer(|out| {
+            write(out);
+            Ok(())
         });
+        debug_assert!(sent.is_ok(), "a note is small");
     }
 
     pub(crate) fn ping(self: &Arc<Self>) {
-        self.send_other(frame::write_ping);
+        self.send_note(frame::write_ping);
     }
 
     pub(crate) fn goodbye(self: &Arc<Self>, why: &str) {
-        self.send_other(|out| frame::write_goodbye(out, why));
+        self.send_note(|out| frame::write_goodbye(out, why));
     }
 
     /// Completes the call with that number. False if nobody waits for it (any more).
@@ -214,9 +220,9 @@ impl Conn {
         }
         assert!(self.stream.set(stream).is_ok(), "a connection opens once");
         state.open = true;
-        state.flushing = true;
+        let flush = state.outbound.flush();
         drop(state);
-        self.flush(Flush::Now);
+        self.flush(flush);
         true
     }
 
@@ -229,8 +235,7 @@ impl Conn {
             }
             let closed = Closed { why: why.to_owned(), was_open: state.open };
             state.closed = Some(closed.clone());
-            state.chunks.clear();
-            state.bytes = 0;
+            state.outbound.clear();
             (closed, std::mem::take(&mut state.waiting))
         };
         if let Some(stream) = self.stream.get() {
@@ -276,7 +281,7 @@ impl Conn {
             let drained = self.drained.notified();
             tokio::pin!(drained);
             drained.as_mut().enable();
-            if self.lock().bytes <= bytes {
+            if self.lock().outbound.bytes() <= bytes {
                 return;
             }
             drained.await;
@@ -309,40 +314,23 @@ impl Conn {
     fn write_queued(&self) -> Flushed {
         let Some(stream) = self.stream.get() else { return Flushed::All };
         loop {
-            let mut chunks = {
-                let mut state = self.lock();
-                if state.chunks.is_empty() {
-                    state.flushing = false;
-                    state.flushed_at = Some(Instant::now());
-                    drop(state);
-                    self.drained.notify_waiters();
-                    return Flushed::All;
-                }
-                std::mem::take(&mut state.chunks)
+            let taken = self.lock().outbound.take();
+            let Some(mut chunks) = taken else {
+                self.drained.notify_waiters();
+                return Flushed::All;
             };
-            let before: usize = chunks.iter().map(Vec::len).sum();
-            let result = write_chunks(stream, &mut chunks);
-            let written = before - chunks.iter().map(Vec::len).sum::<usize>();
-            let mut state = self.lock();
-            state.bytes = state.bytes.saturating_sub(written);
-            match result {
-                Ok(Some(mut emptied)) => {
-                    emptied.clear();
-                    if emptied.capacity() <= 2 * CHUNK_BYTES {
-                        state.spare = emptied;
-                    }
-                }
-                Ok(None) => {
+            match chunks.write_to(stream) {
+                Ok(written) => {
+                    let blocked = !chunks.is_empty();
+                    let mut state = self.lock();
                     if state.closed.is_none() {
-                        chunks.append(&mut state.chunks);
-                        state.chunks = chunks;
-                        return Flushed::Blocked;
+                        state.outbound.wrote(written, chunks);
+                        if blocked {
+                            return Flushed::Blocked;
+                        }
                     }
                 }
-                Err(error) => {
-                    drop(state);
-                    self.close(&error.to_string());
-                }
+                Err(error) => self.close(&error.to_string()),
             }
         }
     }
@@ -358,60 +346,6 @@ impl Conn {
             }
         }
     }
-}
-
-impl State {
-    /// Appends a frame.
-    fn push(&mut self, frame: &mut Vec<u8>) -> Flush {
-        self.bytes += frame.len();
-        if frame.len() >= CHUNK_BYTES / 2 {
-            // Large ones are not copied again.
-            self.chunks.push_back(std::mem::take(frame));
-        } else {
-            match self.chunks.back_mut().filter(|last| last.len() + frame.len() <= CHUNK_BYTES) {
-                Some(last) => last.extend_from_slice(frame),
-                None => {
-                    let mut chunk = std::mem::take(&mut self.spare);
-                    chunk.extend_from_slice(frame);
-                    self.chunks.push_back(chunk);
-                }
-            }
-        }
-        if !self.open || self.flushing {
-            return Flush::Nothing;
-        }
-        self.flushing = true;
-        match self.flushed_at {
-            Some(at) if at.elapsed() < GATHER_AFTER => Flush::Soon,
-            Some(_) | None => Flush::Now,
-        }
-    }
-}
-
-/// Writes the chunks and removes what was written. Returns an emptied chunk when all of it was, `None` when the socket
-/// is full.
-fn write_chunks(stream: &TcpStream, chunks: &mut VecDeque<Vec<u8>>) -> io::Result<Option<Vec<u8>>> {
-    let mut emptied = Vec::new();
-    while !chunks.is_empty() {
-        let slices: Vec<IoSlice<'_>> =
-            chunks.iter().take(CHUNKS_PER_WRITE).map(|c| IoSlice::new(c)).collect();
-        let mut written = match stream.try_write_vectored(&slices) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => written,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(e),
-        };
-        while let Some(first) = chunks.front_mut() {
-            if first.len() > written {
-                first.drain(..written);
-                break;
-            }
-            written -= first.len();
-            emptied = chunks.pop_front().unwrap_or_default();
-        }
-    }
-    Ok(Some(emptied))
 }
 
 /// A flush that runs after the other work of its thread. If its runtime goes away before, the process's takes over.
@@ -445,41 +379,6 @@ pub(crate) struct Forget {
 impl Drop for Forget {
     fn drop(&mut self) {
         self.conn.lock().waiting.remove(&self.call);
-    }
-}
-
-/// The way back for the answer of a call that came over the wire.
-pub(crate) struct RemoteAnswer {
-    pub(crate) conn: Arc<Conn>,
-    pub(crate) call: u64,
-}
-
-impl RemoteAnswer {
-    pub(crate) fn reply<T: Encode>(self, value: &T) {
-        let problem = with_scratch(|out| {
-            frame::begin_reply(out, self.call);
-            encode_into(value, out).map_err(|e| e.to_string())?;
-            self.conn.check_size(out)?;
-            frame::finish(out);
-            let mut state = self.conn.lock();
-            if state.closed.is_none() {
-                let flush = state.push(out);
-                drop(state);
-                self.conn.flush(flush);
-            }
-            Ok::<(), String>(())
-        });
-        if let Err(why) = problem {
-            self.fail(&RemoteFailure::Codec(format!("the reply cannot be sent: {why}")));
-        }
-    }
-
-    pub(crate) fn refuse(self, reason: &Refusal) {
-        self.conn.send_other(|out| frame::write_refused(out, self.call, reason));
-    }
-
-    pub(crate) fn fail(self, failure: &RemoteFailure) {
-        self.conn.send_other(|out| frame::write_failed(out, self.call, failure));
     }
 }
 

@@ -7,6 +7,9 @@ use crate::handle::Refusal;
 /// Bytes of the length field.
 pub(crate) const LEN_BYTES: usize = 4;
 
+/// Longer texts (a panic message, say) are cut.
+const TEXT_BYTES_MAX: usize = 16 << 10;
+
 const CALL: u8 = 1;
 const REPLY: u8 = 2;
 const REFUSED: u8 = 3;
@@ -214,6 +217,7 @@ pub(crate) fn write_failed(out: &mut Vec<u8>, call: u64, failure: &RemoteFailure
 fn write_coded(out: &mut Vec<u8>, call: u64, code: u8, text: &str) {
     out.extend_from_slice(&call.to_le_bytes());
     out.push(code);
+    let text = &text[..text.floor_char_boundary(TEXT_BYTES_MAX)];
     out.extend_from_slice(text.as_bytes());
     finish(out);
 }

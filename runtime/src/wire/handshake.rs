@@ -30,6 +30,10 @@ impl Secret {
         Self(bytes.as_ref().into())
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// For the file by which a node hands the token to its workers.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0

@@ -7,7 +7,8 @@ use bytes::{Buf, BytesMut};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::conn::{Conn, RemoteAnswer};
+use super::answer::RemoteAnswer;
+use super::conn::Conn;
 use super::frame::{self, Frame};
 use super::handshake::{self, Hello};
 use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
@@ -18,6 +19,15 @@ use crate::system::Shared;
 const READ_BYTES: usize = 64 << 10;
 /// A receive buffer that grew beyond this for a large frame is given up after it.
 const READ_BYTES_KEPT: usize = 1 << 20;
+
+/// Which end of a connection this process is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// It connected: it sends calls and reads answers.
+    Asking,
+    /// It accepted: it reads calls and sends answers.
+    Serving,
+}
 
 /// Milliseconds since the first call in this process.
 pub(crate) fn now_ms() -> u64 {
@@ -78,7 +88,7 @@ async fn connect(shared: Arc<Shared>, conn: Arc<Conn>, endpoint: String) {
     let outcome =
         timeout(limit, attempt).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")));
     match outcome {
-        Ok((stream, theirs)) => run(&shared, &conn, stream, &theirs).await,
+        Ok((stream, theirs)) => run(&shared, &conn, (End::Asking, stream), &theirs).await,
         Err(why) => {
             tracing::debug!(%endpoint, %why, "could not connect");
             conn.close(&format!("{endpoint}: {why}"));
@@ -100,14 +110,14 @@ pub(crate) async fn serve(shared: Arc<Shared>, mut stream: TcpStream, from: std:
     }
     let conn = Conn::new(shared.limits, shared.runtime.clone());
     shared.adopt(&conn);
-    run(&shared, &conn, stream, &theirs).await;
+    run(&shared, &conn, (End::Serving, stream), &theirs).await;
 }
 
 /// From the end of the handshake to the end of the connection.
-async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, stream: TcpStream, theirs: &Hello) {
+async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, (end, stream): (End, TcpStream), theirs: &Hello) {
     shared.peers.connected(theirs);
     if conn.open(stream) {
-        let why = read(shared, conn, theirs.process).await;
+        let why = read(shared, conn, end, theirs.process).await;
         conn.close(&format!("{}: {why}", theirs.endpoint));
     }
     let why = conn.closed().unwrap_or_default();
@@ -116,7 +126,7 @@ async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, stream: TcpStream, theirs: 
 }
 
 /// Reads and delivers until the connection ends; says why it did.
-async fn read(shared: &Shared, conn: &Arc<Conn>, process: ProcessId) -> String {
+async fn read(shared: &Shared, conn: &Arc<Conn>, end: End, process: ProcessId) -> String {
     let Some(stream) = conn.stream() else { return "not open".into() };
     let mut buf = BytesMut::with_capacity(READ_BYTES);
     loop {
@@ -149,8 +159,12 @@ async fn read(shared: &Shared, conn: &Arc<Conn>, process: ProcessId) -> String {
         if buf.is_empty() && buf.capacity() > READ_BYTES_KEPT {
             buf = BytesMut::with_capacity(READ_BYTES);
         }
-        // A peer that does not read its answers gets no more of them: its calls stay in the socket.
-        conn.drained_to(shared.limits.queue_bytes_max).await;
+        // A peer that does not read its answers gets no more of them: its calls stay in the socket. The asking end
+        // always reads on, or both could wait for each other.
+        match end {
+            End::Asking => {}
+            End::Serving => conn.drained_to(shared.limits.queue_bytes_max).await,
+        }
     }
 }
 

@@ -3,11 +3,13 @@
 //! A connection carries calls in one direction and their answers in the other; a process pair that talks both ways
 //! has two. Nothing here knows an actor: `crate::mailbox` delivers what arrives.
 
+pub(crate) mod answer;
 pub(crate) mod codec;
 pub(crate) mod conn;
 pub(crate) mod frame;
 pub(crate) mod handshake;
 pub(crate) mod link;
+mod outbound;
 
 pub use codec::{CodecError, from_bytes, to_bytes};
 

@@ -1,0 +1,86 @@
+//! Answers: every asker gets one, whatever becomes of the actor.
+
+use std::sync::Arc;
+
+use bincode::Encode;
+use tokio::sync::oneshot;
+
+use super::Lifetime;
+use crate::handle::Refusal;
+use crate::wire::answer::RemoteAnswer;
+use crate::wire::frame::RemoteFailure;
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Failure {
+    Refused(Refusal),
+    Expired,
+    Stopped,
+    Panicked(String),
+    NoReply,
+    Codec(String),
+    PeerLost(String),
+}
+
+impl From<RemoteFailure> for Failure {
+    fn from(failure: RemoteFailure) -> Self {
+        match failure {
+            RemoteFailure::Expired => Self::Expired,
+            RemoteFailure::Stopped => Self::Stopped,
+            RemoteFailure::Panicked(message) => Self::Panicked(message),
+            RemoteFailure::NoReply => Self::NoReply,
+            RemoteFailure::Codec(why) => Self::Codec(why),
+        }
+    }
+}
+
+/// Where an answer goes.
+pub(crate) enum Answer<T> {
+    /// It was a `tell`.
+    None,
+    /// To an asker in this process.
+    Local(oneshot::Sender<Result<T, Failure>>),
+    /// Over the wire.
+    Remote(RemoteAnswer),
+}
+
+impl<T: Encode> Answer<T> {
+    fn send(self, outcome: Result<T, Failure>) {
+        match (self, outcome) {
+            (Self::None, _) => {}
+            (Self::Local(asker), outcome) => drop(asker.send(outcome)),
+            (Self::Remote(asker), Ok(value)) => asker.reply(&value),
+            (Self::Remote(asker), Err(failure)) => asker.fail(&match failure {
+                Failure::Expired => RemoteFailure::Expired,
+                Failure::Panicked(message) => RemoteFailure::Panicked(message),
+                Failure::NoReply => RemoteFailure::NoReply,
+                Failure::Codec(why) => RemoteFailure::Codec(why),
+                Failure::Stopped | Failure::Refused(_) | Failure::PeerLost(_) => RemoteFailure::Stopped,
+            }),
+        }
+    }
+}
+
+/// An answer that is certainly given: if nothing else, dropping it says how the actor ended.
+pub(super) struct Asker<T: Encode> {
+    pub(super) answer: Answer<T>,
+    pub(super) lifetime: Arc<Lifetime>,
+}
+
+impl<T: Encode> Asker<T> {
+    pub(super) fn waits(&self) -> bool {
+        !matches!(self.answer, Answer::None)
+    }
+
+    pub(super) fn send(mut self, outcome: Result<T, Failure>) {
+        std::mem::replace(&mut self.answer, Answer::None).send(outcome);
+    }
+}
+
+impl<T: Encode> Drop for Asker<T> {
+    fn drop(&mut self) {
+        if self.waits() {
+            std::mem::replace(&mut self.answer, Answer::None).send(Err(self.lifetime.failure()));
+        }
+    }
+}

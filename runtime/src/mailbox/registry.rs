@@ -1,0 +1,53 @@
+//! The registered actors of this process, one incarnation of each.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::Entry;
+use crate::handle::{ActorId, Incarnation, Refusal};
+
+/// The registered actors of this process.
+#[derive(Default)]
+pub(crate) struct Registry {
+    entries: RwLock<HashMap<ActorId, Arc<Entry>>>,
+}
+
+impl Registry {
+    /// Registers an actor. A later incarnation replaces an earlier one, which is told to stop; the reverse is refused
+    /// with the incarnation that is there.
+    pub(crate) fn insert(&self, entry: Arc<Entry>) -> Result<(), Incarnation> {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(present) = entries.get(&entry.id).filter(|present| !present.has_ended()) {
+            if present.incarnation >= entry.incarnation {
+                return Err(present.incarnation);
+            }
+            present.stop();
+        }
+        entries.insert(entry.id, entry);
+        Ok(())
+    }
+
+    /// The actor, if it is there in that incarnation.
+    pub(crate) fn find(&self, id: ActorId, incarnation: Incarnation) -> Result<Arc<Entry>, Refusal> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        match entries.get(&id) {
+            None => Err(Refusal::NoSuchActor),
+            Some(entry) if incarnation == Incarnation::ANY || entry.incarnation == incarnation => {
+                Ok(entry.clone())
+            }
+            Some(_) => Err(Refusal::WrongIncarnation),
+        }
+    }
+
+    /// All actors.
+    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    pub(super) fn remove(&self, id: ActorId, incarnation: Incarnation) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if entries.get(&id).is_some_and(|entry| entry.incarnation == incarnation) {
+            entries.remove(&id);
+        }
+    }
+}
