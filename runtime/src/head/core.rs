@@ -9,6 +9,8 @@ mod groups;
 mod nodes;
 mod record;
 mod report;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

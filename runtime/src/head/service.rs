@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::actor::{HeadActor, Parts};
-use super::core::{HeadState, Patience};
+use super::core::{Command, HeadState, Patience};
 use super::keeper::{Keeper, LoadError};
 use crate::handle::ActorId;
 use crate::state::StateConfig;
@@ -15,6 +15,9 @@ use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, Syst
 
 /// Longest wait for the store when the head ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Longest wait for the store when the head starts.
+const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a head is.
 #[derive(Debug, Clone)]
@@ -44,6 +47,9 @@ pub enum HeadError {
     /// Its state cannot be read.
     #[error(transparent)]
     State(#[from] LoadError),
+    /// Its first write failed.
+    #[error("the state store does not take writes: {0}")]
+    NotDurable(String),
     /// It cannot listen.
     #[error(transparent)]
     System(#[from] SystemError),
@@ -71,7 +77,15 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
     let system = System::start(system).await?;
     let started = Instant::now();
     let recovered = records.len();
-    let core = HeadState::recover(config.patience, Duration::ZERO, records);
+    let (core, commands) = HeadState::recover(config.patience, Duration::ZERO, records);
+    for command in commands {
+        if let Command::Persist(write) = command {
+            keeper.write(&write);
+        }
+    }
+    if !keeper.flushed(START_PATIENCE).await {
+        return Err(HeadError::NotDurable(keeper.health().error.unwrap_or_else(|| "no answer".into())));
+    }
     let (closed, watched) = watch::channel(false);
     let parts = Parts { core, system: system.clone(), keeper: keeper.clone(), started, closed };
     system.spawn(SpawnOptions::well_known(ActorId::HEAD), move || HeadActor::new(parts))?;

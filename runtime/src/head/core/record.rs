@@ -8,7 +8,7 @@ use bincode::{Decode, Encode};
 use super::actors::{Actor, Life, Live, Phase, Then};
 use super::groups::Group;
 use super::nodes::Node;
-use super::{HeadState, Patience, Reserve};
+use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
 use crate::head::placement::Slot;
@@ -149,7 +149,9 @@ impl HeadState {
     ///
     /// Every node counts as unreachable until it reports, and nothing is placed until all have, or `node_grace` has
     /// passed: an actor that is alive must be found before another incarnation of it could be started.
-    pub fn recover(patience: Patience, now: Duration, records: Vec<Record>) -> Self {
+    ///
+    /// The commands that come with it must be durable before the first event.
+    pub fn recover(patience: Patience, now: Duration, records: Vec<Record>) -> (Self, Vec<Command>) {
         let mut state = Self::new(patience);
         state.now = now;
         let mut last = Vec::new();
@@ -176,7 +178,10 @@ impl HeadState {
         }
         state.regroup();
         state.hold = (!state.nodes.is_empty()).then_some(now + patience.node_grace);
-        state
+        state.incarnations.reserved += INCARNATION_BLOCK;
+        state.persist(Record::Incarnations(state.incarnations.reserved));
+        let commands = std::mem::take(&mut state.out);
+        (state, commands)
     }
 
     /// Writes down how the actor is now.

@@ -1,0 +1,658 @@
+//! Nodes, workers, connections and a store that behave like the real ones, in virtual time.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::cluster::status::NodeState;
+use crate::group::GroupView;
+use crate::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
+use crate::head::core::{Command, Event, HeadState, Manner, Patience, Record, Write};
+use crate::head::messages::{
+    ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess, WorkerReport,
+};
+use crate::spec::{ActorSpec, DeathCause, Device};
+
+const NODES: [&str; 3] = ["a", "b", "c"];
+const DEVICES: u32 = 3;
+const AGENT_GRACE: Duration = Duration::from_secs(10);
+
+/// Something that is to happen.
+#[derive(Debug, Clone)]
+enum What {
+    /// Over a connection; lost if the connection, or the head, is another one by then.
+    ToHead(Link, u64, Event),
+    ToNode(Link, u64, Command),
+    ToWorker(Link, u64, Command),
+    /// The head has taken a report that told of these ends.
+    Heard(Link, u64, Vec<Incarnation>),
+    Connect(Link),
+    Heartbeat(String, u64),
+    /// A worker makes its next step.
+    Step(Incarnation),
+    Die(Incarnation, DeathCause),
+    StartHead,
+    StartAgent(String),
+    Thaw(String, u64),
+    Flush,
+    Tick,
+    /// A worker without agent gives up.
+    Orphaned(Incarnation),
+}
+
+/// The connection of a node or of a worker with the head.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Link {
+    Node(String),
+    Worker(Incarnation),
+}
+
+#[derive(Default)]
+struct Node {
+    /// Agent process, 0 for none.
+    boot: u64,
+    frozen: bool,
+    seq: u64,
+    registered_seq: u64,
+    ordered: Incarnation,
+    /// Ends that the head has not heard of.
+    ends: BTreeMap<Incarnation, (Worker, DeathCause)>,
+    alone_since: Duration,
+}
+
+#[derive(Clone)]
+struct Worker {
+    actor: String,
+    node: String,
+    device: Option<u32>,
+    phase: WorkerPhase,
+    seq: u64,
+    views: BTreeMap<String, GroupView>,
+}
+
+pub(super) struct World {
+    rng: StdRng,
+    now: Duration,
+    specs: Vec<ActorSpec>,
+    queue: BinaryHeap<Reverse<(Duration, u64)>>,
+    whats: BTreeMap<u64, What>,
+    count: u64,
+    head: Option<HeadState>,
+    /// Which head process; messages of another are lost.
+    head_run: u64,
+    ticks: Option<Duration>,
+    durable: BTreeMap<String, Record>,
+    unwritten: Vec<Write>,
+    store_down: bool,
+    nodes: BTreeMap<String, Node>,
+    workers: BTreeMap<Incarnation, Worker>,
+    /// Generation of each connection, and the time of the last delivery on it, so that it keeps order.
+    links: BTreeMap<Link, (u64, Duration)>,
+    highest: Incarnation,
+    healed: bool,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, specs: Vec<ActorSpec>) -> Self {
+        let mut world = Self {
+            rng: StdRng::seed_from_u64(seed),
+            now: Duration::from_secs(1),
+            specs,
+            queue: BinaryHeap::new(),
+            whats: BTreeMap::new(),
+            count: 0,
+            head: None,
+            head_run: 0,
+            ticks: None,
+            durable: BTreeMap::new(),
+            unwritten: Vec::new(),
+            store_down: false,
+            nodes: NODES.iter().map(|name| ((*name).to_owned(), Node::default())).collect(),
+            workers: BTreeMap::new(),
+            links: BTreeMap::new(),
+            highest: Incarnation(0),
+            healed: false,
+        };
+        world.start_head();
+        world.apply();
+        // Applied means durable.
+        world.flush();
+        for name in NODES {
+            world.start_agent(name);
+        }
+        world
+    }
+
+    pub(super) fn head(&self) -> &HeadState {
+        self.head.as_ref().expect("there is a head")
+    }
+
+    pub(super) fn alive(&self, actor: &str) -> Vec<Incarnation> {
+        self.workers.iter().filter(|(_, worker)| worker.actor == actor).map(|(i, _)| *i).collect()
+    }
+
+    pub(super) fn view_of(&self, actor: &str, group: &str) -> Option<&GroupView> {
+        self.workers.values().find(|worker| worker.actor == actor)?.views.get(group)
+    }
+
+    pub(super) fn roll(&mut self, below: u64) -> u64 {
+        self.rng.random_range(0..below.max(1))
+    }
+
+    fn after(&mut self, ms: u64, what: What) {
+        // Microseconds, so that few things happen at the same moment.
+        let delay = Duration::from_micros(self.roll(ms * 1000));
+        self.at(self.now + delay, what);
+    }
+
+    fn at(&mut self, at: Duration, what: What) {
+        self.count += 1;
+        self.queue.push(Reverse((at, self.count)));
+        self.whats.insert(self.count, what);
+    }
+
+    /// Sends over a connection, in order.
+    fn send(&mut self, link: &Link, what: impl FnOnce(u64) -> What) {
+        let delay = Duration::from_micros(self.roll(5000));
+        let (generation, last) = self.links.entry(link.clone()).or_default();
+        let at = (self.now + delay).max(*last + Duration::from_nanos(1));
+        *last = at;
+        let what = what(*generation);
+        self.at(at, what);
+    }
+
+    fn is_open(&self, link: &Link, generation: u64) -> bool {
+        self.links.get(link).is_some_and(|(present, _)| *present == generation)
+    }
+
+    /// Breaks a connection: what is on its way is lost. The node or worker connects again.
+    fn cut(&mut self, link: &Link) {
+        self.links.entry(link.clone()).or_default().0 += 1;
+        if let Link::Node(name) = link {
+            let boot = self.nodes[name].boot;
+            let event = Event::NodeDisconnected { node: name.clone(), boot };
+            let run = self.head_run;
+            // The head hears of it from its own end of the connection.
+            self.after(20, What::ToHead(Link::Worker(Incarnation(0)), run, event));
+        }
+        self.after(100, What::Connect(link.clone()));
+    }
+
+    pub(super) fn run_for(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(Reverse((at, id))) = self.queue.peek().copied().filter(|Reverse((at, _))| *at <= end) {
+            self.queue.pop();
+            self.now = at;
+            let what = self.whats.remove(&id).expect("queued");
+            self.happen(what);
+        }
+        self.now = end;
+    }
+
+    fn happen(&mut self, what: What) {
+        match what {
+            What::ToHead(link, tag, event) => {
+                // An event that the head makes by itself is tagged with the head's run.
+                let own = link == Link::Worker(Incarnation(0));
+                if if own { tag == self.head_run } else { self.is_open(&link, tag) } {
+                    self.tell_head(&link, event);
+                }
+            }
+            What::ToNode(link, generation, command) if self.is_open(&link, generation) => {
+                self.node_told(link, command)
+            }
+            What::ToNode(Link::Node(node), _, Command::StartWorker { order, .. }) => {
+                self.order_again(&node, order)
+            }
+            What::ToWorker(link, generation, command) if self.is_open(&link, generation) => {
+                self.worker_told(&link, command);
+            }
+            What::ToNode(..) | What::ToWorker(..) => {}
+            What::Heard(Link::Node(name), generation, ends)
+                if self.is_open(&Link::Node(name.clone()), generation) =>
+            {
+                let node = self.nodes.get_mut(&name).expect("known");
+                node.ends.retain(|incarnation, _| !ends.contains(incarnation));
+            }
+            What::Heard(..) => {}
+            What::Connect(Link::Node(name)) => self.report_node(&name, true),
+            What::Connect(Link::Worker(incarnation)) => self.report_worker(incarnation, true),
+            What::Heartbeat(name, boot) if self.nodes[&name].boot == boot => {
+                self.report_node(&name, false);
+                self.at(self.now + Duration::from_secs(1), What::Heartbeat(name, boot));
+            }
+            What::Heartbeat(..) => {}
+            What::Step(incarnation) => self.step(incarnation),
+            What::Die(incarnation, cause) => self.die(incarnation, cause),
+            What::StartHead => self.start_head(),
+            What::StartAgent(name) => self.start_agent(&name),
+            What::Thaw(name, boot) => self.thaw(&name, boot),
+            What::Flush => self.flush(),
+            What::Tick if self.ticks.is_some_and(|at| at <= self.now) => {
+                self.ticks = None;
+                self.feed(Event::Tick);
+            }
+            What::Tick => {}
+            What::Orphaned(incarnation) => {
+                let orphan = self.workers.get(&incarnation).is_some_and(|worker| {
+                    let node = &self.nodes[&worker.node];
+                    node.boot == 0 && self.now.saturating_sub(node.alone_since) >= AGENT_GRACE
+                });
+                if orphan {
+                    self.die(incarnation, DeathCause::Exited { code: 1 });
+                }
+            }
+        }
+    }
+
+    // The head ------------------------------------------------------------------------------------------------
+
+    fn start_head(&mut self) {
+        if self.head.is_some() {
+            return;
+        }
+        self.head_run += 1;
+        let records = self.durable.values().cloned().collect();
+        let (head, commands) = HeadState::recover(Patience::default(), self.now, records);
+        self.head = Some(head);
+        self.carry_out(commands);
+        self.flush();
+        for link in self.links.keys().cloned().collect::<Vec<_>>() {
+            self.after(300, What::Connect(link));
+        }
+    }
+
+    pub(super) fn crash_head(&mut self) {
+        if self.head.take().is_none() {
+            return;
+        }
+        // Writes that were not durable are lost, and so is what is on its way.
+        self.unwritten.clear();
+        self.ticks = None;
+        self.links.values_mut().for_each(|(generation, _)| *generation += 1);
+        self.after(2000, What::StartHead);
+    }
+
+    fn apply(&mut self) {
+        let specs = self.specs.clone();
+        if let Some(head) = self.head.as_mut() {
+            let (_, commands) = head.apply(self.now, specs, ApplyMode::Merge).expect("valid");
+            self.carry_out(commands);
+        }
+    }
+
+    fn feed(&mut self, event: Event) {
+        if let Some(head) = self.head.as_mut() {
+            let commands = head.handle(self.now, event);
+            self.carry_out(commands);
+        }
+    }
+
+    fn tell_head(&mut self, link: &Link, event: Event) {
+        let Some(head) = self.head.as_mut() else {
+            return self.after(100, What::Connect(link.clone()));
+        };
+        if let Event::NodeReport(report) = &event {
+            if head.admits(report).is_err() {
+                return self.after(500, What::Connect(link.clone()));
+            }
+            let ended = report.workers.iter().filter(|worker| worker.status != ProcessStatus::Running);
+            let ends = ended.map(|worker| worker.incarnation).collect();
+            self.feed(event);
+            return self.send(&link.clone(), |generation| What::Heard(link.clone(), generation, ends));
+        }
+        self.feed(event);
+    }
+
+    fn carry_out(&mut self, commands: Vec<Command>) {
+        for command in commands {
+            match &command {
+                Command::StartWorker { node, order } => {
+                    self.check_start(order);
+                    self.highest = order.incarnation;
+                    let link = Link::Node(node.clone());
+                    self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
+                }
+                Command::StopWorker { node, .. } | Command::StopNode { node } => {
+                    let link = Link::Node(node.clone());
+                    self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
+                }
+                Command::DismissWorker { incarnation, .. } | Command::SendView { incarnation, .. } => {
+                    let link = Link::Worker(*incarnation);
+                    self.send(&link.clone(), |generation| What::ToWorker(link, generation, command));
+                }
+                Command::CreateActor(order) => {
+                    let link = Link::Worker(order.incarnation);
+                    self.send(&link.clone(), |generation| What::ToWorker(link, generation, command));
+                }
+                Command::Persist(write) => {
+                    self.unwritten.push(write.clone());
+                    self.after(20, What::Flush);
+                }
+            }
+        }
+        let deadline = self.head.as_ref().and_then(HeadState::next_deadline);
+        if let Some(at) = deadline.filter(|at| self.ticks.is_none_or(|tick| *at < tick)) {
+            self.ticks = Some(at);
+            self.at(at.max(self.now), What::Tick);
+        }
+    }
+
+    /// HD-1, HD-2, SV-2: an order has a new incarnation, and no other process of the actor lives where the head can
+    /// reach it: the one before has died, or its node was declared lost.
+    fn check_start(&self, order: &StartWorker) {
+        let StartWorker { actor, incarnation, .. } = order;
+        assert!(*incarnation > self.highest, "incarnation {incarnation} was issued before");
+        let nodes = self.head().node_status();
+        for (other, worker) in self.workers.iter().filter(|(_, worker)| worker.actor == *actor) {
+            let node = nodes.iter().find(|node| node.name == worker.node);
+            let lost = node.is_none_or(|node| matches!(node.state, NodeState::Lost { .. }));
+            assert!(lost, "{actor}: {incarnation} is started while {other} lives on {node:?}");
+        }
+    }
+
+    /// The fate of an order is unknown: it is repeated while the head waits for it.
+    fn order_again(&mut self, node: &str, order: StartWorker) {
+        if self.head.as_ref().is_some_and(|head| head.awaits_start(order.incarnation)) {
+            let link = Link::Node(node.to_owned());
+            let command = Command::StartWorker { node: node.to_owned(), order };
+            self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
+        }
+    }
+
+    fn flush(&mut self) {
+        if !self.store_down {
+            for write in self.unwritten.drain(..) {
+                let key = write.key().path();
+                match write {
+                    Write::Put(record) => drop(self.durable.insert(key, record)),
+                    Write::Delete(_) => drop(self.durable.remove(&key)),
+                }
+            }
+        }
+    }
+
+    // Nodes ---------------------------------------------------------------------------------------------------
+
+    fn start_agent(&mut self, name: &str) {
+        let boot = self.rng.random();
+        let highest = self.workers.iter().filter(|(_, worker)| worker.node == name).map(|(i, _)| *i).max();
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot != 0 {
+            return;
+        }
+        *node = Node {
+            boot,
+            ordered: highest.unwrap_or_default(),
+            ends: std::mem::take(&mut node.ends),
+            ..Node::default()
+        };
+        self.links.entry(Link::Node(name.to_owned())).or_default();
+        self.report_node(name, true);
+        self.at(self.now + Duration::from_secs(1), What::Heartbeat(name.to_owned(), boot));
+    }
+
+    fn report_node(&mut self, name: &str, registering: bool) {
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot == 0 || node.frozen {
+            return;
+        }
+        node.seq += 1;
+        if registering {
+            node.registered_seq = node.seq;
+        }
+        let process = |incarnation: &Incarnation, worker: &Worker, status| WorkerProcess {
+            actor: worker.actor.clone(),
+            incarnation: *incarnation,
+            device: worker.device,
+            pid: incarnation.0 as u32,
+            status,
+        };
+        let running = self.workers.iter().filter(|(_, worker)| worker.node == name);
+        let running = running.map(|(i, worker)| process(i, worker, ProcessStatus::Running));
+        let ended = node
+            .ends
+            .iter()
+            .map(|(i, (worker, cause))| process(i, worker, ProcessStatus::Exited(cause.clone())));
+        let report = NodeReport {
+            name: name.to_owned(),
+            boot: node.boot,
+            seq: node.seq,
+            registering,
+            addr: addr(ActorId::NODE, Incarnation(0), node.boot),
+            pid: 1,
+            devices: (0..DEVICES).map(|index| Device::cpu(index, 1)).collect(),
+            cpus: 8,
+            stage: NodeStage::Serving,
+            workers: running.chain(ended).collect(),
+        };
+        let link = Link::Node(name.to_owned());
+        self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::NodeReport(report)));
+    }
+
+    fn node_told(&mut self, link: Link, command: Command) {
+        let Link::Node(name) = &link else { return };
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot == 0 {
+            return;
+        }
+        if node.frozen {
+            // It waits in the socket until the agent thaws.
+            let again = self.now + Duration::from_millis(100);
+            let generation = self.links[&link].0;
+            return self.at(again, What::ToNode(link, generation, command));
+        }
+        match command {
+            Command::StartWorker { order, .. } => self.start_worker(name, order),
+            Command::StopWorker { incarnation, manner, .. } => {
+                let here = self.workers.get(&incarnation).is_some_and(|worker| worker.node == *name);
+                let (ms, cause) = match manner {
+                    Manner::Kill => (20, DeathCause::Killed { signal: 9 }),
+                    Manner::Graceful => (1000, DeathCause::Exited { code: 0 }),
+                };
+                if here {
+                    self.after(ms, What::Die(incarnation, cause));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn start_worker(&mut self, name: &str, order: StartWorker) {
+        let node = self.nodes.get_mut(name).expect("known");
+        let incarnation = order.incarnation;
+        if self.workers.contains_key(&incarnation) || node.ends.contains_key(&incarnation) {
+            return;
+        }
+        if order.report_seq < node.registered_seq || incarnation <= node.ordered {
+            let event = Event::StartFailed { incarnation, message: "outdated".into() };
+            let link = Link::Node(name.to_owned());
+            return self.send(&link.clone(), |generation| What::ToHead(link, generation, event));
+        }
+        node.ordered = incarnation;
+        let worker = Worker {
+            actor: order.actor,
+            node: name.to_owned(),
+            device: order.device.map(|device| device.index),
+            phase: WorkerPhase::Waiting,
+            seq: 0,
+            views: BTreeMap::new(),
+        };
+        self.workers.insert(incarnation, worker);
+        let link = Link::Worker(incarnation);
+        self.links.entry(link.clone()).or_default();
+        self.after(50, What::Connect(link));
+        self.report_node(name, false);
+    }
+
+    fn thaw(&mut self, name: &str, boot: u64) {
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot == boot {
+            node.frozen = false;
+            self.report_node(name, false);
+        }
+    }
+
+    // Workers -------------------------------------------------------------------------------------------------
+
+    fn report_worker(&mut self, incarnation: Incarnation, registering: bool) {
+        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
+        worker.seq += 1;
+        let announced =
+            matches!(worker.phase, WorkerPhase::Ready(_)).then(|| worker.actor.clone().into_bytes());
+        let report = WorkerReport {
+            actor: worker.actor.clone(),
+            incarnation,
+            seq: worker.seq,
+            registering,
+            addr: addr(ActorId::WORKER, Incarnation(0), incarnation.0),
+            pid: incarnation.0 as u32,
+            node: worker.node.clone(),
+            device: worker.device,
+            phase: worker.phase.clone(),
+            announced,
+            views: worker.views.iter().map(|(group, view)| (group.clone(), view.epoch)).collect(),
+        };
+        let link = Link::Worker(incarnation);
+        self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::WorkerReport(report)));
+    }
+
+    fn worker_told(&mut self, link: &Link, command: Command) {
+        let Link::Worker(incarnation) = *link else { return };
+        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
+        match command {
+            Command::CreateActor(_) if worker.phase == WorkerPhase::Waiting => {
+                worker.phase = WorkerPhase::Creating(Default::default());
+                self.after(200, What::Step(incarnation));
+            }
+            Command::SendView { view, .. } => self.view_arrives(incarnation, &view),
+            Command::DismissWorker { .. } => {
+                self.after(5, What::Die(incarnation, DeathCause::Exited { code: 1 }))
+            }
+            _ => {}
+        }
+    }
+
+    /// GR-1, GR-2: never an older view after a newer one, and all that live agree on what an epoch says.
+    fn view_arrives(&mut self, incarnation: Incarnation, view: &GroupView) {
+        for worker in self.workers.values() {
+            let held = worker.views.get(&view.group).filter(|held| held.epoch == view.epoch);
+            assert!(held.is_none_or(|held| held == view), "epoch {} has two meanings", view.epoch);
+        }
+        let worker = self.workers.get_mut(&incarnation).expect("alive");
+        let held = worker.views.get(&view.group).map_or(0, |held| held.epoch);
+        assert!(view.epoch >= held, "{}: epoch {} after {held}", worker.actor, view.epoch);
+        worker.views.insert(view.group.clone(), view.clone());
+    }
+
+    fn step(&mut self, incarnation: Incarnation) {
+        let fails = !self.healed && self.roll(10) == 0;
+        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
+        worker.phase = match fails {
+            true => WorkerPhase::Ended(DeathCause::CreateFailed { message: "bad luck".into() }),
+            false => WorkerPhase::Ready(addr(ActorId::named(&worker.actor), incarnation, incarnation.0)),
+        };
+        self.report_worker(incarnation, false);
+        if fails {
+            self.after(500, What::Die(incarnation, DeathCause::Exited { code: 1 }));
+        }
+    }
+
+    fn die(&mut self, incarnation: Incarnation, cause: DeathCause) {
+        let Some(worker) = self.workers.remove(&incarnation) else { return };
+        let name = worker.node.clone();
+        let node = self.nodes.get_mut(&name).expect("known");
+        node.ends.insert(incarnation, (worker, cause));
+        self.report_node(&name, false);
+    }
+
+    // Faults --------------------------------------------------------------------------------------------------
+
+    /// Something breaks.
+    pub(super) fn fault(&mut self) {
+        let name = NODES[self.roll(3) as usize].to_owned();
+        let victim = self.roll(self.workers.len() as u64) as usize;
+        let victim = self.workers.keys().nth(victim).copied();
+        match (self.roll(12), victim) {
+            (0..=2, Some(victim)) => self.die(victim, DeathCause::Killed { signal: 9 }),
+            (3, _) => self.kill_agent(&name, 3000),
+            (4, _) => self.kill_agent(&name, 20_000),
+            (5, _) => self.kill_host(&name),
+            (6, _) => self.freeze(&name),
+            (7, _) if !self.store_down => self.crash_head(),
+            (8, _) => self.cut(&Link::Node(name)),
+            (9, Some(victim)) => self.cut(&Link::Worker(victim)),
+            (10, _) => self.store_down = !self.store_down,
+            _ => self.request(),
+        }
+        self.flush();
+    }
+
+    fn kill_agent(&mut self, name: &str, back_ms: u64) {
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot == 0 {
+            return;
+        }
+        self.cut(&Link::Node(name.to_owned()));
+        let now = self.now;
+        let node = self.nodes.get_mut(name).expect("known");
+        (node.boot, node.frozen, node.alone_since) = (0, false, now);
+        let orphans: Vec<_> =
+            self.workers.iter().filter(|(_, worker)| worker.node == name).map(|(i, _)| *i).collect();
+        for orphan in orphans {
+            self.at(now + AGENT_GRACE, What::Orphaned(orphan));
+        }
+        self.after(back_ms, What::StartAgent(name.to_owned()));
+    }
+
+    fn kill_host(&mut self, name: &str) {
+        self.kill_agent(name, 20_000);
+        self.workers.retain(|_, worker| worker.node != name);
+        self.nodes.get_mut(name).expect("known").ends.clear();
+    }
+
+    fn freeze(&mut self, name: &str) {
+        let node = self.nodes.get_mut(name).expect("known");
+        if node.boot != 0 && !node.frozen {
+            node.frozen = true;
+            let boot = node.boot;
+            self.after(10_000, What::Thaw(name.to_owned(), boot));
+        }
+    }
+
+    /// Somebody asks for something.
+    fn request(&mut self) {
+        let which = self.roll(self.specs.len() as u64) as usize;
+        let (name, action) = (self.specs[which].name.clone(), self.roll(3));
+        let now = self.now;
+        let Some(head) = self.head.as_mut() else { return };
+        let commands = match action {
+            0 => head.stop_actor(now, &name),
+            1 => head.restart_actor(now, &name),
+            _ => return self.apply(),
+        };
+        self.carry_out(commands.expect("known"));
+    }
+
+    /// Nothing breaks any more, and what is broken is repaired.
+    pub(super) fn heal(&mut self) {
+        self.healed = true;
+        self.store_down = false;
+        self.flush();
+        self.start_head();
+        for name in NODES {
+            let boot = self.nodes[name].boot;
+            self.thaw(name, boot);
+            self.start_agent(name);
+        }
+        self.apply();
+        self.flush();
+    }
+}
+
+fn addr(actor: ActorId, incarnation: Incarnation, process: u64) -> ActorAddr {
+    ActorAddr { actor, incarnation, process: ProcessId(process), endpoint: String::new() }
+}
