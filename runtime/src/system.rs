@@ -288,6 +288,8 @@ impl System {
         if let Some(link) = links.get(endpoint) {
             return link.clone();
         }
+        // Processes come and go, each at a port of its own.
+        links.retain(|_, link| Arc::strong_count(link) > 1 || link.is_connected());
         let link = Arc::new(Link::new(endpoint, Arc::downgrade(&self.shared)));
         links.insert(endpoint.to_owned(), link.clone());
         link

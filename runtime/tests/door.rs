@@ -4,13 +4,15 @@
 
 mod support;
 
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use heliostat_runtime::actor::{ActorCx, ActorTypes, CxParts, Reports};
 use heliostat_runtime::handle::{ActorAddr, ActorId, AskError, Handle, Incarnation, ProcessId, Refusal};
 use heliostat_runtime::system::{ActorEnd, PeerEvent, Secret, System, SystemConfig, SystemError};
 use heliostat_runtime::wire::to_bytes;
+use rustix::process::{Pid, Signal, kill_process};
 use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -314,8 +316,8 @@ async fn an_unreachable_peer_refuses_at_once() {
     }
 }
 
-/// Speaks the handshake by hand, then sends `bytes`; true if the system closes the connection.
-async fn closes_after(home: &System, bytes: &[u8]) -> bool {
+/// Connects and speaks the handshake by hand.
+async fn greet(home: &System) -> TcpStream {
     let mut stream = TcpStream::connect(home.endpoint()).await.unwrap();
     let mut hello = Vec::new();
     hello.extend(7u64.to_le_bytes());
@@ -329,6 +331,12 @@ async fn closes_after(home: &System, bytes: &[u8]) -> bool {
     stream.read_exact(&mut fixed).await.unwrap();
     let mut body = vec![0; u32::from_le_bytes(fixed[10..].try_into().unwrap()) as usize];
     stream.read_exact(&mut body).await.unwrap();
+    stream
+}
+
+/// Sends `bytes` after the handshake; true if the system closes the connection.
+async fn closes_after(home: &System, bytes: &[u8]) -> bool {
+    let mut stream = greet(home).await;
     stream.write_all(bytes).await.unwrap();
     let mut rest = Vec::new();
     tokio::time::timeout(Duration::from_secs(2), stream.read_to_end(&mut rest)).await.is_ok()
@@ -373,21 +381,44 @@ async fn shutdown_says_goodbye() {
     assert!(rig.remote.ask(Add(1)).await.is_err());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_peer_fails_its_askers_at_once() {
-    use std::io::{BufRead, BufReader};
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_process", "--ignored", "--nocapture"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let stdout = BufReader::new(child.stdout.take().unwrap());
-    let line = stdout.lines().map(Result::unwrap).find(|line| line.contains("endpoint=")).unwrap();
-    let endpoint = line.split("endpoint=").nth(1).unwrap().trim().to_owned();
-    let home = system().await;
+/// This test binary as another process with a probe; killed when dropped.
+struct ChildProcess {
+    child: Child,
+    endpoint: String,
+}
+
+impl ChildProcess {
+    fn start() -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_process", "--ignored", "--nocapture"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let line = stdout.lines().map(Result::unwrap).find(|line| line.contains("endpoint=")).unwrap();
+        let endpoint = line.split("endpoint=").nth(1).unwrap().trim().to_owned();
+        Self { child, endpoint }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+}
+
+impl Drop for ChildProcess {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// Asks that a child never answers, and what becomes of them and of the peer after `signal`; and how fast.
+async fn lose(config: SystemConfig, signal: Signal) -> (Duration, String) {
+    let child = ChildProcess::start();
+    let home = System::start(config).await.unwrap();
     let mut events = home.peer_events();
-    let handle = home.handle_at::<Probe>(&endpoint, ActorId::named("probe"));
+    let handle = home.handle_at::<Probe>(&child.endpoint, ActorId::named("probe"));
     assert_eq!(handle.ask(Add(1)).await.unwrap(), 1);
     let asks: Vec<_> = (0..3)
         .map(|_| {
@@ -395,20 +426,73 @@ async fn a_killed_peer_fails_its_askers_at_once() {
             tokio::spawn(async move { handle.ask(Later(60_000)).await })
         })
         .collect();
-    assert!(matches!(events.next().await, Some(PeerEvent::Connected { .. })));
+    let Some(PeerEvent::Connected { process, .. }) = events.next().await else { panic!("not connected") };
+    assert!(home.is_connected(process));
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let killed = Instant::now();
-    child.kill().unwrap();
+    let lost_at = Instant::now();
+    child.signal(signal);
     for ask in asks {
         assert!(matches!(ask.await.unwrap(), Err(AskError::PeerLost(_))));
     }
-    assert!(matches!(events.next().await, Some(PeerEvent::Lost { .. })));
-    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
-    child.wait().unwrap();
-    assert!(handle.ask(Add(1)).await.unwrap_err().into_message().is_some());
+    let Some(PeerEvent::Lost { process: lost, why, .. }) = events.next().await else { panic!("not lost") };
+    assert_eq!(lost, process);
+    assert!(!home.is_connected(process));
+    (lost_at.elapsed(), why)
 }
 
-/// Not a test: the process that `a_killed_peer_fails_its_askers_at_once` kills. Ends with its stdin.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_peer_fails_its_askers_at_once() {
+    let (took, _) = lose(SystemConfig::loopback(), Signal::KILL).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_peer_is_lost() {
+    let config = SystemConfig { silence_max: Duration::from_secs(1), ..SystemConfig::loopback() };
+    let (took, why) = lose(config, Signal::STOP).await;
+    assert!(took > Duration::from_millis(500) && took < Duration::from_secs(4), "{took:?}");
+    assert!(why.contains("nothing heard for"), "{why}");
+}
+
+/// A peer that sends and never reads is not served beyond the bound of its queue; others are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_does_not_read_its_answers_is_served_no_more() {
+    let config = SystemConfig { queue_bytes_max: 1 << 20, ..SystemConfig::loopback() };
+    let home = System::start(config).await.unwrap();
+    let addr = home.spawn(options("probe", 1, 100_000), Probe::default).unwrap();
+    let mut greedy = greet(&home).await;
+    let mut call = Vec::new();
+    let payload = to_bytes(&Echo(vec![7; 10_000])).unwrap();
+    call.extend((1 + 6 * 8 + payload.len() as u32).to_le_bytes());
+    call.push(1);
+    // FNV-1a, as the wire names messages; an actor id is made the same way.
+    let echo = ActorId::named("echo").0;
+    for field in [1, addr.actor.0, 1, 0, echo, 0] {
+        call.extend(field.to_le_bytes());
+    }
+    call.extend(&payload);
+    let sending = tokio::spawn(async move {
+        for _ in 0..10_000 {
+            greedy.write_all(&call).await.unwrap();
+        }
+        greedy
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!sending.is_finished(), "100 MB of answers were queued for a peer that does not read");
+    sending.abort();
+    let away = system().await;
+    assert_eq!(away.handle::<Probe>(addr).ask(Add(1)).await.unwrap(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_actor_may_refuse_to_stop() {
+    let home = system().await;
+    let addr = home.spawn(options("probe", 1, 16), || Probe { stubborn: true, ..Probe::default() }).unwrap();
+    assert!(home.stop_actor(addr.actor, addr.incarnation));
+    assert_eq!(home.handle::<Probe>(addr).ask(Add(1)).await.unwrap(), 1);
+}
+
+/// Not a test: the process that `ChildProcess` starts. Ends with its stdin.
 #[test]
 #[ignore = "a child process of another test"]
 fn child_process() {

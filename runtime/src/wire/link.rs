@@ -47,6 +47,12 @@ impl Link {
         Self { endpoint: endpoint.to_owned(), shared, conn: Mutex::new(None) }
     }
 
+    /// Whether there is a connection, or one is being made.
+    pub(crate) fn is_connected(&self) -> bool {
+        let slot = self.conn.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.as_ref().is_some_and(|conn| !conn.is_closed())
+    }
+
     /// The connection that is open or being made, or a new one.
     pub(crate) fn conn(&self) -> Arc<Conn> {
         let mut slot = self.conn.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use actix::{Actor, Context, Handler, Message, MessageResult, ResponseFuture};
+use actix::{Actor, Context, Handler, Message, MessageResult, ResponseFuture, Running};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
 use heliostat_runtime::handle::{ActorId, Incarnation};
@@ -14,10 +14,19 @@ use heliostat_runtime::system::{SpawnOptions, System, SystemConfig};
 pub(crate) struct Probe {
     pub(crate) total: u64,
     pub(crate) seen: Vec<u64>,
+    /// Does not stop when it is told to.
+    pub(crate) stubborn: bool,
 }
 
 impl Actor for Probe {
     type Context = Context<Self>;
+
+    fn stopping(&mut self, _: &mut Context<Self>) -> Running {
+        match self.stubborn {
+            true => Running::Continue,
+            false => Running::Stop,
+        }
+    }
 }
 
 impl RemoteActor for Probe {
