@@ -315,10 +315,10 @@ impl Engine {
 
     fn report(&self, scheduler: &Scheduler) {
         let stats = scheduler.stats();
-        let mut last = self.stats.lock().unwrap();
-        if *last != stats {
-            self.ingress.on_stats(self.rank, stats.clone());
-            *last = stats;
+        // Not told under the lock: the ingress calls back into the link, which takes others.
+        let before = std::mem::replace(&mut *self.stats.lock().unwrap(), stats.clone());
+        if before != stats {
+            self.ingress.on_stats(self.rank, stats);
         }
     }
 
