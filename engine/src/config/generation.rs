@@ -21,6 +21,8 @@ pub struct GenerationDefaults {
     pub min_p: Option<f32>,
     /// Repetition penalty.
     pub repetition_penalty: Option<f32>,
+    /// Output tokens where the request sets no limit.
+    pub max_new_tokens: Option<u32>,
 }
 
 impl GenerationDefaults {
@@ -58,6 +60,7 @@ impl GenerationDefaults {
             top_k: fields.count("top_k")?.map(|top_k| top_k as u32),
             min_p: at_least_0("min_p")?,
             repetition_penalty: fields.positive("repetition_penalty")?.map(|penalty| penalty as f32),
+            max_new_tokens: fields.count("max_new_tokens")?.map(|tokens| tokens as u32),
             ..Self::default()
         })
     }

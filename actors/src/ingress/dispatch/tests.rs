@@ -40,7 +40,7 @@ fn dispatch(ready: &[(u32, u64)]) -> Dispatch {
 
 /// Where the one submission among `effects` went, and with how many tokens.
 fn submitted(effects: &mut Vec<Effect>) -> (u32, usize) {
-    match effects.drain(..).collect::<Vec<_>>().as_slice() {
+    match std::mem::take(effects).as_slice() {
         [Effect::Send(rank, RankCommand::Submit(request))] => (*rank, request.generated.len()),
         other => panic!("not one submission: {other:?}"),
     }

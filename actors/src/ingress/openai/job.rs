@@ -178,7 +178,7 @@ fn output_limit(model: &ServedModel, prompt: &Prompt, shape: &Shape) -> Result<u
             limit_param,
         ),
         Some((wanted, _)) => Ok(wanted),
-        None => Ok(room as u32),
+        None => Ok(model.defaults.max_new_tokens.map_or(room as u32, |tokens| tokens.clamp(1, room as u32))),
     }
 }
 
