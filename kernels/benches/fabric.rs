@@ -68,7 +68,9 @@ fn main() {
             });
         });
         drop(fabric);
-        children.iter_mut().for_each(|child| drop(child.wait().unwrap()));
+        for child in &mut children {
+            child.wait().unwrap();
+        }
     }
 }
 
@@ -117,7 +119,7 @@ fn connect(listener: &FabricListener, rank: usize, endpoints: &[Endpoint], setti
     let how = Connect {
         transport: if words[0] == "tcp" { Transport::Tcp } else { Transport::Auto },
         ring_bytes: words[1].parse::<usize>().unwrap() << 10,
-        spin: Duration::from_micros(words[2].parse().unwrap()),
+        spin: Some(Duration::from_micros(words[2].parse().unwrap())),
         ..Connect::new(1, rank, endpoints)
     };
     listener.connect(how).unwrap()

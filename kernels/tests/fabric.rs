@@ -61,6 +61,7 @@ fn payload(step: u64, from: usize, to: usize, max: usize) -> Vec<u8> {
     (0..len).map(|_| rng.random()).collect()
 }
 
+/// (FB-1)
 #[test]
 fn everyone_sends_to_everyone() {
     for transport in TRANSPORTS {
@@ -92,7 +93,7 @@ fn everyone_sends_to_everyone() {
     }
 }
 
-/// Frames far larger than the rings, from everyone to everyone, and nobody receives before all is sent.
+/// (FB-3) Frames far larger than the rings, from everyone to everyone, and nobody receives before all is sent.
 #[test]
 fn ranks_that_all_send_large_frames_at_once_do_not_deadlock() {
     for transport in TRANSPORTS {
@@ -113,7 +114,7 @@ fn ranks_that_all_send_large_frames_at_once_do_not_deadlock() {
     }
 }
 
-/// Rank 1 sleeps until 2 sends, 2 until 0 sends, and 0 is stuck sending to 1: only 1 can resolve it, by taking in what
+/// (FB-3) Rank 1 sleeps until 2 sends, 2 until 0 sends, and 0 is stuck sending to 1: only 1 can resolve it, by taking in what
 /// it has not asked for.
 #[test]
 fn a_rank_that_waits_for_one_takes_in_from_all() {
@@ -144,6 +145,7 @@ fn a_rank_that_waits_for_one_takes_in_from_all() {
     }
 }
 
+/// (FB-1)
 #[test]
 fn a_header_overtakes_data_and_a_wrong_tag_names_both() {
     for transport in TRANSPORTS {
@@ -188,6 +190,7 @@ fn aborted<T>(abort: &Abort, call: impl FnOnce() -> Result<T, FabricError>) -> F
     })
 }
 
+/// (FB-2)
 #[test]
 fn an_abort_ends_every_blocked_call() {
     type Call = fn(&mut Fabric) -> Result<(), FabricError>;
@@ -257,7 +260,7 @@ fn a_waker_ends_the_present_or_the_next_wait() {
     }
 }
 
-/// A rank that drops its fabric after its last frame fails nobody who does not need it any more.
+/// (FB-1, FB-5) A rank that drops its fabric after its last frame fails nobody who does not need it any more.
 #[test]
 fn a_rank_that_leaves_is_no_loss_to_the_others() {
     for transport in TRANSPORTS {

@@ -163,6 +163,7 @@ fn cpu_time() -> Duration {
     Duration::from_nanos(nanos.sum())
 }
 
+/// (FB-2, FB-5)
 #[test]
 fn a_killed_process_is_noticed_by_all_blocked_ranks() {
     type Call = fn(&mut Fabric) -> Result<(), FabricError>;
@@ -216,7 +217,7 @@ fn a_parked_rank_uses_no_cpu() {
     }
 }
 
-/// A rank that frees nothing itself leaves nothing behind: its memory has no name.
+/// (FB-5) A rank that frees nothing itself leaves nothing behind: its memory has no name.
 #[test]
 fn a_killed_process_leaves_nothing_behind() {
     let names = || {

@@ -21,6 +21,8 @@ use super::peer::Peer;
 
 /// How long to wait before a rank is dialed again.
 const REDIAL_TIME: Duration = Duration::from_millis(20);
+/// A wake-up costs several times a look at every link; most answers of a rank with a core of its own come within this.
+const SPIN_TIME: Duration = Duration::from_micros(20);
 /// The doorbell has 16 bits for a rank.
 const WORLD_MAX: usize = 4096;
 
@@ -53,8 +55,9 @@ pub struct Connect<'a> {
     pub call_timeout: Duration,
     /// Bytes of a ring in shared memory, per direction; rounded up to a power of two. Frames may be larger.
     pub ring_bytes: usize,
-    /// How long to look for news before the thread sleeps. Worth it only when every rank has a core of its own.
-    pub spin: Duration,
+    /// How long to look for news before the thread sleeps. By default a little when this host has two cores for every
+    /// rank on it, else not at all: where ranks share cores, it keeps the awaited rank from running.
+    pub spin: Option<Duration>,
     /// The largest frame.
     pub frame_bytes_max: usize,
     /// Most bytes that may have arrived without having been received.
@@ -62,7 +65,7 @@ pub struct Connect<'a> {
 }
 
 impl<'a> Connect<'a> {
-    /// The defaults: 30 s for every wait, rings of 2 MiB, no spinning, frames up to 1 GiB, 4 GiB pending.
+    /// The defaults: 30 s for every wait, rings of 2 MiB, frames up to 1 GiB, 4 GiB pending.
     pub fn new(epoch: u64, rank: usize, endpoints: &'a [Endpoint]) -> Self {
         Self {
             epoch,
@@ -73,7 +76,7 @@ impl<'a> Connect<'a> {
             connect_timeout: Duration::from_secs(30),
             call_timeout: Duration::from_secs(30),
             ring_bytes: 2 << 20,
-            spin: Duration::ZERO,
+            spin: None,
             frame_bytes_max: 1 << 30,
             pending_bytes_max: 4 << 30,
         }
@@ -98,12 +101,20 @@ pub(super) fn connect(shared: &Shared, how: Connect<'_>) -> Result<Fabric, Fabri
     let peers = Meeting::new(shared, &how, group).run()?;
     let limits = Limits {
         timeout: how.call_timeout,
-        spin: how.spin,
+        spin: how.spin.unwrap_or_else(|| spin_time(&how)),
         frame_bytes_max: how.frame_bytes_max,
         pending_bytes_max: how.pending_bytes_max,
     };
     let (rank, epoch, bell) = (how.rank, how.epoch, shared.bell.clone());
     Fabric::new(FabricParts { rank, epoch, peers, bell, abort: how.abort, limits, pool })
+}
+
+/// The default of [`Connect::spin`].
+fn spin_time(how: &Connect<'_>) -> Duration {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let host = &how.endpoints[how.rank].host;
+    let ranks = how.endpoints.iter().filter(|endpoint| endpoint.host == *host).count();
+    if cores >= 2 * ranks { SPIN_TIME } else { Duration::ZERO }
 }
 
 fn check(shared: &Shared, how: &Connect<'_>) -> Result<(), FabricError> {

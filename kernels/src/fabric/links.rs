@@ -227,7 +227,7 @@ impl Fabric {
         }
     }
 
-    /// As [`Fabric::recv`], but returns `None` when the frame is not there yet.
+    /// As [`Fabric::recv`], but returns `None` when the frame is not there yet. Fails when it cannot come any more.
     pub fn try_recv(&mut self, from: usize, tag: Tag) -> Result<Option<Frame>, FabricError> {
         self.check(from)?;
         if let Some(frame) = self.take(from, tag)? {
@@ -238,7 +238,10 @@ impl Fabric {
         {
             return Ok(Some(frame));
         }
-        Ok(None)
+        match &self.peers[from] {
+            Some(peer) if *peer.state() != State::Linked => Err(peer.failure()),
+            Some(_) | None => Ok(None),
+        }
     }
 
     /// Receives the next frame of the kind's stream from whichever rank has one, in turn.

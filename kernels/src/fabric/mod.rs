@@ -12,6 +12,8 @@
 //! * (FB-4) What a peer writes is untrusted: bad bytes are a [`FabricError::Protocol`], never a panic.
 //! * (FB-5) A killed process leaves nothing behind, and its peers learn of it from their connection to it.
 //!
+//! Frames are neither encrypted nor signed: the secret decides who may link, the network must be trusted with the rest.
+//!
 //! It never retries, never reorders and never knows what a frame means.
 
 mod bell;

@@ -19,6 +19,8 @@ const BYE: u8 = 2;
 
 /// Most bytes that one push moves into a ring, so that the other side starts to read while this one still writes.
 const PUSH_BYTES: usize = 256 << 10;
+/// Most bytes to take in and throw away when leaving.
+const LEAVE_BYTES: usize = 64 << 20;
 /// Reads into frames from this size on go straight into the frame.
 const AHEAD_BYTES: usize = 16 << 10;
 
@@ -270,6 +272,8 @@ impl Peer {
 
     /// Says farewell and closes, so that the rank does not take the end of the connection for a death.
     pub(super) fn leave(&mut self) {
+        // Closing with unread bytes would reset a TCP link and take back what is still on its way to the rank.
+        let _ = self.pull(&mut VecDeque::new(), LEAVE_BYTES);
         let mut stream = &*self.stream;
         // The rank may be gone already, or not be reading: then it sees a loss, which is what it must assume anyway.
         let _ = match self.link {
@@ -386,7 +390,7 @@ mod tests {
         }
     }
 
-    /// Frames before the nonsense arrive, the nonsense is an error, and the link stays broken.
+    /// (FB-4) Frames before the nonsense arrive, the nonsense is an error, and the link stays broken.
     #[test]
     fn nonsense_from_a_peer_is_a_protocol_error() {
         let good = [&encode(Head::Frame(TAG, 3), 0)[..], b"abc"].concat();
