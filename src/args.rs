@@ -137,9 +137,12 @@ pub(crate) struct Node {
     /// Name of this node. Without it: the host's name.
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Address at which others reach this node's processes. Without it: the one that reaches the head.
+    /// Address at which this node's processes listen. Without it: the one from which the head is reached.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) bind: Option<std::net::IpAddr>,
+    /// Host name or address by which others reach them, where that is another one.
+    #[arg(long, value_name = "HOST")]
+    pub(crate) advertise: Option<String>,
     /// Directory for logs and sockets.
     #[arg(long, value_name = "DIR", default_value = "run")]
     pub(crate) run_dir: PathBuf,
@@ -149,6 +152,9 @@ pub(crate) struct Node {
     /// How long workers live on without this process.
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
     pub(crate) worker_grace: f64,
+    /// How often to report to the head.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
+    pub(crate) heartbeat: u64,
     /// How it was started.
     #[command(flatten)]
     pub(crate) supervised: Supervised,

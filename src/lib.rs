@@ -1,1 +1,24 @@
 //! Heliostat: a distributed actor runtime that serves mixture-of-experts models with wide expert parallelism.
+//!
+//! This facade is what a program depends on that talks to a cluster or runs actors of its own: [`runtime`] has actors,
+//! handles, specs and the [`Cluster`](runtime::cluster::Cluster) client; [`actors`] has the messages of the serving
+//! product. The binary `helio` stands on the same two.
+//!
+//! ```no_run
+//! use heliostat::actors::{deployment::EPLB, eplb::Eplb, messages::Rebalance};
+//! use heliostat::runtime::cluster::Cluster;
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let cluster = Cluster::connect("127.0.0.1:6379", None).await?;
+//! println!("{} actors", cluster.status().await?.actors.len());
+//! let eplb = cluster.handle::<Eplb>(EPLB).await?;
+//! match eplb.ask(Rebalance).await? {
+//!     Ok(started) => println!("{} moves", started.moves),
+//!     Err(refused) => println!("no remap: {refused}"),
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+pub use heliostat_actors as actors;
+pub use heliostat_runtime as runtime;

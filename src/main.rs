@@ -1,6 +1,64 @@
-//! `helio`.
+//! `helio`: arguments -> checked configuration -> commands. Errors are rendered once, here.
+#![allow(clippy::print_stdout, reason = "a command line prints")]
+
+mod args;
+mod cluster;
+mod commands;
 mod config;
-fn main() {
-    let _ = config::Config::load(None);
-    print!("{}", config::reference_page());
+mod deploy;
+mod failure;
+mod processes;
+mod rundir;
+mod show;
+
+use anyhow::{Context, Result};
+use args::{Cli, Command};
+use clap::Parser;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_log(&cli.command);
+    match run(&cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(failure::report(&error)),
+    }
+}
+
+fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Down(args) => commands::down::run(args),
+        Command::Check(args) => commands::check::run(args),
+        Command::Reference => commands::print(&config::reference_page()),
+        Command::Head(args) => many_threads()?.block_on(commands::head::run(args)),
+        Command::Node(args) => many_threads()?.block_on(commands::node::run(args)),
+        Command::Worker(args) => many_threads()?.block_on(commands::worker::run(args)),
+        // A child's parent-death signal follows the thread that started it, so `up` must have only this one.
+        Command::Up(args) => one_thread()?.block_on(commands::up::run(args)),
+        Command::Status(args) => one_thread()?.block_on(commands::status::run(args)),
+        Command::List(args) => one_thread()?.block_on(commands::list::run(args)),
+        Command::Logs(args) => one_thread()?.block_on(commands::logs::run(args)),
+        Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),
+    }
+}
+
+fn one_thread() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the I/O runtime")
+}
+
+/// Two: the control plane is light, and ranks want the cores.
+fn many_threads() -> Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).enable_all().build().context("cannot start the I/O runtime")
+}
+
+/// Logs go to stderr, which is the log file of a process that was started by another. HELIO_LOG changes the level.
+fn init_log(command: &Command) {
+    let level = match command {
+        Command::Head(_) | Command::Node(_) | Command::Worker(_) => "info",
+        _ => "warn",
+    };
+    let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
 }

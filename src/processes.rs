@@ -1,12 +1,15 @@
 //! Processes of this machine: children of this one, and all that belong to a run directory.
 //!
-//! Reads /proc only. A process belongs to a run directory when its command line says `--run-dir DIR`.
+//! Reads /proc only. A head, node agent or worker belongs to a run directory when its command line names a path in it.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+/// Commands that run as long as the cluster, beside `helio up`.
+const ROLES: [&str; 3] = ["head", "node", "worker"];
 
 /// A process as /proc shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,11 +42,6 @@ pub(crate) fn read(pid: u32) -> Option<Process> {
     Some(Process { pid, parent, command: command.map(|a| String::from_utf8_lossy(a).into_owned()).collect() })
 }
 
-/// Whether the process is alive (a zombie is not).
-pub(crate) fn is_alive(pid: u32) -> bool {
-    read(pid).is_some()
-}
-
 /// Living children of this process, adopted ones included.
 pub(crate) fn children() -> Vec<Process> {
     let me = std::process::id();
@@ -57,7 +55,9 @@ pub(crate) fn of_run_dir(run_dir: &Path) -> Vec<Process> {
 }
 
 fn names_run_dir(command: &[String], run_dir: &Path) -> bool {
-    command.windows(2).any(|pair| pair[0] == "--run-dir" && Path::new(&pair[1]).starts_with(run_dir))
+    let Some((role, args)) = command.get(1..).and_then(<[String]>::split_first) else { return false };
+    let path = |arg: &String| Path::new(arg.rsplit('=').next().unwrap_or(arg)).starts_with(run_dir);
+    ROLES.contains(&role.as_str()) && args.iter().any(path)
 }
 
 /// Sends a signal; a process that is gone is no error.
@@ -96,31 +96,39 @@ pub(crate) fn end_all(list: impl Fn() -> Vec<Process>, grace: Duration, hurry: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
 
     #[test]
     fn this_process_is_alive_and_a_reaped_child_is_not() {
-        assert!(is_alive(std::process::id()));
+        assert!(read(std::process::id()).is_some());
         let mut child = std::process::Command::new("true").spawn().expect("spawn");
         child.wait().expect("wait");
-        assert!(!is_alive(child.id()));
+        assert_eq!(read(child.id()), None);
     }
 
     #[test]
     fn a_process_belongs_to_the_run_dir_that_it_names() {
-        let command = |dir: &str| vec!["helio".to_string(), "node".into(), "--run-dir".into(), dir.into()];
-        assert!(names_run_dir(&command("/a/run"), Path::new("/a/run")));
-        assert!(names_run_dir(&command("/a/run/nodes/n0"), Path::new("/a/run")));
-        assert!(!names_run_dir(&command("/a/run2"), Path::new("/a/run")));
-        assert!(!names_run_dir(&["cat".into(), "/a/run".into()], Path::new("/a/run")));
+        let command = |line: &str| line.split(' ').map(str::to_string).collect::<Vec<_>>();
+        let run_dir = Path::new("/a/run");
+        assert!(names_run_dir(&command("helio node --join h:1 --run-dir /a/run/nodes/n0"), run_dir));
+        assert!(names_run_dir(&command("helio worker --record=/a/run/workers/1.json"), run_dir));
+        assert!(!names_run_dir(&command("helio node --run-dir /a/run2"), run_dir));
+        assert!(!names_run_dir(&command("helio logs rank-0 --run-dir /a/run"), run_dir));
+        assert!(!names_run_dir(&command("cat"), run_dir));
     }
 
     #[test]
     fn ending_kills_what_does_not_listen() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        // `sh worker /nowhere/helio-test` runs the script `worker` of its directory.
+        fs::write(dir.path().join("worker"), "trap '' TERM; while :; do sleep 0.05; done").expect("write");
         let mut child = std::process::Command::new("sh")
-            .args(["-c", "trap '' TERM; while :; do sleep 1; done", "sh", "--run-dir", "/nowhere/helio-test"])
+            .arg0("helio")
+            .args(["worker", "/nowhere/helio-test"])
+            .current_dir(dir.path())
             .spawn()
             .expect("spawn");
-        let list = || of_run_dir(Path::new("/nowhere/helio-test"));
+        let list = move || of_run_dir(Path::new("/nowhere/helio-test"));
         while list().is_empty() {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -128,7 +136,6 @@ mod tests {
         let reaper = std::thread::spawn(move || child.wait().expect("wait"));
         end_all(list, Duration::from_millis(100), &AtomicBool::new(false));
         assert!(list().is_empty());
-        use std::os::unix::process::ExitStatusExt;
         assert_eq!(reaper.join().expect("join").signal(), Some(9));
     }
 }

@@ -18,10 +18,11 @@ pub(crate) use raw::{Engine, Eplb, PlacementStrategy, Policy, Serve, Supervision
 
 use anyhow::{Context, Result};
 use error::Problem;
+use heliostat_engine::config::ModelConfig;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use validate::{Facts, ModelShape};
+use validate::Facts;
 
 /// The name of the file in the current directory that commands take without an argument.
 pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
@@ -37,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) token: Option<Token>,
     /// Where the head listens.
     pub(crate) bind: SocketAddr,
+    /// By which host others reach it, where that is not the address of `bind`.
+    pub(crate) advertise: Option<String>,
     /// Where the head keeps its state.
     pub(crate) state: State,
     /// At least one.
@@ -47,6 +50,10 @@ pub(crate) struct Config {
     pub(crate) parallel: Parallel,
     /// Slots beyond one per expert; experts plus these are divisible by ep.
     pub(crate) redundant_experts: u32,
+    /// A rank that is silent for longer inside a step is treated as lost, in seconds.
+    pub(crate) step_timeout_s: f64,
+    /// Shared memory between each two ranks of one machine, per direction.
+    pub(crate) ring_bytes: u64,
     /// Load balancing.
     pub(crate) eplb: Eplb,
     /// Room for KV blocks per DP rank.
@@ -55,6 +62,8 @@ pub(crate) struct Config {
     pub(crate) engine: Engine,
     /// The HTTP server.
     pub(crate) serve: Serve,
+    /// What HTTP clients must prove to know; None on loopback only.
+    pub(crate) api_key: Option<Token>,
     /// Restarts and grace periods.
     pub(crate) supervision: Supervision,
     /// The same as a cluster.toml with absolute paths and without secrets: the token is read from the run directory.
@@ -154,32 +163,17 @@ impl Config {
     pub(crate) fn parse(text: &str, file: &str, dir: &Path) -> Result<Self, ConfigError> {
         let fail = |problems: Vec<Problem>| ConfigError { file: file.into(), text: text.into(), problems };
         let raw = read::read(text).map_err(fail)?;
-        let token_file = raw.cluster.token_file.as_ref().map(|path| {
-            std::fs::read_to_string(dir.join(path)).map_err(|e| format!("{}: {e}", dir.join(path).display()))
-        });
+        let secret = |path: &Option<PathBuf>| {
+            let path = dir.join(path.as_ref()?);
+            Some(std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display())))
+        };
         let facts = Facts {
             dir: dir.to_path_buf(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
-            token_file,
-            model: model_shape(&dir.join(&raw.model.path)),
+            token_file: secret(&raw.cluster.token_file),
+            api_key_file: secret(&raw.serve.api_key_file),
+            model: ModelConfig::from_dir(&dir.join(&raw.model.path)).map_err(|e| e.to_string()),
         };
         validate::validate(raw, text, &facts).map_err(fail)
     }
-}
-
-/// The part of the model's config.json that other keys depend on.
-fn model_shape(dir: &Path) -> Result<ModelShape, String> {
-    let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    let number = |names: &[&str]| {
-        let found =
-            names.iter().find_map(|name| json.get(name)?.as_u64()).and_then(|n| u32::try_from(n).ok());
-        found.ok_or_else(|| format!("{} has no `{}`", path.display(), names[0]))
-    };
-    Ok(ModelShape {
-        experts: number(&["n_routed_experts", "num_experts"])?,
-        context: number(&["max_position_embeddings"])?,
-    })
 }

@@ -68,6 +68,8 @@ section! {
     Head = "head" {
         /// Where nodes, workers and commands reach the head.
         bind: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 6379)),
+        /// Host name or address by which others reach it. Needed where `bind` is a wildcard such as 0.0.0.0.
+        advertise: Option<String> = None,
     }
 }
 
@@ -134,6 +136,10 @@ section! {
         ep: Option<u32> = None,
         /// True: DP rank i and EP rank i share device i. False: experts have devices of their own.
         colocate: bool = true,
+        /// A rank that is silent for longer inside a step is treated as lost, in seconds.
+        step_timeout_s: f64 = 30.0,
+        /// Shared memory between each two ranks of one machine, per direction.
+        ring_bytes: ByteSize = ByteSize(1 << 20),
     }
 }
 
@@ -159,10 +165,8 @@ section! {
         initial_layout: Option<PathBuf> = None,
         /// The first map where there is no `initial_layout`: `linear` or `round_robin`.
         expert_placement_strategy: PlacementStrategy = PlacementStrategy::Linear,
-        /// Longest time a remap may take before it is rolled back, in seconds.
-        remap_timeout_s: f64 = 60.0,
-        /// Longest silence of a rank during a remap before it is rolled back, in seconds.
-        watchdog_timeout_s: f64 = 10.0,
+        /// A remap that makes no progress for so long is rolled back, in seconds.
+        plan_timeout_s: f64 = 30.0,
     }
 }
 
@@ -187,13 +191,16 @@ section! {
 section! {
     /// The HTTP server.
     Serve = "serve" {
-        /// Address to listen on. This release has no HTTP authentication, so it must be loopback: put a reverse proxy
-        /// before it.
+        /// Address to listen on. Beyond loopback `api_key_file` is needed.
         host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
         /// Port to listen on.
         port: u16 = 8000,
+        /// A file that holds the key that HTTP clients must send as `Authorization: Bearer KEY`.
+        api_key_file: Option<PathBuf> = None,
         /// Requests that may wait per DP rank; beyond that clients get 429 with Retry-After.
         max_queued_requests: u32 = 256,
+        /// Largest body of a request.
+        max_body_bytes: ByteSize = ByteSize(4 << 20),
     }
 }
 
@@ -205,7 +212,8 @@ section! {
         max_restarts: u32 = 10,
         /// The window of `max_restarts`, in seconds.
         window_s: f64 = 60.0,
-        /// Delay before the first restart, in milliseconds; it doubles with each further one.
+        /// Delay before the second restart of a window, in milliseconds; it doubles with each further one. The first is
+        /// immediate.
         backoff_min_ms: u32 = 100,
         /// Longest delay before a restart, in milliseconds.
         backoff_max_ms: u32 = 5000,

@@ -202,21 +202,29 @@ c.toml:2:25: 100 redundant experts are more than one copy of each on every rank
 #[test]
 fn nothing_listens_beyond_loopback_without_a_token() {
     refused(
-        "[head]\nbind = \"0.0.0.0:6379\"\n",
+        "[head]\nbind = \"10.0.0.1:6379\"\n",
         "
-c.toml:2:8: the head would listen on 0.0.0.0:6379, beyond loopback, without a cluster token
+c.toml:2:8: the head would listen on 10.0.0.1:6379, beyond loopback, without a cluster token
   |
-2 | bind = \"0.0.0.0:6379\"
-  |        ^^^^^^^^^^^^^^ set `token_file` in [cluster]",
+2 | bind = \"10.0.0.1:6379\"
+  |        ^^^^^^^^^^^^^^^ set `token_file` in [cluster]",
+    );
+    refused(
+        "[cluster]\ntoken_file = \"token\"\n[head]\nbind = \"0.0.0.0:6379\"\n",
+        "
+c.toml:4:8: nobody can connect to the wildcard address 0.0.0.0:6379
+  |
+4 | bind = \"0.0.0.0:6379\"
+  |        ^^^^^^^^^^^^^^ set `advertise` to the address by which others reach this machine",
     );
     let config =
-        parse("[cluster]\ntoken_file = \"token\"\n[head]\nbind = \"0.0.0.0:6379\"\n").expect("token file");
+        parse("[cluster]\ntoken_file = \"token\"\n[head]\nbind = \"10.0.0.1:6379\"\n").expect("token file");
     assert_eq!(config.token, Some(Token("0123456789abcdef0123".into())));
     assert!(!format!("{config:?}").contains("0123456789abcdef"), "a token must not be printed");
     refused(
         "[cluster]\ntoken_file = \"short\"\n",
         "
-c.toml:2:14: the cluster token is shorter than 16 characters
+c.toml:2:14: the secret is shorter than 16 characters
   |
 2 | token_file = \"short\"
   |              ^^^^^^^ make one with: openssl rand -hex 32",
@@ -224,7 +232,7 @@ c.toml:2:14: the cluster token is shorter than 16 characters
     refused(
         "[cluster]\ntoken_file = \"missing\"\n",
         "
-c.toml:2:14: cannot read the token file: DIR/missing: No such file or directory (os error 2)
+c.toml:2:14: cannot read the file: DIR/missing: No such file or directory (os error 2)
   |
 2 | token_file = \"missing\"
   |              ^^^^^^^^^ create it: openssl rand -hex 32 > FILE",
@@ -235,7 +243,7 @@ c.toml:2:14: cannot read the token file: DIR/missing: No such file or directory 
 c.toml:2:8: HTTP would listen on 0.0.0.0, beyond loopback, without authentication
   |
 2 | host = \"0.0.0.0\"
-  |        ^^^^^^^^^ keep 127.0.0.1 and put a reverse proxy before it",
+  |        ^^^^^^^^^ set `api_key_file`",
     );
     refused(
         "[[nodes]]\nhost = \"gpu-2\"\n",

@@ -8,6 +8,7 @@ use super::raw::{DeviceKind, Raw, Store};
 use super::read::locate;
 use super::section::ByteSize;
 use super::{Config, KvCache, Model, Node, Parallel, State, Token};
+use heliostat_engine::config::ModelConfig;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -20,17 +21,10 @@ pub(crate) struct Facts {
     pub(crate) cores: u32,
     /// Text of the token file; None where none is named.
     pub(crate) token_file: Option<Result<String, String>>,
-    /// The model's shape, or why it cannot be read.
-    pub(crate) model: Result<ModelShape, String>,
-}
-
-/// What the model's config.json says that other keys depend on.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct ModelShape {
-    /// Routed experts per MoE layer.
-    pub(crate) experts: u32,
-    /// Longest sequence.
-    pub(crate) context: u32,
+    /// Text of the API key's file; None where none is named.
+    pub(crate) api_key_file: Option<Result<String, String>>,
+    /// The model's config.json, or why it cannot be read.
+    pub(crate) model: Result<ModelConfig, String>,
 }
 
 /// Shortest token that is accepted.
@@ -42,6 +36,7 @@ const KV_CACHE_BYTES_DEFAULT: ByteSize = ByteSize(128 << 20);
 pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Vec<Problem>> {
     let mut check = Check { text, problems: Vec::new() };
     let token = check.token(&raw, facts);
+    let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
     check.listeners(&raw, token.is_some());
     let nodes = check.nodes(&raw, facts);
     let devices = nodes.iter().map(|n| n.devices).sum();
@@ -64,15 +59,19 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         run_dir: raw.cluster.run_dir,
         token,
         bind: raw.head.bind,
+        advertise: raw.head.advertise,
         state,
         nodes,
         model,
         parallel,
         redundant_experts,
+        step_timeout_s: raw.parallel.step_timeout_s,
+        ring_bytes: raw.parallel.ring_bytes.0,
         eplb: raw.eplb,
         kv_cache,
         engine: raw.engine,
         serve: raw.serve,
+        api_key,
         supervision: raw.supervision,
     })
 }
@@ -85,7 +84,9 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
         cluster.token_file = Some(cluster.run_dir.join("token"));
     }
     raw.model.path = dir.join(&raw.model.path);
-    for path in [&mut raw.state.dir, &mut raw.eplb.initial_layout].into_iter().flatten() {
+    for path in
+        [&mut raw.state.dir, &mut raw.eplb.initial_layout, &mut raw.serve.api_key_file].into_iter().flatten()
+    {
         *path = dir.join(&*path);
     }
     raw
@@ -114,28 +115,30 @@ impl Check<'_> {
             "`token` and `token_file` are both set",
             "keep one of them",
         );
-        let (path, text) = match (&cluster.token, &facts.token_file) {
-            (Some(token), _) => ("cluster.token", token.clone()),
-            (None, Some(Ok(text))) => ("cluster.token_file", text.trim().to_string()),
-            (None, Some(Err(e))) => {
-                self.require(
-                    false,
-                    "cluster.token_file",
-                    format!("cannot read the token file: {e}"),
-                    "create it: openssl rand -hex 32 > FILE",
-                );
-                return None;
+        match &cluster.token {
+            Some(token) => self.secret("cluster.token", token),
+            None => self.secret_file("cluster.token_file", facts.token_file.as_ref()),
+        }
+    }
+
+    /// What a file with a secret holds.
+    fn secret_file(&mut self, path: &str, file: Option<&Result<String, String>>) -> Option<Token> {
+        match file? {
+            Ok(text) => self.secret(path, text),
+            Err(e) => {
+                let message = format!("cannot read the file: {e}");
+                self.require(false, path, message, "create it: openssl rand -hex 32 > FILE");
+                None
             }
-            (None, None) => return None,
-        };
+        }
+    }
+
+    fn secret(&mut self, path: &str, text: &str) -> Option<Token> {
+        let text = text.trim();
         let long = text.chars().count() >= TOKEN_CHARS_MIN;
-        self.require(
-            long,
-            path,
-            format!("the cluster token is shorter than {TOKEN_CHARS_MIN} characters"),
-            "make one with: openssl rand -hex 32",
-        );
-        Some(Token(text))
+        let message = format!("the secret is shorter than {TOKEN_CHARS_MIN} characters");
+        self.require(long, path, message, "make one with: openssl rand -hex 32");
+        Some(Token(text.to_string()))
     }
 
     fn listeners(&mut self, raw: &Raw, has_token: bool) {
@@ -147,10 +150,16 @@ impl Check<'_> {
             "set `token_file` in [cluster]",
         );
         self.require(
-            raw.serve.host.is_loopback(),
+            !bind.ip().is_unspecified() || raw.head.advertise.is_some(),
+            "head.bind",
+            format!("nobody can connect to the wildcard address {bind}"),
+            "set `advertise` to the address by which others reach this machine",
+        );
+        self.require(
+            raw.serve.host.is_loopback() || raw.serve.api_key_file.is_some(),
             "serve.host",
             format!("HTTP would listen on {}, beyond loopback, without authentication", raw.serve.host),
-            "keep 127.0.0.1 and put a reverse proxy before it",
+            "set `api_key_file`",
         );
         let clash = bind.port() == raw.serve.port && bind.port() != 0;
         self.require(
@@ -247,6 +256,7 @@ impl Check<'_> {
             format!("{what}, the nodes have {devices}"),
             "lower dp and ep, or raise `cpu` in [devices]",
         );
+        self.positive("parallel.step_timeout_s", raw.parallel.step_timeout_s);
         Parallel { dp, ep, colocate }
     }
 
@@ -254,7 +264,7 @@ impl Check<'_> {
         let path = facts.dir.join(&raw.model.path);
         let name = raw.model.name.clone().unwrap_or_else(|| directory_name(&path));
         let context = match &facts.model {
-            Ok(shape) => shape.context,
+            Ok(model) => to_u32(model.max_position_embeddings),
             Err(e) => {
                 self.require(false, "model.path", e.clone(), "name a Hugging Face checkpoint directory");
                 u32::MAX
@@ -278,7 +288,8 @@ impl Check<'_> {
     }
 
     fn redundant_experts(&mut self, raw: &Raw, facts: &Facts, ep: u32) -> u32 {
-        let Ok(ModelShape { experts, .. }) = facts.model else { return 0 };
+        let Ok(model) = &facts.model else { return 0 };
+        let experts = to_u32(model.moe.num_experts);
         let ep = ep.max(1);
         let fill = (ep - experts % ep) % ep;
         let auto = if raw.eplb.enable_eplb && ep > 1 { fill + ep } else { fill };
@@ -324,8 +335,7 @@ impl Check<'_> {
             "weights always move in the background in this release",
             "leave `use_async` out",
         );
-        self.positive("eplb.remap_timeout_s", eplb.remap_timeout_s);
-        self.positive("eplb.watchdog_timeout_s", eplb.watchdog_timeout_s);
+        self.positive("eplb.plan_timeout_s", eplb.plan_timeout_s);
         if let Some(layout) = &eplb.initial_layout {
             let layout = dir.join(layout);
             let message = format!("there is no file {}", layout.display());
@@ -466,6 +476,11 @@ impl Check<'_> {
 /// Whether a listener on `a` and one on `b` would meet.
 fn same_interface(a: IpAddr, b: IpAddr) -> bool {
     a == b || a.is_unspecified() || b.is_unspecified()
+}
+
+/// A size of a model; none comes near the limit.
+fn to_u32(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
 }
 
 /// Last part of a path, for a model without a name.

@@ -1,0 +1,103 @@
+//! How a command reaches a cluster: the address it was given, else that of the run directory, else the default.
+
+use crate::args::{self, with_port};
+use crate::config::{Config, DEFAULT_FILE, Token};
+use crate::failure::{Failure, NO_CLUSTER};
+use crate::rundir::{RunDir, read_token};
+use anyhow::Result;
+use heliostat_runtime::cluster::Cluster;
+use heliostat_runtime::cluster::status::ClusterStatus;
+use heliostat_runtime::system::Secret;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Port of a head, as Ray's.
+const DEFAULT_PORT: u16 = 6379;
+/// How long a head may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where a head is and how to prove that one may talk to it.
+#[derive(Debug, Clone)]
+pub(crate) struct Access {
+    /// HOST:PORT of the head.
+    pub(crate) address: String,
+    /// The cluster token.
+    pub(crate) token: Option<Token>,
+    /// Where the address comes from, for errors.
+    source: String,
+}
+
+impl Access {
+    /// To the head of a configuration, from this machine.
+    pub(crate) fn of(config: &Config) -> Self {
+        let address = reachable(config.bind).to_string();
+        Self { address, token: config.token.clone(), source: "of cluster.toml".into() }
+    }
+
+    /// As the options of a command say.
+    pub(crate) fn find(target: &args::Target) -> Result<Self> {
+        let run = run_dir(target.run_dir.as_deref(), None)?;
+        let token = match &target.token_file {
+            Some(path) => Some(read_token(path)?),
+            None => read_token(&run.token_path()).ok(),
+        };
+        let (address, source) = match (&target.address, run.address()) {
+            (Some(address), _) => (with_port(address, DEFAULT_PORT), "of --address".into()),
+            (None, Some(address)) => (address, format!("of {}", run.path().display())),
+            (None, None) => (
+                format!("127.0.0.1:{DEFAULT_PORT}"),
+                format!("by default; {} names none", run.path().display()),
+            ),
+        };
+        Ok(Self { address, token, source })
+    }
+
+    /// The head's secret, as the runtime takes it.
+    pub(crate) fn secret(&self) -> Option<Secret> {
+        self.token.as_ref().map(|token| Secret::new(&token.0))
+    }
+
+    /// Connects, or says that nothing runs there.
+    pub(crate) async fn connect(&self) -> Result<Cluster> {
+        let connecting = Cluster::connect(&self.address, self.secret());
+        match tokio::time::timeout(ANSWER_TIMEOUT, connecting).await {
+            Ok(Ok(cluster)) => Ok(cluster),
+            Ok(Err(e)) => Err(self.nobody(&e.to_string())),
+            Err(_) => Err(self.nobody(&format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
+        }
+    }
+
+    fn nobody(&self, why: &str) -> anyhow::Error {
+        let Self { address, source, .. } = self;
+        let fix = "start a cluster with `helio up`, or name its head with --address HOST:PORT";
+        Failure::error(NO_CLUSTER, format!("no cluster answers at {address} ({source}): {why}\n  {fix}"))
+    }
+}
+
+/// The cluster's status now.
+pub(crate) async fn status(access: &Access) -> Result<ClusterStatus> {
+    Ok(access.connect().await?.status().await?)
+}
+
+/// The run directory that a command works on: the one it was given, else that of its cluster.toml, else `run`.
+pub(crate) fn run_dir(given: Option<&Path>, file: Option<&Path>) -> Result<RunDir> {
+    if let Some(path) = given {
+        return RunDir::new(path);
+    }
+    if file.is_some() {
+        return RunDir::new(&Config::load(file)?.run_dir);
+    }
+    // A broken file here must not keep one from looking at a cluster that runs.
+    let configured = Path::new(DEFAULT_FILE).is_file().then(|| Config::load(None).ok()).flatten();
+    RunDir::new(&configured.map_or_else(|| PathBuf::from("run"), |config| config.run_dir))
+}
+
+/// An address to connect to for an address to listen on.
+pub(crate) fn reachable(bind: std::net::SocketAddr) -> std::net::SocketAddr {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    match bind.ip() {
+        ip if !ip.is_unspecified() => bind,
+        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, bind.port()).into(),
+        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, bind.port()).into(),
+    }
+}

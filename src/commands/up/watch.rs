@@ -1,0 +1,219 @@
+//! Follows a starting cluster: the head's status -> rows of progress, and whether it serves or has failed.
+//!
+//! `see` is pure; `Watch` asks the head again and again.
+
+use super::report::{Row, RowState};
+use crate::cluster::Access;
+use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
+use heliostat_runtime::spec::DeathCause;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+/// Pause between two looks.
+const PERIOD: Duration = Duration::from_millis(50);
+/// A look is taken at least this often, even where nothing changes.
+const LONGEST_LOOK: Duration = Duration::from_millis(300);
+
+/// What a look at the cluster shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// One per actor, by name.
+    pub(crate) rows: Vec<Row>,
+    /// All expected actors and all groups are ready.
+    pub(crate) ready: bool,
+    /// Why it never will be.
+    pub(crate) failed: Option<String>,
+}
+
+/// A task that looks at the cluster until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    seen: mpsc::Receiver<Seen>,
+    task: JoinHandle<()>,
+}
+
+impl Watch {
+    /// Starts to look. `expected` are the names of the actors that must be ready.
+    pub(crate) fn start(access: Access, expected: Vec<String>) -> Self {
+        let (sender, seen) = mpsc::channel(1);
+        let task = tokio::spawn(async move {
+            let cluster = loop {
+                match access.connect().await {
+                    Ok(cluster) => break cluster,
+                    Err(_) => {
+                        send(
+                            &sender,
+                            Seen { rows: vec![waiting("actors", "the head starts")], ..Seen::default() },
+                        )
+                        .await
+                    }
+                }
+                tokio::time::sleep(PERIOD).await;
+            };
+            let mut version = 0;
+            loop {
+                match cluster.watch(version, LONGEST_LOOK).await {
+                    Ok(status) => {
+                        version = status.version;
+                        send(&sender, see(&status, &expected)).await;
+                    }
+                    Err(e) => tracing::debug!("no status: {e}"),
+                }
+                tokio::time::sleep(PERIOD).await;
+            }
+        });
+        Self { seen, task }
+    }
+
+    /// The next look; never ends by itself.
+    pub(crate) async fn next(&mut self) -> Seen {
+        match self.seen.recv().await {
+            Some(seen) => seen,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Hands over what was seen. A receiver that is gone has ended this task, too.
+async fn send(sender: &mpsc::Sender<Seen>, seen: Seen) {
+    let _ = sender.send(seen).await;
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What the status means for somebody who waits for the cluster to serve.
+pub(crate) fn see(status: &ClusterStatus, expected: &[String]) -> Seen {
+    let rows: Vec<Row> = expected
+        .iter()
+        .map(|name| status.actor(name).map_or_else(|| waiting(name, "to be deployed"), row))
+        .collect();
+    let all_ready = rows.iter().all(|row| row.state == RowState::Ready);
+    Seen {
+        ready: all_ready && status.groups.iter().all(|group| group.complete),
+        failed: expected.iter().filter_map(|name| failure(status.actor(name)?)).next(),
+        rows,
+    }
+}
+
+fn waiting(name: &str, reason: &str) -> Row {
+    Row { name: name.into(), place: String::new(), state: RowState::Waiting { reason: reason.into() } }
+}
+
+fn row(actor: &ActorStatus) -> Row {
+    let state = match &actor.state {
+        ActorState::Pending { reason } => RowState::Waiting { reason: reason.clone() },
+        ActorState::Starting { progress } => RowState::Starting {
+            phase: if progress.phase.is_empty() { "starting".into() } else { progress.phase.clone() },
+            done: progress.done,
+            total: progress.total,
+        },
+        ActorState::Ready => RowState::Ready,
+        ActorState::Restarting { .. } | ActorState::Dead { .. } => RowState::Down { cause: cause(actor) },
+        ActorState::Stopping => RowState::Waiting { reason: "stopping".into() },
+    };
+    let node = actor.node.iter().cloned();
+    let device = actor.device.iter().map(|d| format!("device {d}"));
+    let pid = actor.pid.iter().map(|p| format!("pid {p}"));
+    let place = node.chain(device).chain(pid).collect::<Vec<_>>().join(" ");
+    Row { name: actor.name.clone(), place, state }
+}
+
+/// Why a start cannot succeed: an actor that could not be created fails the same way again.
+fn failure(actor: &ActorStatus) -> Option<String> {
+    let hopeless = matches!(actor.state, ActorState::Dead { .. })
+        || matches!(actor.last_death, Some(DeathCause::CreateFailed { .. } | DeathCause::StartFailed { .. }));
+    hopeless.then(|| match &actor.last_death {
+        Some(DeathCause::CreateFailed { message }) => {
+            format!("{} could not be created:\n{message}", actor.name)
+        }
+        _ => format!("{}: {}", actor.name, cause(actor)),
+    })
+}
+
+fn cause(actor: &ActorStatus) -> String {
+    match (&actor.state, &actor.last_death) {
+        (ActorState::Dead { cause }, _) | (_, Some(cause)) => cause.to_string(),
+        (_, None) => "died".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use heliostat_runtime::cluster::status::{GroupStatus, HeadStatus, StoreHealth};
+    use heliostat_runtime::handle::Incarnation;
+    use heliostat_runtime::spec::Progress;
+
+    fn actor(name: &str, state: ActorState, last_death: Option<DeathCause>) -> ActorStatus {
+        ActorStatus {
+            name: name.into(),
+            type_name: "rank".into(),
+            state,
+            restarts: 0,
+            last_death,
+            incarnation: Incarnation(1),
+            group: None,
+            rank: None,
+            node: Some("node-0".into()),
+            device: None,
+            pid: Some(7),
+            endpoint: None,
+        }
+    }
+
+    fn cluster(actors: Vec<ActorStatus>, complete: bool) -> ClusterStatus {
+        let head =
+            HeadStatus { endpoint: "e".into(), pid: 1, uptime_s: 0, closing: false, recovering: false };
+        let group = GroupStatus { name: "ep".into(), epoch: 1, complete, members: vec![] };
+        ClusterStatus {
+            version: 1,
+            head,
+            nodes: vec![],
+            workers: vec![],
+            actors,
+            groups: vec![group],
+            state_store: StoreHealth::default(),
+        }
+    }
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|n| n.to_string()).collect()
+    }
+
+    #[test]
+    fn ready_means_every_expected_actor_and_a_complete_group() {
+        let ready = || actor("rank-0", ActorState::Ready, None);
+        assert!(see(&cluster(vec![ready()], true), &names(&["rank-0"])).ready);
+        assert!(!see(&cluster(vec![ready()], false), &names(&["rank-0"])).ready);
+        let seen = see(&cluster(vec![ready()], true), &names(&["rank-0", "eplb"]));
+        assert!(!seen.ready && seen.failed.is_none());
+        assert_eq!(seen.rows[1].state, RowState::Waiting { reason: "to be deployed".into() });
+    }
+
+    #[test]
+    fn a_constructor_that_fails_ends_the_start_and_is_told_once() {
+        let torn = || Some(DeathCause::CreateFailed { message: "model.safetensors is torn".into() });
+        let again = ActorState::Restarting { attempt: 1, in_ms: 0 };
+        let actors = vec![actor("rank-0", again.clone(), torn()), actor("rank-1", again, torn())];
+        let failed = see(&cluster(actors, false), &names(&["rank-0", "rank-1"])).failed;
+        assert_eq!(failed.as_deref(), Some("rank-0 could not be created:\nmodel.safetensors is torn"));
+    }
+
+    #[test]
+    fn a_worker_that_was_killed_while_starting_is_no_reason_to_stop() {
+        let progress = Progress { phase: "loading weights".into(), done: 1, total: 4 };
+        let killed = Some(DeathCause::Killed { signal: 9 });
+        let seen = see(
+            &cluster(vec![actor("rank-0", ActorState::Starting { progress }, killed)], false),
+            &names(&["rank-0"]),
+        );
+        assert_eq!(seen.failed, None);
+        assert_eq!(seen.rows[0].place, "node-0 pid 7");
+        assert!(matches!(seen.rows[0].state, RowState::Starting { done: 1, total: 4, .. }));
+    }
+}

@@ -1,0 +1,111 @@
+//! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
+
+use crate::config::{Config, KvCache, PlacementStrategy, Policy, Token};
+use anyhow::{Context, Result};
+use heliostat_actors::deployment::Deployment;
+use heliostat_actors::eplb::EplbArgs;
+use heliostat_actors::rank::{EngineArgs, KvCacheArgs, LinkArgs};
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::ep::Topology;
+use heliostat_engine::eplb::{Gate, Layout, MapShape, PlacementStrategy as Strategy, Policy as Planner};
+use heliostat_runtime::spec::RestartPolicy;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// Steps between two load reports of a rank; a shorter window reports more often.
+const LOAD_REPORT_STEPS: u32 = 16;
+/// Layers of a remap that a rank stages ahead of their commits.
+const STAGE_AHEAD: u32 = 2;
+
+/// The deployment that a configuration describes. Reads the model's config.json and the initial layout.
+pub(crate) fn deployment(config: &Config) -> Result<Deployment> {
+    let model = ModelConfig::from_dir(&config.model.path)?;
+    let topology = topology(config)?;
+    let layout_file = config.eplb.initial_layout.as_deref();
+    let initial_layout = layout_file
+        .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
+        .transpose()?;
+    let strategy = match config.eplb.expert_placement_strategy {
+        PlacementStrategy::Linear => Strategy::Linear,
+        PlacementStrategy::RoundRobin => Strategy::RoundRobin,
+    };
+    Ok(Deployment {
+        model: config.model.path.clone(),
+        model_name: config.model.name.clone(),
+        redundant_experts: config.redundant_experts,
+        initial_layout,
+        strategy,
+        engine: engine(config),
+        links: LinkArgs {
+            timeout: Duration::from_secs_f64(config.step_timeout_s),
+            ring_bytes: config.ring_bytes,
+            secret: config.token.as_ref().map(|Token(text)| text.clone().into_bytes()),
+            stage_ahead: STAGE_AHEAD,
+        },
+        eplb: eplb(config, &model, &topology, strategy)?,
+        topology,
+        http: SocketAddr::new(config.serve.host, config.serve.port),
+        body_bytes_max: config.serve.max_body_bytes.0,
+        api_key: config.api_key.as_ref().map(|Token(text)| text.clone()),
+        restart: restart(config),
+    })
+}
+
+/// How often actors, head and nodes are started again.
+pub(crate) fn restart(config: &Config) -> RestartPolicy {
+    let s = &config.supervision;
+    RestartPolicy {
+        max_restarts: s.max_restarts,
+        window: Duration::from_secs_f64(s.window_s),
+        backoff_min: Duration::from_millis(s.backoff_min_ms.into()),
+        backoff_max: Duration::from_millis(s.backoff_max_ms.into()),
+    }
+}
+
+fn topology(config: &Config) -> Result<Topology> {
+    let p = config.parallel;
+    Ok(Topology::new(p.dp as usize, p.ep as usize, p.colocate)?)
+}
+
+fn engine(config: &Config) -> EngineArgs {
+    EngineArgs {
+        block_size: config.engine.block_size,
+        kv_cache: match config.kv_cache {
+            KvCache::Bytes(bytes) => KvCacheArgs::Bytes(bytes),
+            KvCache::Blocks(blocks) => KvCacheArgs::Blocks(blocks),
+        },
+        max_num_seqs: config.engine.max_num_seqs,
+        max_num_batched_tokens: config.engine.max_num_batched_tokens,
+        max_model_len: config.model.max_model_len,
+        enable_prefix_caching: config.engine.enable_prefix_caching,
+        max_waiting: config.serve.max_queued_requests,
+        load_report_steps: LOAD_REPORT_STEPS.min(config.eplb.window_size),
+    }
+}
+
+fn eplb(config: &Config, model: &ModelConfig, topology: &Topology, strategy: Strategy) -> Result<EplbArgs> {
+    let experts = u32::try_from(model.moe.num_experts).context("the model has too many experts")?;
+    let shape = MapShape { experts, slots: experts + config.redundant_experts, ranks: config.parallel.ep };
+    // Hierarchical balancing wants whole ranks and slots per node.
+    let nodes = u32::try_from(config.nodes.len()).unwrap_or(1);
+    let even = shape.ranks.is_multiple_of(nodes) && shape.slots.is_multiple_of(nodes);
+    let num_nodes = if even { nodes as usize } else { 1 };
+    let policy = match config.eplb.policy {
+        Policy::Deepseek => Planner::Deepseek { num_groups: model.moe.router.n_group, num_nodes },
+        Policy::Incremental => Planner::Incremental(heliostat_engine::eplb::incremental::Search::default()),
+    };
+    let values = 3 * model.hidden_size * model.moe.intermediate_size;
+    let bytes_per_value = if model.fp8_blocks { 1 } else { 2 };
+    Ok(EplbArgs {
+        layout: Layout::initial(model.moe_layers(), shape.validate()?, strategy)?,
+        topology: topology.clone(),
+        enabled: config.eplb.enable_eplb,
+        window_size: config.eplb.window_size.into(),
+        step_interval: config.eplb.step_interval.into(),
+        policy,
+        gate: Gate::default(),
+        bytes_per_expert: (values * bytes_per_value) as u64,
+        plan_timeout: Duration::from_secs_f64(config.eplb.plan_timeout_s),
+        log_balancedness: config.eplb.log_balancedness,
+    })
+}

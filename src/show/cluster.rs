@@ -1,0 +1,206 @@
+//! `helio status` and `helio list` as text.
+
+use super::{Terminal, or_dash, render, seconds, table};
+use heliostat_runtime::cluster::status::{
+    ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, WorkerStatus,
+};
+use heliostat_runtime::spec::{Device, DeviceKind};
+use std::fmt::Write;
+
+/// The whole cluster on one screen.
+pub(crate) fn status(status: &ClusterStatus, terminal: Terminal) -> String {
+    let head = &status.head;
+    let ready = status.actors.iter().filter(|a| a.state == ActorState::Ready).count();
+    let mut text = String::new();
+    let state = match (head.closing, head.recovering, ready == status.actors.len()) {
+        (true, ..) => terminal.style("33", "stopping"),
+        (_, true, _) => terminal.style("33", "recovering"),
+        (.., true) => terminal.style("32", "ready"),
+        (.., false) => terminal.style("33", "not ready"),
+    };
+    let _ = writeln!(
+        text,
+        "{state}: {ready} of {} actors; head {} (pid {}, up {})",
+        status.actors.len(),
+        head.endpoint,
+        head.pid,
+        seconds(head.uptime_s)
+    );
+    let store = &status.state_store;
+    match &store.error {
+        None => drop(writeln!(text, "state store: {}", store.kind)),
+        Some(error) => {
+            let _ = writeln!(
+                text,
+                "state store: {} {}: {error}; the head goes on from memory, {} writes wait",
+                store.kind,
+                terminal.style("31", "fails"),
+                store.queued
+            );
+        }
+    }
+    for group in &status.groups {
+        let whole = if group.complete { "complete" } else { "incomplete" };
+        let _ = writeln!(
+            text,
+            "group {}: {whole}, {} ranks, epoch {}",
+            group.name,
+            group.members.len(),
+            group.epoch
+        );
+    }
+    let _ = write!(text, "\n{}\n{}", nodes(&status.nodes), actors(&status.actors));
+    text
+}
+
+/// One line per node.
+pub(crate) fn nodes(nodes: &[NodeStatus]) -> String {
+    let mut table = table(["node", "state", "devices", "in use", "cpus", "pid", "endpoint"]);
+    for node in nodes {
+        let used = node.devices.iter().filter(|d| d.owner.is_some()).count();
+        table.add_row([
+            node.name.clone(),
+            node_state(&node.state),
+            devices(node.devices.iter().map(|d| &d.device)),
+            used.to_string(),
+            node.cpus.to_string(),
+            node.pid.to_string(),
+            node.endpoint.clone(),
+        ]);
+    }
+    render(&table)
+}
+
+/// One line per worker process.
+pub(crate) fn workers(workers: &[WorkerStatus]) -> String {
+    let mut table = table(["worker of", "state", "node", "pid", "incarnation"]);
+    for worker in workers {
+        table.add_row([
+            worker.actor.clone(),
+            word(&worker.state),
+            worker.node.clone(),
+            or_dash(worker.pid),
+            worker.incarnation.to_string(),
+        ]);
+    }
+    render(&table)
+}
+
+/// One line per actor.
+pub(crate) fn actors(actors: &[ActorStatus]) -> String {
+    let mut table = table(["actor", "type", "state", "node", "device", "pid", "restarts", "last death"]);
+    for actor in actors {
+        table.add_row([
+            actor.name.clone(),
+            actor.type_name.clone(),
+            actor_state(&actor.state),
+            or_dash(actor.node.as_ref()),
+            or_dash(actor.device),
+            or_dash(actor.pid),
+            actor.restarts.to_string(),
+            or_dash(actor.last_death.as_ref()),
+        ]);
+    }
+    render(&table)
+}
+
+/// A state in a few words.
+pub(crate) fn actor_state(state: &ActorState) -> String {
+    match state {
+        ActorState::Pending { reason } => format!("pending: {reason}"),
+        ActorState::Starting { progress } if progress.phase.is_empty() => "starting".into(),
+        ActorState::Starting { progress } if progress.total == 0 => format!("starting: {}", progress.phase),
+        ActorState::Starting { progress } => {
+            let percent = progress.done.saturating_mul(100) / progress.total;
+            format!("starting: {} {percent}%", progress.phase)
+        }
+        ActorState::Ready => "ready".into(),
+        ActorState::Restarting { attempt, in_ms } => format!("restarting in {in_ms} ms (attempt {attempt})"),
+        ActorState::Stopping => "stopping".into(),
+        ActorState::Dead { .. } => "dead".into(),
+    }
+}
+
+fn node_state(state: &NodeState) -> String {
+    match state {
+        NodeState::Ready => "ready".into(),
+        NodeState::Leaving => "leaving".into(),
+        NodeState::Unreachable { why } => format!("unreachable: {why}"),
+        NodeState::Lost { why } => format!("lost: {why}"),
+    }
+}
+
+/// "4 cpu (2 threads each)".
+fn devices<'d>(devices: impl Iterator<Item = &'d Device>) -> String {
+    let (mut cpu, mut cuda, mut threads) = (0, 0, 0);
+    for device in devices {
+        match device.kind {
+            DeviceKind::Cpu { threads: n } => (cpu, threads) = (cpu + 1, n),
+            DeviceKind::Cuda { .. } => cuda += 1,
+        }
+    }
+    let cpu = (cpu > 0)
+        .then(|| format!("{cpu} cpu ({threads} thread{} each)", if threads == 1 { "" } else { "s" }));
+    let cuda = (cuda > 0).then(|| format!("{cuda} cuda"));
+    let all: Vec<String> = cpu.into_iter().chain(cuda).collect();
+    if all.is_empty() { "none".into() } else { all.join(", ") }
+}
+
+/// A unit variant as serde spells it.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_string)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use heliostat_runtime::cluster::status::{HeadStatus, StoreHealth};
+    use heliostat_runtime::handle::Incarnation;
+    use heliostat_runtime::spec::DeathCause;
+
+    #[test]
+    fn a_cluster_in_trouble_says_which() {
+        let actor = ActorStatus {
+            name: "rank-0".into(),
+            type_name: "rank".into(),
+            state: ActorState::Restarting { attempt: 2, in_ms: 100 },
+            restarts: 2,
+            last_death: Some(DeathCause::Killed { signal: 9 }),
+            incarnation: Incarnation(7),
+            group: Some("ep".into()),
+            rank: Some(0),
+            node: Some("node-0".into()),
+            device: Some(0),
+            pid: None,
+            endpoint: None,
+        };
+        let head = HeadStatus {
+            endpoint: "127.0.0.1:6379".into(),
+            pid: 1,
+            uptime_s: 61,
+            closing: false,
+            recovering: false,
+        };
+        let store = StoreHealth { kind: "etcd".into(), queued: 3, error: Some("connection refused".into()) };
+        let cluster = ClusterStatus {
+            version: 1,
+            head,
+            nodes: vec![],
+            workers: vec![],
+            actors: vec![actor],
+            groups: vec![],
+            state_store: store,
+        };
+        let text = status(&cluster, Terminal { colour: false, width: 100 });
+        assert!(
+            text.starts_with("not ready: 0 of 1 actors; head 127.0.0.1:6379 (pid 1, up 1 min 1 s)\n"),
+            "{text}"
+        );
+        assert!(text.contains(
+            "state store: etcd fails: connection refused; the head goes on from memory, 3 writes wait"
+        ));
+        assert!(text.contains("rank-0") && text.contains("restarting in 100 ms (attempt 2)"), "{text}");
+        assert!(text.contains("signal 9 (SIGKILL"), "{text}");
+        assert!(!text.contains('\u{1b}'));
+    }
+}
