@@ -23,7 +23,7 @@ use crate::node::files::{self, RunDir, WorkerRecord};
 use crate::spec::DeathCause;
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
 
-/// How long the head is given to hear of the actor's end.
+/// How long the head is given to hear of the actor's end, and then peers to take their last answers.
 const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// What a worker is told by its node: where its record lies.
@@ -153,6 +153,10 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
         Ending::Fenced(why) => DeathCause::Failed { message: why },
     };
     tracing::info!(%cause, "worker ends");
+    // Answers that are on their way, such as the cause to those who asked a panicked actor, still go out.
+    if tokio::time::timeout(LAST_WORD, system.shutdown()).await.is_err() {
+        tracing::warn!("some connections did not close in time");
+    }
     Ok(Ended { cause })
 }
 

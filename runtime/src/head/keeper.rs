@@ -183,6 +183,6 @@ mod tests {
         assert!(keeper.flushed(Duration::from_secs(10)).await);
         let read = keeper.shared.store.range(PREFIX).await.unwrap().entries;
         let read: Vec<Record> = read.iter().map(|entry| from_bytes(&entry.value).unwrap()).collect();
-        assert_eq!(read, [spec("a"), Record::Incarnations(7)]);
+        assert_eq!(read, [Record::Incarnations(7), spec("a")]);
     }
 }

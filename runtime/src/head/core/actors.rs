@@ -203,9 +203,9 @@ impl HeadState {
         self.out.push(Command::DismissWorker { incarnation, why });
     }
 
-    /// The actor ended though its process still runs: that goes too, and then the supervisor decides.
+    /// The actor ended though its process still runs: that is going too, and then the supervisor decides.
     fn ended(&mut self, name: &str, cause: DeathCause) {
-        self.stop(name, cause, Then::Supervise, Manner::Kill);
+        self.stop(name, cause, Then::Supervise, Manner::Graceful);
     }
 
     /// Ends the actor's process, if it has one, and does what follows.

@@ -1,5 +1,7 @@
 //! Nodes, workers, connections and a store that behave like the real ones, in virtual time.
 
+mod faults;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
@@ -567,89 +569,6 @@ impl World {
         let node = self.nodes.get_mut(&name).expect("known");
         node.ends.insert(incarnation, (worker, cause));
         self.report_node(&name, false);
-    }
-
-    // Faults --------------------------------------------------------------------------------------------------
-
-    /// Something breaks.
-    pub(super) fn fault(&mut self) {
-        let name = NODES[self.roll(3) as usize].to_owned();
-        let victim = self.roll(self.workers.len() as u64) as usize;
-        let victim = self.workers.keys().nth(victim).copied();
-        match (self.roll(12), victim) {
-            (0..=2, Some(victim)) => self.die(victim, DeathCause::Killed { signal: 9 }),
-            (3, _) => self.kill_agent(&name, 3000),
-            (4, _) => self.kill_agent(&name, 20_000),
-            (5, _) => self.kill_host(&name),
-            (6, _) => self.freeze(&name),
-            (7, _) if !self.store_down => self.crash_head(),
-            (8, _) => self.cut(&Link::Node(name)),
-            (9, Some(victim)) => self.cut(&Link::Worker(victim)),
-            (10, _) => self.store_down = !self.store_down,
-            _ => self.request(),
-        }
-        self.flush();
-    }
-
-    fn kill_agent(&mut self, name: &str, back_ms: u64) {
-        let node = self.nodes.get_mut(name).expect("known");
-        if node.boot == 0 {
-            return;
-        }
-        self.cut(&Link::Node(name.to_owned()));
-        let now = self.now;
-        let node = self.nodes.get_mut(name).expect("known");
-        (node.boot, node.frozen, node.alone_since) = (0, false, now);
-        let orphans: Vec<_> =
-            self.workers.iter().filter(|(_, worker)| worker.node == name).map(|(i, _)| *i).collect();
-        for orphan in orphans {
-            self.at(now + AGENT_GRACE, What::Orphaned(orphan));
-        }
-        self.after(back_ms, What::StartAgent(name.to_owned()));
-    }
-
-    fn kill_host(&mut self, name: &str) {
-        self.kill_agent(name, 20_000);
-        self.workers.retain(|_, worker| worker.node != name);
-        self.nodes.get_mut(name).expect("known").ends.clear();
-    }
-
-    fn freeze(&mut self, name: &str) {
-        let node = self.nodes.get_mut(name).expect("known");
-        if node.boot != 0 && !node.frozen {
-            node.frozen = true;
-            let boot = node.boot;
-            self.after(10_000, What::Thaw(name.to_owned(), boot));
-        }
-    }
-
-    /// Somebody asks for something.
-    fn request(&mut self) {
-        let which = self.roll(self.specs.len() as u64) as usize;
-        let (name, action) = (self.specs[which].name.clone(), self.roll(3));
-        let now = self.now;
-        let Some(head) = self.head.as_mut() else { return };
-        let commands = match action {
-            0 => head.stop_actor(now, &name),
-            1 => head.restart_actor(now, &name),
-            _ => return self.apply(),
-        };
-        self.carry_out(commands.expect("known"));
-    }
-
-    /// Nothing breaks any more, and what is broken is repaired.
-    pub(super) fn heal(&mut self) {
-        self.healed = true;
-        self.store_down = false;
-        self.flush();
-        self.start_head();
-        for name in NODES {
-            let boot = self.nodes[name].boot;
-            self.thaw(name, boot);
-            self.start_agent(name);
-        }
-        self.apply();
-        self.flush();
     }
 }
 
