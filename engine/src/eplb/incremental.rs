@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::map::ExpertMap;
 
+/// Moves that lower the hottest rank's load by less than this share of it are not made.
+const WORTH_MOVING: f64 = 1e-4;
+
 /// What the search is to reach, and at what price.
 #[derive(Clone, Debug, PartialEq, Encode, Decode, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -67,9 +70,25 @@ pub fn improve(present: &ExpertMap, loads: &[f32], search: &Search) -> Improved 
     assert_eq!(loads.len(), present.shape().experts as usize, "one load for each expert");
     let mut state = State::new(present, loads, search);
     let mut moves = Vec::new();
-    state.split(&mut moves, search.max_moves);
-    state.descend(&mut moves, search.max_moves);
-    let map = ExpertMap::new(present.shape(), state.slots).expect("moves keep every expert");
+    // The excess may shrink while the hottest rank gets hotter: the search ends where it was coolest.
+    let mut best = (state.heat(), 0, state.slots.clone());
+    let mut splitting = true;
+    while moves.len() < search.max_moves {
+        let split = if splitting { state.split() } else { None };
+        // Only at first: later a move may take such a copy back, and that must not go on for ever.
+        splitting = split.is_some();
+        let Some(next) = split.or_else(|| state.best_move()) else {
+            break;
+        };
+        state.apply(next);
+        moves.push(next);
+        if state.heat() < best.0 * (1.0 - WORTH_MOVING) {
+            best = (state.heat(), moves.len(), state.slots.clone());
+        }
+    }
+    let (_, kept, slots) = best;
+    moves.truncate(kept);
+    let map = ExpertMap::new(present.shape(), slots).expect("moves keep every expert");
     Improved { map, moves }
 }
 
@@ -142,30 +161,19 @@ impl State {
             .sum()
     }
 
-    /// Makes moves as long as one helps and there are fewer than `limit`.
-    fn descend(&mut self, moves: &mut Vec<Move>, limit: usize) {
-        while moves.len() < limit
-            && let Some(best) = self.best_move()
-        {
-            self.apply(best);
-            moves.push(best);
-        }
+    /// The hottest rank's load relative to its limit.
+    fn heat(&self) -> f64 {
+        self.rank_loads.iter().zip(&self.limits).map(|(load, limit)| load / limit).fold(0.0, f64::max)
     }
 
-    /// Gives another copy to each expert whose copies are too much for a rank that has nothing else. Swaps cannot help
-    /// there, and once all ranks are full no place for a copy is left, so this comes first.
-    fn split(&mut self, moves: &mut Vec<Move>, limit: usize) {
+    /// Another copy for the expert whose copies are most, if one is too much for a rank that has nothing else. Swaps
+    /// cannot help there, and once all ranks are full no place for a copy is left, so this comes first.
+    fn split(&self) -> Option<Move> {
         let most = self.limits.iter().copied().fold(0.0, f64::max);
-        while moves.len() < limit {
-            let shares = (0..self.loads.len()).map(|expert| (expert, self.share(expert, 0)));
-            let mut hot: Vec<(usize, f64)> = shares.filter(|(_, share)| *share > most).collect();
-            hot.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            let Some(copy) = hot.into_iter().find_map(|(expert, share)| self.best_copy(expert, share)) else {
-                return;
-            };
-            self.apply(copy);
-            moves.push(copy);
-        }
+        let shares = (0..self.loads.len()).map(|expert| (expert, self.share(expert, 0)));
+        let mut hot: Vec<(usize, f64)> = shares.filter(|(_, share)| *share > most).collect();
+        hot.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        hot.into_iter().find_map(|(expert, share)| self.best_copy(expert, share))
     }
 
     /// The copy of an expert that does least harm elsewhere; none may leave another expert with a share as large.

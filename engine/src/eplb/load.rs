@@ -78,21 +78,6 @@ impl LoadWindow {
         true
     }
 
-    /// Adds counts of the same steps as the newest entry, from another rank; a new entry where there is none.
-    pub fn merge(&mut self, steps: u64, counts: &[Vec<u32>]) -> bool {
-        let Some((_, newest)) = self.entries.back_mut() else {
-            return self.push(steps, counts);
-        };
-        if counts.len() * self.experts != self.sums.len() || counts.iter().any(|c| c.len() != self.experts) {
-            return false;
-        }
-        for ((sum, entry), &count) in self.sums.iter_mut().zip(newest).zip(counts.iter().flatten()) {
-            *sum += u64::from(count);
-            *entry = entry.saturating_add(count);
-        }
-        true
-    }
-
     /// Steps that it covers.
     pub fn steps(&self) -> u64 {
         self.steps

@@ -88,7 +88,7 @@ impl Gate {
 }
 
 /// What the gate says of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// It changes.
@@ -102,7 +102,7 @@ pub enum Verdict {
 }
 
 /// What a policy offers for one layer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode, Serialize, Deserialize)]
 pub struct LayerOutlook {
     /// Balancedness of the loads under the present map.
     pub before: f32,
@@ -115,7 +115,7 @@ pub struct LayerOutlook {
 }
 
 /// A plan, and why it is what it is.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Proposal {
     /// The layers that are worth their moves.
     pub plan: Plan,
