@@ -7,15 +7,19 @@ use std::path::PathBuf;
 /// Shown under `helio --help`.
 const EXAMPLES: &str = "\
 Examples:
-  helio up                              start the cluster of ./cluster.toml (or the default cluster), Ctrl-C stops it
-  helio up cluster.toml --detach        the same in the background; returns when it serves
-  helio status                          nodes, actors, devices
-  helio eplb show                       load of the experts and where they lie
-  helio logs rank-0 -f                  follow the log of an actor
-  helio down                            stop everything
+  helio up                         start the cluster of ./cluster.toml, or the default one
+  helio up cluster.toml --detach   the same in the background; returns when it serves
+  helio status                     nodes, devices, actors
+  helio eplb show                  load of the experts and where they lie
+  helio logs rank-0 -f             follow the log of an actor
+  helio down                       stop everything
 
 Exit codes:
-  0  done    1  failed    2  wrong arguments or configuration    3  no cluster runs there    4  the cluster did not start";
+  0  done
+  1  failed
+  2  wrong arguments or configuration
+  3  no cluster runs there
+  4  the cluster did not start";
 
 /// Starts, watches and stops a Heliostat cluster.
 #[derive(Debug, Parser)]
@@ -63,8 +67,9 @@ Examples:
   helio up
   helio up cluster.toml --detach && curl http://127.0.0.1:8000/v1/models
 
-Without a file: ./cluster.toml, or the default cluster where there is none (4 CPU devices, dp = ep = 4, the bundled model).
-Head and node agent are restarted when they die. Ctrl-C, SIGTERM or `helio down` stop everything.")]
+Without a file: ./cluster.toml, or the default cluster where there is none (4 CPU devices,
+dp = ep = 4, the bundled model). Head and node agent are restarted when they die.
+Ctrl-C, SIGTERM or `helio down` stop everything.")]
 pub(crate) struct Up {
     /// The cluster to start.
     pub(crate) file: Option<PathBuf>,
@@ -227,9 +232,9 @@ pub(crate) struct List {
 Examples:
   helio logs rank-0
   helio logs ingress -f
-  helio logs head            head, node and up are read from the run directory")]
+  helio logs head            head, node-0 and up are read from the run directory")]
 pub(crate) struct Logs {
-    /// Name of the actor (helio list actors), or head, node, up.
+    /// Name of the actor (helio list actors), or head, node-0, up.
     pub(crate) actor: String,
     /// Go on printing what is added.
     #[arg(long, short)]

@@ -5,8 +5,8 @@ use crate::config::{Config, DEFAULT_FILE, Token};
 use crate::failure::{Failure, NO_CLUSTER};
 use crate::rundir::{RunDir, read_token};
 use anyhow::Result;
-use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::ClusterStatus;
+use heliostat_runtime::cluster::{Cluster, ClusterError};
 use heliostat_runtime::system::Secret;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -62,7 +62,8 @@ impl Access {
         let connecting = Cluster::connect(&self.address, self.secret());
         match tokio::time::timeout(ANSWER_TIMEOUT, connecting).await {
             Ok(Ok(cluster)) => Ok(cluster),
-            Ok(Err(e)) => Err(self.nobody(&e.to_string())),
+            Ok(Err(ClusterError::Head { why, .. })) => Err(self.nobody(cause(&why))),
+            Ok(Err(e)) => Err(e.into()),
             Err(_) => Err(self.nobody(&format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
         }
     }
@@ -72,6 +73,12 @@ impl Access {
         let fix = "start a cluster with `helio up`, or name its head with --address HOST:PORT";
         Failure::error(NO_CLUSTER, format!("no cluster answers at {address} ({source}): {why}\n  {fix}"))
     }
+}
+
+/// The part of the runtime's sentence that a user can do something about.
+fn cause(why: &str) -> &str {
+    let why = why.rsplit_once("unreachable: ").map_or(why, |(_, cause)| cause);
+    why.split_once(": ").filter(|(host, _)| host.contains(':')).map_or(why, |(_, cause)| cause)
 }
 
 /// The cluster's status now.
@@ -99,5 +106,17 @@ pub(crate) fn reachable(bind: std::net::SocketAddr) -> std::net::SocketAddr {
         ip if !ip.is_unspecified() => bind,
         IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, bind.port()).into(),
         IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, bind.port()).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_cause_is_shown() {
+        let refused = "Watch refused: unreachable: 127.0.0.1:6379: Connection refused (os error 111)";
+        assert_eq!(cause(refused), "Connection refused (os error 111)");
+        assert_eq!(cause("deadline passed"), "deadline passed");
     }
 }

@@ -28,7 +28,8 @@ pub(super) fn run(args: &args::Up, run: &RunDir) -> Result<()> {
         let line = line.context("cannot read from the supervisor")?;
         let report: Report =
             serde_json::from_str(&line).with_context(|| format!("the supervisor said: {line}"))?;
-        display.show(&report)?;
+        // The cluster is not to suffer from a terminal that went away.
+        let _ = display.show(&report);
         match report {
             Report::Note { .. } | Report::Progress { .. } => {}
             Report::Ready(ready) => {
