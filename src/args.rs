@@ -85,14 +85,16 @@ pub(crate) struct Up {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  helio down                      the cluster of ./cluster.toml, or of ./run
-  helio down --run-dir /srv/helio the cluster that runs in this directory")]
+  helio down                         the cluster of ./cluster.toml, or of ./run
+  helio down --run-dir /srv/helio    the cluster that runs in this directory
+  helio down --address 10.0.0.1      any cluster, with its nodes on all machines")]
 pub(crate) struct Down {
     /// The cluster.toml that it was started with.
+    #[arg(conflicts_with_all = ["run_dir", "address"])]
     pub(crate) file: Option<PathBuf>,
-    /// Run directory of the cluster.
-    #[arg(long, value_name = "DIR", conflicts_with = "file")]
-    pub(crate) run_dir: Option<PathBuf>,
+    /// Which cluster.
+    #[command(flatten)]
+    pub(crate) target: Target,
     /// Seconds to wait before what is left is killed.
     #[arg(long, value_name = "SECONDS", default_value_t = 20)]
     pub(crate) timeout: u64,

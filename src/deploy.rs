@@ -2,13 +2,13 @@
 
 use crate::config::{Config, KvCache, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
-use heliostat_actors::deployment::Deployment;
+use heliostat_actors::deployment::{Deployment, INGRESS};
 use heliostat_actors::eplb::EplbArgs;
 use heliostat_actors::rank::{EngineArgs, KvCacheArgs, LinkArgs};
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::{Gate, Layout, MapShape, PlacementStrategy as Strategy, Policy as Planner};
-use heliostat_runtime::spec::RestartPolicy;
+use heliostat_runtime::spec::{ActorSpec, Placement, RestartPolicy};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const LOAD_REPORT_STEPS: u32 = 16;
 const STAGE_AHEAD: u32 = 2;
 
 /// The deployment that a configuration describes. Reads the model's config.json and the initial layout.
-pub(crate) fn deployment(config: &Config) -> Result<Deployment> {
+fn deployment(config: &Config) -> Result<Deployment> {
     let model = ModelConfig::from_dir(&config.model.path)?;
     let topology = topology(config)?;
     let layout_file = config.eplb.initial_layout.as_deref();
@@ -49,6 +49,15 @@ pub(crate) fn deployment(config: &Config) -> Result<Deployment> {
         api_key: config.api_key.as_ref().map(|Token(text)| text.clone()),
         restart: restart(config),
     })
+}
+
+/// The actors that a configuration describes. Checks the model's files on this machine.
+pub(crate) fn specs(config: &Config) -> Result<Vec<ActorSpec>> {
+    let mut specs = deployment(config)?.specs()?;
+    if let (Some(node), Some(ingress)) = (&config.serve.node, specs.iter_mut().find(|s| s.name == INGRESS)) {
+        ingress.placement = Placement::Node(node.clone());
+    }
+    Ok(specs)
 }
 
 /// How often actors, head and nodes are started again.

@@ -137,6 +137,12 @@ impl RunDir {
         file.with_context(|| format!("cannot open {}", path.display()))
     }
 
+    /// Begins a new log for a process; the one before stays beside it as `NAME.log.1`.
+    pub(crate) fn begin_log(&self, name: &str) {
+        let path = self.log_path(name);
+        let _ = fs::rename(&path, path.with_extension("log.1"));
+    }
+
     /// Writes a file that is complete or absent, for this user only.
     pub(crate) fn write_private(&self, name: &str, text: &str) -> Result<()> {
         let (path, temporary) =

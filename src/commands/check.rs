@@ -4,21 +4,21 @@ use super::print;
 use crate::args::Check;
 use crate::config::Config;
 use crate::deploy;
-use crate::failure::{Failure, USAGE};
+use crate::failure::{self, Failure, USAGE};
 use anyhow::Result;
+use std::net::SocketAddr;
 
 /// Checks everything that can be checked on this machine.
 pub(crate) fn run(args: &Check) -> Result<()> {
     let config = Config::load(args.file.as_deref())?;
-    let deployment = deploy::deployment(&config)?;
-    let specs =
-        deployment.specs().map_err(|e| Failure::error(USAGE, format!("the model cannot be served: {e}")))?;
-    let (p, slots) = (config.parallel, deployment.eplb.layout.shape().slots);
+    let specs = deploy::specs(&config)
+        .map_err(|e| Failure::error(USAGE, format!("the model cannot be served: {}", failure::text(&e))))?;
+    let p = config.parallel;
     let devices: u32 = config.nodes.iter().map(|n| n.devices).sum();
     let layout = if p.colocate { "on the same devices" } else { "on devices of their own" };
     print(&format!(
         "cluster {} is fine\n  model    {} ({})\n  ranks    dp = {}, ep = {} {layout}; {} nodes, {devices} devices\n  \
-         experts  {slots} slots per layer, {} of them redundant\n  actors   {}\n  serves   http://{}\n",
+         experts  {} redundant slots per layer\n  actors   {}\n  serves   http://{}\n",
         config.name,
         config.model.name,
         config.model.path.display(),
@@ -27,6 +27,6 @@ pub(crate) fn run(args: &Check) -> Result<()> {
         config.nodes.len(),
         config.redundant_experts,
         specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", "),
-        deployment.http,
+        SocketAddr::new(config.serve.host, config.serve.port),
     ))
 }

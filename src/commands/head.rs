@@ -29,7 +29,7 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
         None => run_dir(Some(&config.run_dir), None)?,
     };
     run.create()?;
-    let specs = deploy::deployment(&config)?.specs()?;
+    let specs = deploy::specs(&config)?;
     let head = head::run(head_config(&config)).await?;
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;

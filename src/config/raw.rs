@@ -195,6 +195,8 @@ section! {
         host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
         /// Port to listen on.
         port: u16 = 8000,
+        /// Name of the node that runs the server. Without it: any node.
+        node: Option<String> = None,
         /// A file that holds the key that HTTP clients must send as `Authorization: Bearer KEY`.
         api_key_file: Option<PathBuf> = None,
         /// Requests that may wait per DP rank; beyond that clients get 429 with Retry-After.

@@ -162,6 +162,14 @@ c.toml:2:6: `ep` must be at least 1
   |      ^ write ep = 1 or more",
     );
     refused(
+        "[serve]\nnode = \"a\"\n",
+        "
+c.toml:2:8: there is no node `a`
+  |
+2 | node = \"a\"
+  |        ^^^ nodes are node-0",
+    );
+    refused(
         "[[nodes]]\nkind = \"cuda\"\n",
         "
 c.toml:2:8: CUDA ranks are not in this release

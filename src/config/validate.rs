@@ -39,6 +39,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
     check.listeners(&raw, token.is_some());
     let nodes = check.nodes(&raw, facts);
+    check.http_node(&raw, &nodes);
     let devices = nodes.iter().map(|n| n.devices).sum();
     let parallel = check.parallel(&raw, devices);
     let model = check.model(&raw, facts);
@@ -227,6 +228,14 @@ impl Check<'_> {
         );
         nodes.iter_mut().for_each(|n| n.threads = threads);
         nodes
+    }
+
+    fn http_node(&mut self, raw: &Raw, nodes: &[Node]) {
+        let Some(name) = &raw.serve.node else { return };
+        let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
+        let known = names.contains(&name.as_str());
+        let help = format!("nodes are {}", names.join(", "));
+        self.require(known, "serve.node", format!("there is no node `{name}`"), help);
     }
 
     fn parallel(&mut self, raw: &Raw, devices: u32) -> Parallel {

@@ -16,6 +16,9 @@ const LOG: &str = "up";
 
 /// Starts the daemon and waits until it serves.
 pub(super) fn run(args: &args::Up, run: &RunDir) -> Result<()> {
+    if !run.is_held() {
+        run.begin_log(LOG);
+    }
     let exe = std::env::current_exe().context("cannot tell the path of this program")?;
     let mut command = Command::new(exe);
     command.args(["up", "--daemon"]);

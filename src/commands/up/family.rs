@@ -62,6 +62,7 @@ impl Family {
 
     /// Starts a process `helio ARGS`; its output goes to the log `name`.
     pub(crate) fn add(&mut self, name: &str, mut args: Vec<String>) -> Result<()> {
+        self.run.begin_log(name);
         args.extend(["--supervised-by".into(), std::process::id().to_string()]);
         let mut member =
             Member { name: name.into(), args, pid: None, history: History::default(), restart_at: None };

@@ -52,8 +52,7 @@ pub(crate) async fn run(args: &args::Up) -> Result<()> {
 async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon: bool) -> Result<()> {
     let _lock = take(run)?;
     // Whatever is wrong with the model's files is better said before anything runs.
-    let specs =
-        deploy::deployment(config)?.specs().map_err(|e| Failure::error(NOT_STARTED, e.to_string()))?;
+    let specs = deploy::specs(config).map_err(|e| Failure::error(NOT_STARTED, failure::text(&e)))?;
     let expected = specs.into_iter().map(|spec| spec.name).collect();
     check_ports(config)?;
     let mut signals = Signals::new()?;
