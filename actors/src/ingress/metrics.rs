@@ -72,17 +72,17 @@ impl EncodeLabelValue for Finish {
 
 /// A sequence that ended, for [`Metrics::finished`].
 #[derive(Clone, Copy, Debug)]
-pub struct Finished {
+pub(crate) struct Finished {
     /// Rank of its last tokens.
-    pub rank: u32,
+    pub(crate) rank: u32,
     /// How it ended.
-    pub finish: Finish,
+    pub(crate) finish: Finish,
     /// From the arrival of its request.
-    pub duration: Duration,
+    pub(crate) duration: Duration,
     /// Tokens of its prompt.
-    pub prompt_tokens: usize,
+    pub(crate) prompt_tokens: usize,
     /// Tokens it generated.
-    pub output_tokens: u32,
+    pub(crate) output_tokens: u32,
 }
 
 /// All metrics of the ingress, and what other parts have registered.

@@ -147,7 +147,8 @@ impl Rig {
         let rig = Self {
             ingress,
             url: format!("http://{}", listening.recv().unwrap()),
-            http: reqwest::Client::new(),
+            // Each test has a runtime of its own, and a connection dies with the runtime that opened it.
+            http: reqwest::Client::builder().pool_max_idle_per_host(0).build().unwrap(),
             mailbox_full,
             paused: Arc::default(),
             ranks,
