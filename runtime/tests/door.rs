@@ -6,6 +6,8 @@ mod support;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use heliostat_runtime::actor::{ActorCx, ActorTypes, CxParts, Reports};
@@ -471,14 +473,22 @@ async fn a_peer_that_does_not_read_its_answers_is_served_no_more() {
         call.extend(field.to_le_bytes());
     }
     call.extend(&payload);
-    let sending = tokio::spawn(async move {
-        for _ in 0..10_000 {
-            greedy.write_all(&call).await.unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let sending = tokio::spawn({
+        let sent = sent.clone();
+        async move {
+            while greedy.write_all(&call).await.is_ok() {
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        greedy
     });
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(!sending.is_finished(), "100 MB of answers were queued for a peer that does not read");
+    let sent_after = async |ms| {
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+        sent.load(Ordering::Relaxed)
+    };
+    let early = sent_after(1500).await;
+    assert!(early > 0 && !sending.is_finished());
+    assert_eq!(sent_after(500).await, early, "it is still served");
     sending.abort();
     let away = system().await;
     assert_eq!(away.handle::<Probe>(addr).ask(Add(1)).await.unwrap(), 1);
