@@ -1,5 +1,6 @@
 //! A rank is lost while it generates: its streams go on at another, or wait for its next incarnation, token for token.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use heliostat_actors::ingress::dispatch::DispatchConfig;
@@ -38,8 +39,11 @@ async fn streams_of_a_lost_rank_go_on_elsewhere_without_a_gap() {
         while rig.stats(1).running < 2 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+        // Between two steps, so that exactly its two streams are lost.
+        rig.paused.store(true, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_millis(30)).await;
         rig.kill_rank(1);
+        rig.paused.store(false, Ordering::Relaxed);
     };
     let (streams, ()) = tokio::join!(streams, kill);
     let got: Vec<_> = streams.iter().map(|events| content(events)).collect();

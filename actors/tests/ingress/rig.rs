@@ -316,10 +316,10 @@ impl Engine {
 
     fn report(&self, scheduler: &Scheduler) {
         let stats = scheduler.stats();
-        // Not told under the lock: the ingress calls back into the link, which takes others.
-        let before = std::mem::replace(&mut *self.stats.lock().unwrap(), stats.clone());
-        if before != stats {
-            self.ingress.on_stats(self.rank, stats);
+        if *self.stats.lock().unwrap() != stats {
+            // Not told under the lock: the ingress calls back into the link, which takes others.
+            self.ingress.on_stats(self.rank, stats.clone());
+            *self.stats.lock().unwrap() = stats;
         }
     }
 
