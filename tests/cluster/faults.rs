@@ -1,0 +1,218 @@
+//! Kills under load: the cluster heals by itself, and every stream ends as if nothing had happened.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+
+use crate::rig::{Cluster, free_port, greedy, is_alive, kill};
+
+const STREAMS: usize = 8;
+const TOKENS: u32 = 160;
+
+/// Texts of an undisturbed run.
+async fn undisturbed(cluster: &Cluster) -> Vec<String> {
+    let asks = (0..STREAMS).map(|number| {
+        let body = greedy(number, TOKENS);
+        async move { cluster.stream(&body, |_| ()).await.unwrap() }
+    });
+    join_all(asks).await
+}
+
+/// Runs all streams; once they flow, `harm` is done. Returns the texts and the longest pause of any stream.
+async fn disturbed(cluster: &Cluster, harm: impl AsyncFnOnce()) -> (Vec<Result<String, String>>, Duration) {
+    let flowing = AtomicUsize::new(0);
+    let notify = tokio::sync::Notify::new();
+    let streams = (0..STREAMS).map(|number| {
+        let (flowing, notify) = (&flowing, &notify);
+        async move {
+            let (mut last, mut pause) = (Instant::now(), Duration::ZERO);
+            let text = cluster
+                .stream(&greedy(number, TOKENS), |chunks| {
+                    pause = pause.max(last.elapsed());
+                    last = Instant::now();
+                    if chunks == 3 && flowing.fetch_add(1, Ordering::Relaxed) + 1 == STREAMS {
+                        notify.notify_one();
+                    }
+                })
+                .await;
+            (text, pause)
+        }
+    });
+    let harmed = async {
+        notify.notified().await;
+        harm().await;
+    };
+    let (results, ()) = tokio::join!(join_all(streams), harmed);
+    let pause = results.iter().map(|(_, pause)| *pause).max().unwrap();
+    (results.into_iter().map(|(text, _)| text).collect(), pause)
+}
+
+fn all_equal(got: Vec<Result<String, String>>, expected: &[String]) {
+    for (number, (got, expected)) in got.into_iter().zip(expected).enumerate() {
+        assert_eq!(
+            &got.unwrap_or_else(|why| panic!("stream {number} failed: {why}")),
+            expected,
+            "stream {number}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_rank_loses_no_stream() {
+    let cluster = Cluster::up(&[]).await;
+    let expected = undisturbed(&cluster).await;
+    for rank in ["rank-1", "rank-0"] {
+        let pid = cluster.pid(rank);
+        let (got, pause) = disturbed(&cluster, async || kill(pid)).await;
+        all_equal(got, &expected);
+        cluster.until_healed().await;
+        let actor = cluster.actor(rank);
+        assert_eq!(actor["restarts"], 1, "{actor}");
+        assert_ne!(actor["pid"], pid);
+        assert!(actor["last_death"].to_string().contains('9'), "{actor}");
+        eprintln!("{rank} killed: longest pause of a stream {pause:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_node_agent_is_replaced_and_adopts_its_workers() {
+    let cluster = Cluster::up(&[]).await;
+    let expected = undisturbed(&cluster).await;
+    let before = cluster.pids();
+    let node = cluster.status().unwrap()["nodes"][0]["pid"].as_i64().unwrap();
+    let (got, pause) = disturbed(&cluster, async || kill(node)).await;
+    all_equal(got, &expected);
+    cluster
+        .until("another node agent", |cluster| {
+            let status = cluster.status()?;
+            let entry = &status["nodes"][0];
+            (entry["pid"].as_i64()? != node && entry["state"]["state"] == "ready").then_some(())
+        })
+        .await;
+    cluster.until_healed().await;
+    assert_eq!(cluster.pids(), before, "no worker was restarted");
+    eprintln!("node agent killed: longest pause of a stream {pause:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_head_is_replaced_and_serving_never_stops() {
+    let cluster = Cluster::up(&[]).await;
+    let expected = undisturbed(&cluster).await;
+    let before = cluster.pids();
+    let head = cluster.status().unwrap()["head"]["pid"].as_i64().unwrap();
+    let (got, pause) = disturbed(&cluster, async || kill(head)).await;
+    all_equal(got, &expected);
+    cluster
+        .until("another head", |cluster| (cluster.status()?["head"]["pid"].as_i64()? != head).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    assert_eq!(cluster.pids(), before, "no worker was restarted");
+    eprintln!("head killed: longest pause of a stream {pause:?}");
+    // The new head supervises: it heals what dies now.
+    let pid = cluster.pid("rank-2");
+    kill(pid);
+    cluster
+        .until("rank-2 restarted", |cluster| (cluster.actor("rank-2")["restarts"] == 1).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exhausted_eplb_or_ingress_comes_back() {
+    let cluster = Cluster::up(&[]).await;
+    let expected = undisturbed(&cluster).await;
+    let eplb = cluster.pid("eplb");
+    let (got, _) = disturbed(&cluster, async || kill(eplb)).await;
+    all_equal(got, &expected);
+    cluster.until_healed().await;
+    let (status, reply) = cluster.post("/api/eplb/rebalance", &serde_json::json!({})).await;
+    assert!(status == 202 || status == 409, "{status} {reply}");
+    kill(cluster.pid("ingress"));
+    cluster
+        .until("ingress restarted", |cluster| (cluster.actor("ingress")["restarts"] == 1).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
+
+/// A real etcd on free ports.
+struct Etcd {
+    dir: tempfile::TempDir,
+    client: u16,
+    peer: u16,
+    process: Child,
+}
+
+impl Etcd {
+    fn start() -> Self {
+        let (dir, client, peer) = (tempfile::tempdir().unwrap(), free_port(), free_port());
+        let process = Self::spawn(&dir, client, peer);
+        Self { dir, client, peer, process }
+    }
+
+    fn spawn(dir: &tempfile::TempDir, client: u16, peer: u16) -> Child {
+        let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+        Command::new("etcd")
+            .args(["--data-dir", dir.path().join("etcd").to_str().unwrap()])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed by scripts/setup")
+    }
+
+    fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.process = Self::spawn(&self.dir, self.client, self.peer);
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_etcd_stops_nothing_and_keeps_everything() {
+    let mut etcd = Etcd::start();
+    let state = format!("store = \"etcd\"\nendpoints = [\"http://127.0.0.1:{}\"]", etcd.client);
+    let cluster = Cluster::up(&[("state", &state)]).await;
+    let expected = undisturbed(&cluster).await;
+    let before = cluster.pids();
+    let (got, _) = disturbed(&cluster, async || etcd.kill()).await;
+    all_equal(got, &expected);
+    // Without its store the head still heals a rank.
+    kill(cluster.pid("rank-3"));
+    cluster
+        .until("rank-3 restarted", |cluster| (cluster.actor("rank-3")["restarts"] == 1).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    etcd.restart();
+    let healthy = |cluster: &Cluster| {
+        let store = &cluster.status()?["state_store"];
+        (store["error"].is_null() && store["queued"] == 0).then_some(())
+    };
+    cluster.until("the store is healthy again", healthy).await;
+    // The head that starts now finds in etcd what the other one knew.
+    let head = cluster.status().unwrap()["head"]["pid"].as_i64().unwrap();
+    let now = cluster.pids();
+    kill(head);
+    cluster
+        .until("another head", |cluster| (cluster.status()?["head"]["pid"].as_i64()? != head).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    assert_eq!(cluster.pids(), now);
+    assert_eq!(before.len(), now.len());
+    assert!(now.iter().all(|(_, pid)| is_alive(*pid)));
+    all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
