@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, Context, Handler};
+use actix::{Actor, AsyncContext, Context, Handler};
 use actix_web::HttpResponse;
 use actix_web::web::{self, Data, ServiceConfig};
 use bincode::{Decode, Encode};
@@ -16,6 +16,7 @@ use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn
 use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::group::{GroupView, Member, MemberState};
 use heliostat_runtime::handle::{ActorAddr, Handle, Refusal as WireRefusal};
+use heliostat_runtime::system::PeerEvent;
 
 use crate::deployment::EPLB;
 use crate::eplb::Eplb;
@@ -60,16 +61,27 @@ pub struct IngressActor {
     cx: ActorCx,
     dp: u32,
     ingress: Ingress,
-    ranks: RankHandles,
+    handles: Handles,
+    /// As last told to the ingress.
+    ranks: Ranks,
     /// Serves for as long as the actor lives.
     _service: HttpService,
 }
 
-/// The DP ranks that can be reached now.
-type RankHandles = Arc<Mutex<HashMap<u32, Handle<Rank>>>>;
+/// The DP ranks of the newest view.
+type Handles = Arc<Mutex<HashMap<u32, Handle<Rank>>>>;
 
 impl Actor for IngressActor {
     type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        let (me, mut events) = (ctx.address(), self.cx.system().peer_events());
+        actix::spawn(async move {
+            while let Some(event) = events.next().await {
+                me.do_send(Peer(event));
+            }
+        });
+    }
 
     fn stopped(&mut self, _: &mut Self::Context) {
         self.ingress.stop_taking_requests();
@@ -86,13 +98,13 @@ impl RemoteActor for IngressActor {
 
 /// The line from HTTP to the ranks.
 struct RankLink {
-    ranks: RankHandles,
+    handles: Handles,
     me: ActorAddr,
 }
 
 impl EngineLink for RankLink {
     fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable> {
-        let handle = lock(&self.ranks).get(&rank).cloned();
+        let handle = lock(&self.handles).get(&rank).cloned();
         let Some(handle) = handle else {
             return Err(Unavailable { rank, command: Box::new(command), cause: Refusal::Gone });
         };
@@ -120,8 +132,8 @@ impl EngineLink for RankLink {
     }
 }
 
-fn lock(ranks: &RankHandles) -> std::sync::MutexGuard<'_, HashMap<u32, Handle<Rank>>> {
-    ranks.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(handles: &Handles) -> MutexGuard<'_, HashMap<u32, Handle<Rank>>> {
+    handles.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Handler<GroupView> for IngressActor {
@@ -133,16 +145,53 @@ impl Handler<GroupView> for IngressActor {
         for member in view.members.iter().filter(|member| member.rank < self.dp) {
             if let Some(addr) = &member.addr {
                 let handle = self.cx.system().handle::<Rank>(addr.clone());
-                if let Err(refused) = handle.tell(AttachIngress { ingress: self.cx.addr() }) {
-                    tracing::warn!(rank = member.rank, "cannot attach to the rank: {}", refused.reason);
-                }
+                attach(member.rank, &handle, self.cx.addr());
                 ready.insert(member.rank, addr.incarnation.0);
                 handles.insert(member.rank, handle);
             }
         }
-        *lock(&self.ranks) = handles;
         let missing = view.members.iter().filter_map(missing).collect();
-        self.ingress.on_ranks(Ranks { size: self.dp, ready, missing });
+        *lock(&self.handles) = handles;
+        self.ranks = Ranks { size: self.dp, ready, missing };
+        self.ingress.on_ranks(self.ranks.clone());
+    }
+}
+
+fn attach(rank: u32, handle: &Handle<Rank>, ingress: ActorAddr) {
+    if let Err(refused) = handle.tell(AttachIngress { ingress }) {
+        tracing::warn!(rank, "cannot attach to the rank: {}", refused.reason);
+    }
+}
+
+/// A connection of this process came or went.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Peer(PeerEvent);
+
+/// Moves sequences away from a rank as soon as the connection to it breaks, and takes the rank back when a new one is
+/// there. A rank that loses the connection forgets this ingress's sequences, so both sides agree.
+impl Handler<Peer> for IngressActor {
+    type Result = ();
+
+    fn handle(&mut self, Peer(event): Peer, _: &mut Self::Context) {
+        let of = |process| {
+            let handles = lock(&self.handles).clone();
+            handles.into_iter().filter(move |(_, handle)| handle.addr().process == process)
+        };
+        match event {
+            PeerEvent::Lost { process, .. } => {
+                for (rank, handle) in of(process) {
+                    self.ingress.on_rank_lost(rank);
+                    attach(rank, &handle, self.cx.addr());
+                }
+            }
+            PeerEvent::Connected { process, .. } => {
+                if of(process).next().is_some() {
+                    self.ingress.on_ranks(self.ranks.clone());
+                }
+            }
+            PeerEvent::Missed(missed) => tracing::error!("missed {missed} connection events"),
+        }
     }
 }
 
@@ -180,8 +229,8 @@ impl Spawn for IngressActor {
     type Args = IngressArgs;
 
     async fn create(args: IngressArgs, cx: ActorCx) -> Result<Self, CreateError> {
-        let ranks = RankHandles::default();
-        let link = RankLink { ranks: Arc::clone(&ranks), me: cx.addr() };
+        let handles = Handles::default();
+        let link = RankLink { handles: Arc::clone(&handles), me: cx.addr() };
         let dispatch = DispatchConfig {
             block_size: args.block_size as usize,
             queue_max: args.max_waiting as usize,
@@ -207,7 +256,7 @@ impl Spawn for IngressActor {
         let routes = move |app: &mut ServiceConfig| eplb_routes(app, cluster.clone());
         let service = serve(&http, ingress.clone(), model, routes).map_err(CreateError::failed)?;
         tracing::info!("serving HTTP at http://{}", service.bound());
-        Ok(Self { dp: args.dp, cx, ingress, ranks, _service: service })
+        Ok(Self { dp: args.dp, cx, ingress, handles, ranks: Ranks::default(), _service: service })
     }
 }
 

@@ -21,7 +21,6 @@ macro_rules! wire {
 wire! {
     Submit => "rank.submit",
     Abort => "rank.abort",
-    AbortAllOf => "rank.abort_all_of",
     ApplyPlan => "rank.apply_plan",
     AbandonPlan => "rank.abandon_plan",
     FetchExpert => "rank.fetch_expert",
@@ -55,14 +54,6 @@ pub struct Submit {
 pub struct Abort {
     /// The sequence.
     pub id: RequestId,
-}
-
-/// Stop all sequences of an ingress that went away.
-#[derive(Clone, Debug, Encode, Decode, Message)]
-#[rtype(result = "()")]
-pub struct AbortAllOf {
-    /// The ingress.
-    pub reply_to: ActorAddr,
 }
 
 /// Stage the layers of this plan in order; each commits when all ranks have staged it.

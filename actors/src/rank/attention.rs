@@ -6,7 +6,7 @@ use heliostat_engine::ep::EpGroup;
 use heliostat_engine::model::{ExchangeError, KvPages, Model};
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
-use heliostat_runtime::handle::ActorAddr;
+use heliostat_runtime::handle::{ActorAddr, ProcessId};
 
 use super::outlet::Outlet;
 use crate::messages::Busy;
@@ -50,10 +50,10 @@ impl Attention {
         self.owners.remove(&id);
     }
 
-    /// Forgets all sequences of an ingress.
-    pub(super) fn abort_all_of(&mut self, owner: &ActorAddr) {
-        let ids: Vec<RequestId> =
-            self.owners.iter().filter(|(_, who)| *who == owner).map(|(id, _)| *id).collect();
+    /// Forgets all sequences whose ingress lives in that process.
+    pub(super) fn abort_all_of(&mut self, process: ProcessId) {
+        let of_process = self.owners.iter().filter(|(_, owner)| owner.process == process);
+        let ids: Vec<RequestId> = of_process.map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.abort(id));
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use heliostat_engine::request::{Request, RequestId};
 use heliostat_kernels::fabric::{Abort, Waker};
 use heliostat_runtime::group::GroupView;
-use heliostat_runtime::handle::ActorAddr;
+use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use tokio::sync::oneshot;
 
 use super::plan::OpenPlan;
@@ -21,8 +21,8 @@ pub(super) enum Command {
     Submit(Request, ActorAddr),
     /// Stop a sequence.
     Abort(RequestId),
-    /// Stop all sequences of an ingress.
-    AbortAllOf(ActorAddr),
+    /// Stop all sequences of ingresses in this process: nobody hears them.
+    PeerLost(ProcessId),
     /// Stage a plan; its stager runs already.
     Open(Arc<OpenPlan>),
     /// Give a plan up.

@@ -13,10 +13,12 @@ use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::fabric::FabricListener;
 use heliostat_runtime::actor::{ActorCx, CreateError};
 use heliostat_runtime::spec::{DeathCause, DeviceKind, Progress};
+use heliostat_runtime::system::PeerEvent;
 
 use super::args::{KvCacheArgs, RankArgs};
 use super::attention::Attention;
 use super::clock::StepClock;
+use super::link::Command;
 use super::outlet::Outlet;
 use super::thread::StepThread;
 use super::{Rank, join, link};
@@ -166,6 +168,15 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
             None => "the step thread panicked; its log has the message".to_owned(),
         };
         exits.exit(DeathCause::Failed { message });
+    });
+    let mut peers = cx.system().peer_events();
+    let lost = link.clone();
+    tokio::spawn(async move {
+        while let Some(event) = peers.next().await {
+            if let PeerEvent::Lost { process, .. } = event {
+                lost.send(Command::PeerLost(process));
+            }
+        }
     });
     cx.announce(endpoint);
     Ok(Rank {

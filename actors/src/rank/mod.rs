@@ -32,8 +32,8 @@ pub use args::{EngineArgs, KvCacheArgs, LinkArgs, RankArgs};
 
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
-    AbandonPlan, Abort, AbortAllOf, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert,
-    NoSuchExpert, PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
+    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert, NoSuchExpert,
+    PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
 };
 use link::{Command, Link};
 use plan::OpenPlan;
@@ -79,7 +79,7 @@ impl RemoteActor for Rank {
     const TYPE: &'static str = "rank";
 
     fn messages(m: &mut Accepts<Self>) {
-        m.accept::<GroupView>().accept::<Submit>().accept::<Abort>().accept::<AbortAllOf>();
+        m.accept::<GroupView>().accept::<Submit>().accept::<Abort>();
         m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
     }
@@ -201,14 +201,6 @@ impl Handler<Abort> for Rank {
 
     fn handle(&mut self, message: Abort, _: &mut Self::Context) {
         self.link.send(Command::Abort(message.id));
-    }
-}
-
-impl Handler<AbortAllOf> for Rank {
-    type Result = ();
-
-    fn handle(&mut self, message: AbortAllOf, _: &mut Self::Context) {
-        self.link.send(Command::AbortAllOf(message.reply_to));
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use heliostat_engine::request::{Output, RankStats, RequestId};
-use heliostat_runtime::handle::ActorAddr;
+use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use heliostat_runtime::system::System;
 
 use super::plan::OpenPlan;
@@ -78,9 +78,9 @@ impl Outlet {
         }
     }
 
-    /// Forgets an ingress that is gone.
-    pub(super) fn forget(&mut self, ingress: &ActorAddr) {
-        self.outputs.remove(ingress);
+    /// Forgets ingresses that are gone with their process.
+    pub(super) fn forget(&mut self, process: ProcessId) {
+        self.outputs.retain(|ingress, _| ingress.process != process);
     }
 
     /// Sends what waits.

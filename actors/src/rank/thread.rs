@@ -182,9 +182,9 @@ impl StepThread {
                 None => tracing::error!("a request came to a rank without an attention role"),
             },
             Command::Abort(id) => self.attention.iter_mut().for_each(|attention| attention.abort(id)),
-            Command::AbortAllOf(who) => {
-                self.attention.iter_mut().for_each(|attention| attention.abort_all_of(&who));
-                self.outlet.forget(&who);
+            Command::PeerLost(process) => {
+                self.attention.iter_mut().for_each(|attention| attention.abort_all_of(process));
+                self.outlet.forget(process);
             }
             Command::Open(plan) if plan.plan.epoch > self.progress.closed => {
                 self.clock.begin_watch();

@@ -98,6 +98,9 @@ async fn a_server_that_stops_lets_answers_finish() {
     let body = json!({"prompt": "The", "max_tokens": 300, "ignore_eos": true, "stream": true});
     let answer = rig.post("/v1/completions", body).await;
     rig.stop();
+    while rig.ingress.ready().is_ok() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     // Connections that are open are told; new ones find nobody.
     let refused =
         rig.http.post(format!("{}/v1/completions", rig.url)).json(&json!({"prompt": "x"})).send().await;
