@@ -149,6 +149,8 @@ pub struct WorkerReport {
     pub announced: Option<Vec<u8>>,
     /// Highest epoch it has of each group.
     pub views: Vec<(String, u64)>,
+    /// The views themselves, when it registers: a restarted head may have lost the last ones.
+    pub held: Vec<GroupView>,
 }
 
 /// How far a worker's actor is.

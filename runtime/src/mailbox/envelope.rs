@@ -43,8 +43,10 @@ where
         // Caught only to answer the asker with the cause; the panic goes on and ends the actor.
         let handled = catch_unwind(AssertUnwindSafe(|| actor.handle(message, ctx).handle(ctx, reply)));
         if let Err(panic) = handled {
-            asker.lifetime.end(ActorEnd::Panicked(panic_message(&*panic)));
-            drop(asker);
+            let (message, lifetime) = (panic_message(&*panic), asker.lifetime.clone());
+            // Answered before the end is known: a worker may exit as soon as it is.
+            asker.send(Err(Failure::Panicked(message.clone())));
+            lifetime.end(ActorEnd::Panicked(message));
             resume_unwind(panic);
         }
         let Some(replied_now) = replied.as_mut() else { return };

@@ -209,6 +209,7 @@ impl Host {
             phase: state.phase.clone(),
             announced: state.announced.clone(),
             views: self.views.epochs(),
+            held: if registering { self.views.held() } else { Vec::new() },
         }
     }
 

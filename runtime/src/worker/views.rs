@@ -68,6 +68,12 @@ impl Views {
         held.views.iter().map(|(group, slot)| (group.clone(), slot.view.epoch)).collect()
     }
 
+    /// The latest view of each group.
+    pub(super) fn held(&self) -> Vec<GroupView> {
+        let held = self.shared.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.views.values().map(|slot| slot.view.clone()).collect()
+    }
+
     fn change(&self, change: impl FnOnce(&mut Held)) {
         let mut held = self.shared.held.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut held);

@@ -193,7 +193,7 @@ impl HeadState {
         if moved || announced {
             self.persist_actor(&name);
         }
-        self.learn_epochs(&report.views);
+        self.learn_views(report.held);
         self.joined_group(&name);
         self.send_views(&name);
     }

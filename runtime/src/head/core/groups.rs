@@ -60,6 +60,12 @@ fn shows(view: &GroupView, actor: &Actor) -> bool {
     })
 }
 
+/// Whether the incarnation that stands in a view still runs.
+fn still_there(shown: &Member, actor: &Actor) -> bool {
+    let shown = shown.addr.as_ref().map(|addr| addr.incarnation);
+    matches!(&actor.life, Life::Live(live) if Some(live.incarnation) == shown)
+}
+
 /// How the actor would stand in a view of this moment.
 pub(super) fn seat(rank: u32, actor: Option<&Actor>) -> Member {
     let absent = Member { rank, addr: None, join_info: Vec::new(), state: MemberState::Absent };
@@ -110,7 +116,7 @@ impl HeadState {
     pub(super) fn recheck_groups(&mut self) {
         let outdated = |group: &Group| {
             let mut ready = group.view.members.iter().filter(|shown| shown.state == MemberState::Ready);
-            ready.any(|shown| seat(shown.rank, self.member(group, shown.rank)) != *shown)
+            ready.any(|shown| !self.member(group, shown.rank).is_some_and(|actor| still_there(shown, actor)))
         };
         if self.closing {
             return;
@@ -139,7 +145,16 @@ impl HeadState {
     }
 
     pub(super) fn members_now(&self, group: &Group) -> Vec<Member> {
-        (0..group.size).map(|rank| seat(rank, self.member(group, rank))).collect()
+        let seat = |rank: u32| {
+            let actor = self.member(group, rank);
+            let shown = group.view.members.get(rank as usize);
+            // One that was ready is ready, even if this head, restarted, has not heard so from itself yet.
+            match shown.filter(|shown| actor.is_some_and(|actor| still_there(shown, actor))) {
+                Some(shown) if actor.is_some_and(|actor| actor.ready().is_none()) => shown.clone(),
+                Some(_) | None => seat(rank, actor),
+            }
+        };
+        (0..group.size).map(seat).collect()
     }
 
     /// Starts the next epoch with the members of this moment, and tells everybody.
@@ -159,15 +174,19 @@ impl HeadState {
         self.persist(Record::Group(GroupRecord { view: GroupView::clone(&view), reserved }));
     }
 
-    /// A worker has seen an epoch that this head, restarted, never heard of: it goes on above.
-    pub(super) fn learn_epochs(&mut self, views: &[(String, u64)]) {
-        for (name, epoch) in views {
-            let Some(group) = self.groups.get_mut(name) else { continue };
-            if *epoch > group.view.epoch {
-                group.epochs.issued = group.epochs.issued.max(*epoch);
-                self.raise(name);
+    /// A worker has views that this head, restarted, never heard of: they stand, and it goes on above them.
+    pub(super) fn learn_views(&mut self, held: Vec<GroupView>) {
+        for view in held {
+            let Some(group) = self.groups.get_mut(&view.group) else { continue };
+            if view.epoch > group.view.epoch {
+                group.epochs.issued = group.epochs.issued.max(view.epoch);
+                group.view = Arc::new(view.clone());
+                let reserved = group.epochs.reserved;
+                self.changed = true;
+                self.persist(Record::Group(GroupRecord { view, reserved }));
             }
         }
+        self.recheck_groups();
     }
 
     /// Sends the actor what it has not been sent yet of its own group and of those it watches.

@@ -96,7 +96,15 @@ fn heals_after_any_faults() {
 fn a_new_head_restarts_nothing() {
     for seed in 0..seeds() {
         let mut world = World::new(seed, specs());
-        world.run_for(Duration::from_secs(20));
+        world.spare();
+        world.run_for(Duration::from_secs(2));
+        world.kill("rank-1");
+        while !(world.head().group_status()[0].complete && world.head().group_status()[0].epoch == 3) {
+            world.run_for(Duration::from_millis(1));
+        }
+        // Shortly after: all have the view, but some of what the head did is not durable yet.
+        let pause = Duration::from_millis(5 + world.roll(30));
+        world.run_for(pause);
         let before: Vec<_> = world.head().actor_status();
         let epoch = world.head().group_status()[0].epoch;
         world.crash_head();

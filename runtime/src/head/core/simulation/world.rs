@@ -517,6 +517,7 @@ impl World {
             phase: worker.phase.clone(),
             announced,
             views: worker.views.iter().map(|(group, view)| (group.clone(), view.epoch)).collect(),
+            held: if registering { worker.views.values().cloned().collect() } else { Vec::new() },
         };
         let link = Link::Worker(incarnation);
         self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::WorkerReport(report)));

@@ -4,6 +4,18 @@ use super::{AGENT_GRACE, Link, NODES, What, World};
 use crate::spec::DeathCause;
 
 impl World {
+    /// No actor fails by itself from now on.
+    pub(in super::super) fn spare(&mut self) {
+        self.healed = true;
+    }
+
+    /// The actor's worker is killed.
+    pub(in super::super) fn kill(&mut self, actor: &str) {
+        for incarnation in self.alive(actor) {
+            self.die(incarnation, DeathCause::Killed { signal: 9 });
+        }
+    }
+
     /// Something breaks.
     pub(in super::super) fn fault(&mut self) {
         let name = NODES[self.roll(3) as usize].to_owned();
