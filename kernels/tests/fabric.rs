@@ -121,7 +121,7 @@ fn a_rank_that_waits_for_one_takes_in_from_all() {
     for transport in TRANSPORTS {
         let tune = |how: &mut Connect<'_>| {
             (how.transport, how.ring_bytes) = (transport, 4096);
-            how.call_timeout = Duration::from_secs(5);
+            how.call_timeout = Duration::from_secs(10);
         };
         let large = vec![0; 16 << 20];
         with_ranks(3, tune, |mut fabric| {
@@ -150,7 +150,7 @@ fn a_rank_that_waits_for_one_takes_in_from_all() {
 fn a_header_overtakes_data_and_a_wrong_tag_names_both() {
     for transport in TRANSPORTS {
         let tune = |how: &mut Connect<'_>| {
-            (how.transport, how.call_timeout) = (transport, Duration::from_millis(100));
+            (how.transport, how.call_timeout) = (transport, Duration::from_secs(1));
         };
         with_ranks(2, tune, |mut fabric| {
             if fabric.rank() == 0 {

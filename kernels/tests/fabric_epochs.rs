@@ -140,6 +140,10 @@ fn a_newer_epoch_ends_an_older_connect_on_both_sides() {
         });
         let error = listeners[older].connect(Connect::new(1, older, &endpoints)).unwrap_err();
         stale(error, older);
+        // A rank that comes late with an old view is told by the listener.
+        let late = bind(None);
+        let endpoints = [listeners[0].endpoint(), late.endpoint()];
+        stale(late.connect(Connect::new(1, 1, &endpoints)).unwrap_err(), 0);
     }
 }
 
@@ -149,7 +153,7 @@ fn only_ranks_with_the_secret_are_let_in() {
     let try_pair = |a: usize, b: usize, epoch| {
         let endpoints = [listeners[a].endpoint(), listeners[b].endpoint()];
         let connect = |listener: &FabricListener, rank| {
-            let connect_timeout = Duration::from_millis(400);
+            let connect_timeout = Duration::from_millis(800);
             listener.connect(Connect { connect_timeout, ..Connect::new(epoch, rank, &endpoints) }).map(drop)
         };
         thread::scope(|scope| {

@@ -3,6 +3,7 @@
 //! The higher rank dials the lower one. All pairings advance side by side in one `poll` loop; one that fails is tried
 //! again until the deadline, the abort flag or a newer epoch ends the call.
 
+use std::cmp::Ordering;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -139,6 +140,8 @@ struct Meeting<'a> {
     group: Group<'a>,
     start: Instant,
     slots: Vec<Slot>,
+    /// What the last attempt to link each rank failed with.
+    failures: Vec<String>,
 }
 
 /// Where the link to one rank stands.
@@ -146,7 +149,7 @@ enum Slot {
     /// This rank itself.
     Own,
     /// To be dialed at that time, or to dial in.
-    Idle { dial_at: Option<Instant>, why: String },
+    Idle { dial_at: Option<Instant> },
     /// Under way or done.
     Pairing(Box<Pairing>),
 }
@@ -154,18 +157,16 @@ enum Slot {
 impl<'a> Meeting<'a> {
     fn new(shared: &'a Shared, how: &'a Connect<'a>, group: Group<'a>) -> Self {
         let start = Instant::now();
-        let slots = (0..how.endpoints.len())
+        let world = how.endpoints.len();
+        let slots = (0..world)
             .map(|rank| match rank.cmp(&how.rank) {
-                std::cmp::Ordering::Less => {
-                    Slot::Idle { dial_at: Some(start), why: "not dialed yet".to_owned() }
-                }
-                std::cmp::Ordering::Equal => Slot::Own,
-                std::cmp::Ordering::Greater => {
-                    Slot::Idle { dial_at: None, why: "it has not dialed in".to_owned() }
-                }
+                Ordering::Less => Slot::Idle { dial_at: Some(start) },
+                Ordering::Equal => Slot::Own,
+                Ordering::Greater => Slot::Idle { dial_at: None },
             })
             .collect();
-        Self { shared, how, group, start, slots }
+        let failures = vec!["it has not answered".to_owned(); world];
+        Self { shared, how, group, start, slots, failures }
     }
 
     fn run(mut self) -> Result<Vec<Option<Peer>>, FabricError> {
@@ -238,16 +239,17 @@ impl<'a> Meeting<'a> {
         if waited < self.how.connect_timeout {
             return Ok(());
         }
-        let (mut missing, mut last) = (Vec::new(), "the others still wait for their links".to_owned());
+        let mut missing = Vec::new();
+        let mut last = String::new();
         for (rank, slot) in self.slots.iter().enumerate() {
-            match slot {
-                Slot::Idle { why, .. } => {
-                    missing.push(rank);
-                    last = format!("rank {rank}: {why}");
-                }
-                Slot::Pairing(pairing) if !pairing.is_done() => missing.push(rank),
-                Slot::Pairing(_) | Slot::Own => {}
-            }
+            let why = match slot {
+                Slot::Own => continue,
+                Slot::Pairing(pairing) if pairing.is_done() => continue,
+                Slot::Pairing(pairing) if pairing.is_linked() => "it still waits for other ranks",
+                Slot::Pairing(_) | Slot::Idle { .. } => &self.failures[rank],
+            };
+            missing.push(rank);
+            last = format!("rank {rank}: {why}");
         }
         Err(FabricError::ConnectTimeout { epoch: self.how.epoch, missing, waited, last })
     }
@@ -285,7 +287,7 @@ impl<'a> Meeting<'a> {
                 let error = PairError::Retry("its listener does not answer".to_owned());
                 self.slots[rank] = self.idle(rank, error)?;
             }
-            if let Slot::Idle { dial_at: Some(at), .. } = self.slots[rank]
+            if let Slot::Idle { dial_at: Some(at) } = self.slots[rank]
                 && at <= now
             {
                 self.slots[rank] = match Pairing::dial(&self.group, rank) {
@@ -312,12 +314,13 @@ impl<'a> Meeting<'a> {
         Ok(())
     }
 
-    fn idle(&self, rank: usize, error: PairError) -> Result<Slot, FabricError> {
+    fn idle(&mut self, rank: usize, error: PairError) -> Result<Slot, FabricError> {
         match error {
             PairError::Stale { newer } => Err(FabricError::StaleEpoch { epoch: self.how.epoch, newer, rank }),
             PairError::Retry(why) => {
                 let dial_at = (rank < self.how.rank).then(|| Instant::now() + REDIAL_TIME);
-                Ok(Slot::Idle { dial_at, why })
+                self.failures[rank] = why;
+                Ok(Slot::Idle { dial_at })
             }
         }
     }
@@ -329,7 +332,7 @@ impl<'a> Meeting<'a> {
         for slot in &self.slots {
             match slot {
                 Slot::Own => {}
-                Slot::Idle { dial_at, .. } => wake_at = dial_at.map_or(wake_at, |at| at.min(wake_at)),
+                Slot::Idle { dial_at } => wake_at = dial_at.map_or(wake_at, |at| at.min(wake_at)),
                 Slot::Pairing(pairing) => {
                     wake_at = pairing.deadline.map_or(wake_at, |at| at.min(wake_at));
                     let events = if pairing.is_connecting() { PollFlags::OUT } else { PollFlags::IN };

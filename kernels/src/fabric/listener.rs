@@ -254,3 +254,36 @@ impl Greeting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HELLO: Hello = Hello { epoch: 3, from: 1, to: 0, world: 2, nonce: [7; 16] };
+
+    /// Says hello and answers the challenge, whoever the listener is. Returns what it says then.
+    fn intrude(listener: &FabricListener, secret: Option<&[u8]>) -> Option<Message> {
+        let mut stream = TcpStream::connect(listener.endpoint().address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let mut inbox = [0; MESSAGE_BYTES];
+        stream.write_all(&Message::Hello(HELLO).encode()).unwrap();
+        stream.read_exact(&mut inbox).unwrap();
+        let Ok(Message::Challenge { nonce, .. }) = Message::decode(&inbox) else { panic!("no challenge") };
+        let proof = prove(secret, End::Dialer, &HELLO, &nonce);
+        stream.write_all(&Message::Proof(proof).encode()).unwrap();
+        stream.read_exact(&mut inbox).ok().map(|()| Message::decode(&inbox).unwrap())
+    }
+
+    #[test]
+    fn a_dialer_with_a_wrong_proof_is_never_let_in() {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listener = FabricListener::bind(address, Some(b"secret".to_vec())).unwrap();
+        for wrong in [Some(&b"other"[..]), None] {
+            assert_eq!(intrude(&listener, wrong), Some(Message::Refused(Refusal::Secret)));
+            assert!(listener.shared.hall().parked.is_empty());
+        }
+        assert_eq!(intrude(&listener, Some(b"secret")), None, "it waits for this rank to connect");
+        assert!(listener.shared.hall().parked.contains_key(&(3, 1)));
+        assert!(FabricListener::bind(SocketAddr::from(([0, 0, 0, 0], 0)), None).is_err(), "names no host");
+    }
+}
