@@ -71,11 +71,18 @@ fn what_is_no_weight_is_refused() {
 
     let [wide, half, eighth] = weights(1, 4, 16, block);
     assert!(Weight::concat(&[&wide, &half]).is_err() && Weight::concat(&[]).is_err());
-    assert!(Weight::concat(&[&eighth, &eighth]).is_err(), "an inner FP8 matrix ends within a block");
+    // Two blocks of scales for 100 + 100 rows, as for 200 rows, but not the same rows.
+    let [_, _, hundred] = weights(2, 100, 16, block);
+    let ends_within = Weight::concat(&[&hundred, &hundred]).map(|_| ());
+    assert!(matches!(ends_within, Err(WeightError::Concat(_))), "an inner FP8 matrix ends within a block");
     let bytes = eighth.to_bytes();
     for len in 0..bytes.len() {
         assert!(Weight::from_bytes(&bytes[..len]).is_err(), "cut to {len}");
     }
+    let mut huge = bytes.clone();
+    huge[8..16].copy_from_slice(&1u64.to_le_bytes());
+    huge[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
+    assert!(Weight::from_bytes(&huge).is_err(), "scales and codes together overflow");
     for (at, byte) in (0..48).flat_map(|at| [0, 1, 0x7f, 0xff].map(|byte| (at, byte))) {
         let mut hostile = bytes.clone();
         hostile[at] = byte;
