@@ -125,24 +125,29 @@ impl Agent {
         self.news.notify_one();
     }
 
-    /// Starts a worker; does nothing if that very worker was started before.
-    fn start(self: &Arc<Self>, order: StartWorker) -> Result<(), String> {
+    /// Takes an order to start a worker; `None` if that very worker was started before. Called in the order of the
+    /// head's messages: a lower incarnation than one that was ordered comes from a head that is gone.
+    fn admit(&self, order: &StartWorker) -> Result<Option<WorkerRecord>, String> {
         let incarnation = order.incarnation;
-        let record = self.record(&order);
-        {
-            let mut state = self.lock();
-            if state.workers.contains_key(&incarnation) {
-                return Ok(());
-            }
-            if state.leaving {
-                return Err("the node is leaving".into());
-            }
-            if order.report_seq < state.registered_seq || incarnation <= state.ordered {
-                return Err("the order is outdated".into());
-            }
-            state.ordered = incarnation;
-            state.workers.insert(incarnation, Worker { record: record.clone(), status: Status::Starting });
+        let record = self.record(order);
+        let mut state = self.lock();
+        if state.workers.contains_key(&incarnation) {
+            return Ok(None);
         }
+        if state.leaving {
+            return Err("the node is leaving".into());
+        }
+        if order.report_seq < state.registered_seq || incarnation <= state.ordered {
+            return Err("the order is outdated".into());
+        }
+        state.ordered = incarnation;
+        state.workers.insert(incarnation, Worker { record: record.clone(), status: Status::Starting });
+        Ok(Some(record))
+    }
+
+    /// Starts the process of an admitted worker.
+    fn launch(self: &Arc<Self>, record: WorkerRecord) -> Result<(), String> {
+        let incarnation = record.incarnation;
         let started = self.spawn(&record);
         let mut state = self.lock();
         match started {
@@ -352,9 +357,14 @@ impl Handler<StartWorker> for NodeActor {
     type Result = ResponseFuture<Result<(), String>>;
 
     fn handle(&mut self, order: StartWorker, _: &mut Self::Context) -> Self::Result {
+        let record = match self.agent.admit(&order) {
+            Ok(Some(record)) => record,
+            Ok(None) => return Box::pin(async { Ok(()) }),
+            Err(why) => return Box::pin(async { Err(why) }),
+        };
         let agent = self.agent.clone();
         // Starting a process blocks for a moment.
-        let started = self.agent.runtime.spawn_blocking(move || agent.start(order));
+        let started = self.agent.runtime.spawn_blocking(move || agent.launch(record));
         Box::pin(async move { started.await.unwrap_or_else(|error| Err(error.to_string())) })
     }
 }
