@@ -3,13 +3,13 @@
 use super::*;
 use std::fs;
 
-/// A directory with a model of 32 experts and 2048 positions.
+/// A directory with the bundled model's config.json: 32 experts, 2048 positions.
 fn model_dir() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("temp dir");
     let model = dir.path().join("models/sundial-20m");
     fs::create_dir_all(&model).expect("create");
-    fs::write(model.join("config.json"), r#"{"n_routed_experts": 32, "max_position_embeddings": 2048}"#)
-        .expect("write");
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/sundial-20m/config.json");
+    fs::copy(bundled, model.join("config.json")).expect("copy");
     dir
 }
 
@@ -268,7 +268,7 @@ fn the_model_must_be_there() {
     refused(
         "[model]\npath = \"models/none\"\n",
         "
-c.toml:2:8: cannot read DIR/models/none/config.json: No such file or directory (os error 2)
+c.toml:2:8: DIR/models/none/config.json: No such file or directory (os error 2); a checkpoint directory needs this file, download it again
   |
 2 | path = \"models/none\"
   |        ^^^^^^^^^^^^^ name a Hugging Face checkpoint directory",

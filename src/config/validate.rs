@@ -3,13 +3,14 @@
 //! Pure: what lies outside of the file (the model's shape, the token file, the number of cores) comes in as `Facts`.
 //! Everything wrong is reported at once.
 
+mod network;
+
 use super::error::Problem;
-use super::raw::{DeviceKind, Raw, Store};
+use super::raw::{DeviceKind, Raw};
 use super::read::locate;
 use super::section::ByteSize;
-use super::{Config, KvCache, Model, Node, Parallel, State, Token};
+use super::{Config, KvCache, Model, Node, Parallel};
 use heliostat_engine::config::ModelConfig;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 /// What validation must know beside the file.
@@ -27,8 +28,6 @@ pub(crate) struct Facts {
     pub(crate) model: Result<ModelConfig, String>,
 }
 
-/// Shortest token that is accepted.
-const TOKEN_CHARS_MIN: usize = 16;
 /// Memory for KV blocks where the file says nothing.
 const KV_CACHE_BYTES_DEFAULT: ByteSize = ByteSize(128 << 20);
 
@@ -52,7 +51,10 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         check.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
         return Err(check.problems);
     }
-    let raw = absolute(raw, &facts.dir);
+    let mut raw = absolute(raw, &facts.dir);
+    raw.parallel.dp = Some(parallel.dp);
+    raw.parallel.ep = Some(parallel.ep);
+    raw.eplb.num_redundant_experts = Some(redundant_experts);
     let effective = toml::to_string(&raw).expect("what was read from TOML can be written as TOML");
     Ok(Config {
         effective,
@@ -104,80 +106,6 @@ impl Check<'_> {
     fn require(&mut self, ok: bool, path: &str, message: impl Into<String>, help: impl Into<String>) {
         if !ok {
             self.problems.push(Problem::at(locate(self.text, path), message).help(help));
-        }
-    }
-
-    fn token(&mut self, raw: &Raw, facts: &Facts) -> Option<Token> {
-        let cluster = &raw.cluster;
-        let both = cluster.token.is_some() && cluster.token_file.is_some();
-        self.require(
-            !both,
-            "cluster.token_file",
-            "`token` and `token_file` are both set",
-            "keep one of them",
-        );
-        match &cluster.token {
-            Some(token) => self.secret("cluster.token", token),
-            None => self.secret_file("cluster.token_file", facts.token_file.as_ref()),
-        }
-    }
-
-    /// What a file with a secret holds.
-    fn secret_file(&mut self, path: &str, file: Option<&Result<String, String>>) -> Option<Token> {
-        match file? {
-            Ok(text) => self.secret(path, text),
-            Err(e) => {
-                let message = format!("cannot read the file: {e}");
-                self.require(false, path, message, "create it: openssl rand -hex 32 > FILE");
-                None
-            }
-        }
-    }
-
-    fn secret(&mut self, path: &str, text: &str) -> Option<Token> {
-        let text = text.trim();
-        let long = text.chars().count() >= TOKEN_CHARS_MIN;
-        let message = format!("the secret is shorter than {TOKEN_CHARS_MIN} characters");
-        self.require(long, path, message, "make one with: openssl rand -hex 32");
-        Some(Token(text.to_string()))
-    }
-
-    fn listeners(&mut self, raw: &Raw, has_token: bool) {
-        let bind = raw.head.bind;
-        self.require(
-            bind.ip().is_loopback() || has_token,
-            "head.bind",
-            format!("the head would listen on {bind}, beyond loopback, without a cluster token"),
-            "set `token_file` in [cluster]",
-        );
-        self.require(
-            !bind.ip().is_unspecified() || raw.head.advertise.is_some(),
-            "head.bind",
-            format!("nobody can connect to the wildcard address {bind}"),
-            "set `advertise` to the address by which others reach this machine",
-        );
-        self.require(
-            raw.serve.host.is_loopback() || raw.serve.api_key_file.is_some(),
-            "serve.host",
-            format!("HTTP would listen on {}, beyond loopback, without authentication", raw.serve.host),
-            "set `api_key_file`",
-        );
-        let clash = bind.port() == raw.serve.port && bind.port() != 0;
-        self.require(
-            !(clash && same_interface(bind.ip(), raw.serve.host)),
-            "serve.port",
-            format!("head and HTTP would both listen on port {}", bind.port()),
-            "choose another port",
-        );
-        let remote = raw.nodes.iter().position(|n| n.host.is_some()).filter(|_| bind.ip().is_loopback());
-        if let Some(i) = remote {
-            let message = format!("a node on another host cannot reach the head at {bind}");
-            self.require(
-                false,
-                &format!("nodes.{i}.host"),
-                message,
-                "set `bind` in [head] to this machine's address",
-            );
         }
     }
 
@@ -404,43 +332,6 @@ impl Check<'_> {
         }
     }
 
-    fn state(&mut self, raw: &Raw, dir: &Path) -> State {
-        let state = &raw.state;
-        match state.store {
-            Store::Embedded => State::Embedded {
-                dir: match &state.dir {
-                    Some(path) => dir.join(path),
-                    None => dir.join(&raw.cluster.run_dir).join("state"),
-                },
-            },
-            Store::Etcd => {
-                let none = state.dir.is_none();
-                self.require(
-                    none,
-                    "state.dir",
-                    "`dir` belongs to store = \"embedded\"",
-                    "leave it out with etcd",
-                );
-                let any = state.endpoints.iter().any(|e| !e.trim().is_empty());
-                self.require(
-                    any,
-                    "state.endpoints",
-                    "no etcd server is named",
-                    "endpoints = [\"http://127.0.0.1:2379\"]",
-                );
-                let rooted = state.prefix.starts_with('/') && !state.prefix.ends_with('/');
-                self.require(
-                    rooted,
-                    "state.prefix",
-                    "a prefix starts with `/` and does not end with it",
-                    "prefix = \"/heliostat\"",
-                );
-                let prefix = format!("{}/{}", state.prefix, raw.cluster.name);
-                State::Etcd { endpoints: state.endpoints.clone(), prefix }
-            }
-        }
-    }
-
     fn supervision(&mut self, raw: &Raw) {
         let s = &raw.supervision;
         for (key, value) in [
@@ -480,11 +371,6 @@ impl Check<'_> {
             "leave it out for the default",
         );
     }
-}
-
-/// Whether a listener on `a` and one on `b` would meet.
-fn same_interface(a: IpAddr, b: IpAddr) -> bool {
-    a == b || a.is_unspecified() || b.is_unspecified()
 }
 
 /// A size of a model; none comes near the limit.

@@ -210,7 +210,7 @@ mod tests {
     fn it_can_be_read_without_colours() {
         let text = show(&status(), Terminal { colour: false, width: 100 });
         assert!(!text.contains('\u{1b}'), "{text}");
-        assert!(text.contains("    0         0.889  @=%.\n"), "{text}");
+        assert!(text.contains("    0         0.889  @-*.\n"), "{text}");
         assert!(text.contains("    0  0*1 2* | 3 2*0*\n"), "{text}");
         assert!(text.contains("rolled back: rank 1 was silent"), "{text}");
         assert!(
