@@ -19,8 +19,14 @@ use rand_chacha::ChaCha8Rng;
 
 const STEPS: u64 = 3;
 
-fn bundled() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/sundial-20m")
+/// The bundled model and the small ones of both families.
+fn models() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let small = std::fs::read_dir(root.join("tests/data/models")).unwrap();
+    let mut all: Vec<PathBuf> = small.map(|entry| entry.unwrap().path()).collect();
+    all.push(root.join("models/sundial-20m"));
+    all.sort();
+    all
 }
 
 /// A layout in which every expert has a slot and nothing else is sure.
@@ -38,13 +44,13 @@ fn random_layout(config: &ModelConfig, ranks: u32, rng: &mut ChaCha8Rng) -> Layo
 }
 
 /// Tokens of `dp` at `step`: none at some steps, so that idle ranks take part.
-fn batch(dp: usize, step: u64) -> Batch {
+fn batch(dp: usize, step: u64, vocab: usize) -> Batch {
     let len = (dp + 2 * step as usize) % 5;
     if len == 0 {
         return Batch::default();
     }
     let context = (0..step).map(|step| (dp + 2 * step as usize) % 5).sum::<usize>();
-    let token = |position| (position * 37 + dp * 101 + 5) as u32 % 4096;
+    let token = |position| (position * 37 + dp * 101 + 5) as u32 % vocab as u32;
     Batch {
         tokens: (context..context + len).map(token).collect(),
         positions: (context as u32..(context + len) as u32).collect(),
@@ -91,7 +97,7 @@ fn run_rank(listener: &FabricListener, endpoints: &[Endpoint], setup: &Setup, ra
     (0..STEPS)
         .map(|step| {
             group.begin_step(step);
-            model.forward(&batch(dp, step), &mut kv, &mut group).unwrap().rows
+            model.forward(&batch(dp, step, config.vocab_size), &mut kv, &mut group).unwrap().rows
         })
         .collect()
 }
@@ -105,20 +111,26 @@ struct Setup {
 
 #[test]
 fn any_group_and_layout_computes_the_bits_of_one_process() {
+    for dir in models() {
+        compare(&dir);
+    }
+}
+
+fn compare(dir: &Path) {
     let mut rng = ChaCha8Rng::seed_from_u64(20);
-    let config = Arc::new(ModelConfig::from_dir(&bundled()).unwrap());
+    let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
     let mut model =
-        Model::load(&Checkpoint::open(&bundled()).unwrap(), &config, Cpu::single_threaded(), &mut |_, _| ())
+        Model::load(&Checkpoint::open(dir).unwrap(), &config, Cpu::single_threaded(), &mut |_, _| ())
             .unwrap();
     let mut experts =
-        LocalExperts::load(&Checkpoint::open(&bundled()).unwrap(), &config, Cpu::single_threaded()).unwrap();
+        LocalExperts::load(&Checkpoint::open(dir).unwrap(), &config, Cpu::single_threaded()).unwrap();
     for (dp, ep, colocate) in
         [(1, 1, true), (2, 2, true), (4, 4, true), (1, 4, true), (4, 2, true), (2, 3, false)]
     {
         let topology = Topology::new(dp, ep, colocate).unwrap();
         let setup = Setup {
             layout: random_layout(&config, ep as u32, &mut rng),
-            checkpoint: Checkpoint::open(&bundled()).unwrap(),
+            checkpoint: Checkpoint::open(dir).unwrap(),
             config: Arc::clone(&config),
             topology,
         };
@@ -138,9 +150,15 @@ fn any_group_and_layout_computes_the_bits_of_one_process() {
         for dp_rank in 0..dp {
             let mut kv = KvPages::new(&config, 2, 16);
             for step in 0..STEPS {
-                let alone = model.forward(&batch(dp_rank, step), &mut kv, &mut experts).unwrap().rows;
+                let alone = model
+                    .forward(&batch(dp_rank, step, config.vocab_size), &mut kv, &mut experts)
+                    .unwrap()
+                    .rows;
                 let got = &logits[setup.topology.rank_of_dp(dp_rank)][step as usize];
-                assert!(*got == alone, "dp {dp} x ep {ep}: DP rank {dp_rank} differs at step {step}");
+                assert!(
+                    *got == alone,
+                    "{dir:?}, dp {dp} x ep {ep}: DP rank {dp_rank} differs at step {step}"
+                );
             }
         }
     }
