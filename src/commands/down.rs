@@ -52,8 +52,10 @@ pub(crate) async fn run(args: &Down) -> Result<()> {
 fn end_supervisor(run: &RunDir, pid: u32, timeout: Duration) {
     processes::signal(pid, Signal::TERM);
     let started = Instant::now();
-    while run.is_held() && started.elapsed() < timeout {
-        std::thread::sleep(Duration::from_millis(20));
+    // It gives the directory free a moment before it is gone itself.
+    let runs = || run.is_held() || processes::read(pid).is_some();
+    while runs() && started.elapsed() < timeout {
+        std::thread::sleep(Duration::from_millis(10));
     }
     if run.is_held() {
         processes::signal(pid, Signal::KILL);

@@ -1,3 +1,5 @@
+//! What is drawn, and what never can be.
+
 use super::*;
 
 fn draw_with<'a>(logits: &'a [f32], params: &'a SamplingParams, position: u64) -> Draw<'a> {

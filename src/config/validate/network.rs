@@ -8,6 +8,7 @@ use std::path::Path;
 
 /// Shortest token that is accepted.
 const TOKEN_CHARS_MIN: usize = 16;
+
 impl Check<'_> {
     pub(super) fn token(&mut self, raw: &Raw, facts: &Facts) -> Option<Token> {
         let cluster = &raw.cluster;
