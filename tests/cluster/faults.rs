@@ -77,6 +77,27 @@ async fn a_killed_rank_loses_no_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rank_killed_during_remaps_loses_no_stream() {
+    let eplb = "step_interval = 5\nwindow_size = 20\nnum_redundant_experts = 8";
+    let cluster = Cluster::up(&[("eplb", eplb)]).await;
+    let expected = undisturbed(&cluster).await;
+    for rank in ["rank-2", "rank-3", "rank-1"] {
+        let pid = cluster.pid(rank);
+        all_equal(disturbed(&cluster, async || kill(pid)).await.0, &expected);
+        cluster.until_healed().await;
+    }
+    let (_, status) = cluster.get("/api/eplb").await;
+    let history = status["history"].as_array().unwrap();
+    eprintln!(
+        "{} remaps, of which {} were committed",
+        history.len(),
+        history.iter().filter(|remap| remap["end"] == "committed").count()
+    );
+    assert!(history.iter().any(|remap| remap["end"] == "committed"));
+    assert_eq!(status["membership_epoch"], 7, "three losses, three completions, one start");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_killed_node_agent_is_replaced_and_adopts_its_workers() {
     let cluster = Cluster::up(&[]).await;
     let expected = undisturbed(&cluster).await;

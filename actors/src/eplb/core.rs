@@ -391,3 +391,7 @@ fn layer_status(index: usize, map: &ExpertMap, loads: &[f32]) -> LayerStatus {
         balancedness: has_load.then(|| f64::from(map_balancedness(map, loads))),
     }
 }
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;
