@@ -202,18 +202,17 @@ impl Entry {
         self.mailbox.downcast_ref::<Arc<Mailbox<A>>>().map(|mailbox| &**mailbox)
     }
 
-    /// Delivers a frame that came over the wire.
+    /// Delivers a frame that came over the wire. A refusal has been told to the asker, if there is one.
     pub(crate) fn deliver(
         &self,
         message: u64,
         payload: &[u8],
         expires_at: Option<Instant>,
         answer: Option<RemoteAnswer>,
-    ) {
+    ) -> Result<(), Refusal> {
         match self.table.get(&message) {
-            // Whoever asked has been told already.
-            Some(deliver) => drop(deliver(self, payload, expires_at, answer)),
-            None => refuse(answer, &Refusal::UnknownMessage),
+            Some(deliver) => deliver(self, payload, expires_at, answer),
+            None => refuse(answer, Refusal::UnknownMessage),
         }
     }
 
@@ -224,11 +223,12 @@ impl Entry {
     }
 }
 
-/// Tells a remote asker, if there is one, that the message was not accepted.
-pub(crate) fn refuse(answer: Option<RemoteAnswer>, reason: &Refusal) {
+/// Tells a remote asker, if there is one, that the message was not accepted. Always an error.
+pub(crate) fn refuse(answer: Option<RemoteAnswer>, reason: Refusal) -> Result<(), Refusal> {
     if let Some(answer) = answer {
-        answer.refuse(reason);
+        answer.refuse(&reason);
     }
+    Err(reason)
 }
 
 /// The entry of a `Table` for actor `A` and message `M`: decode, then into the mailbox.
@@ -246,8 +246,7 @@ where
     // Asked first, because a full mailbox should not cost the decoding.
     let refused = mailbox.refuses(&mailbox.lock());
     if let Some(reason) = refused {
-        refuse(answer, &reason);
-        return Err(reason);
+        return refuse(answer, reason);
     }
     match from_bytes::<M>(payload) {
         Ok(message) => {

@@ -29,7 +29,7 @@ use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
 pub use crate::wire::handshake::Secret;
-use crate::wire::link::{self, Link, now_ms};
+use crate::wire::link::{self, Link, RefusedTells, now_ms};
 
 use arbiters::Arbiters;
 pub use config::{SpawnError, SpawnOptions, SystemConfig, SystemError};
@@ -55,6 +55,7 @@ pub(crate) struct Shared {
     pub(crate) registry: Arc<Registry>,
     pub(crate) peers: Peers,
     pub(crate) tasks: TaskTracker,
+    pub(crate) refused_tells: RefusedTells,
     endpoint: String,
     silence_max: Duration,
     links: Mutex<HashMap<String, Arc<Link>>>,
@@ -127,6 +128,7 @@ impl System {
             registry: Arc::default(),
             peers: Peers::new(),
             tasks: TaskTracker::new(),
+            refused_tells: RefusedTells::default(),
             endpoint,
             silence_max: config.silence_max,
             links: Mutex::default(),

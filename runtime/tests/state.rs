@@ -301,19 +301,6 @@ async fn a_directory_has_one_owner() {
     assert!(error.contains("a directory of its own"), "{error}");
 }
 
-#[tokio::test]
-async fn old_changes_are_dropped_and_said_so() {
-    let dir = TempDir::new().unwrap();
-    let store = StateStore::open(&embedded(&dir)).await.unwrap();
-    for i in 0..4200u32 {
-        store.put("busy", i.to_le_bytes(), Expect::Any).await.unwrap();
-    }
-    let mut watch = store.watch("busy", Revision(1)).await.unwrap();
-    let StateError::Compacted { oldest } = watch.next().await.unwrap_err() else { panic!("not compacted") };
-    let mut watch = store.watch("busy", oldest).await.unwrap();
-    assert_eq!(next(&mut watch).await.revision, oldest);
-}
-
 fn state_file(dir: &TempDir) -> PathBuf {
     dir.path().join("state/state.redb")
 }

@@ -38,7 +38,7 @@ const FORMAT: &str = "format";
 const FORMAT_VERSION: u64 = 1;
 
 /// Transactions whose events are kept.
-const LOG_LENGTH: u64 = 4096;
+const LOG_LENGTH: u64 = if cfg!(test) { 16 } else { 4096 };
 /// The state is small; redb's default would be a gigabyte.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -391,6 +391,29 @@ async fn expire(store: std::sync::Weak<Inner>) {
         let ended = tokio::task::spawn_blocking(move || inner.end_leases(&due)).await;
         if let Ok(Err(error)) = ended {
             tracing::warn!(%error, "could not remove the keys of an expired lease");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn old_changes_are_dropped_and_said_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Embedded::open(dir.path()).await.unwrap();
+        for i in 0..20 {
+            store.txn(vec![Op::put("busy", [i])]).await.unwrap();
+        }
+        let mut watch = store.watch("busy", Revision(1));
+        let StateError::Compacted { oldest } = watch.next().await.unwrap_err() else {
+            panic!("not compacted")
+        };
+        assert_eq!(oldest, Revision(5));
+        let mut watch = store.watch("busy", oldest);
+        for i in 4..20 {
+            assert_eq!(watch.next().await.unwrap().value, Some(vec![i]));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Connections to and from peers: connecting on demand, accepting, reading, and noticing when a peer is gone.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use tokio::time::timeout;
 
 use super::answer::RemoteAnswer;
 use super::conn::Conn;
-use super::frame::{self, Frame};
+use super::frame::{self, CallHead, Frame};
 use super::handshake::{self, Hello};
 use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
 use crate::mailbox::{Failure, refuse};
@@ -183,16 +184,10 @@ fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
     match frame {
         Frame::Call(head, payload) => {
             let answer = (head.call != 0).then(|| RemoteAnswer { conn: conn.clone(), call: head.call });
-            if head.process != ProcessId::ANY.0 && head.process != shared.process.0 {
-                return refuse(answer, &Refusal::WrongProcess);
-            }
-            let expires_at = match head.deadline_us {
-                0 => None,
-                us => Instant::now().checked_add(Duration::from_micros(us)),
-            };
-            match shared.registry.find(ActorId(head.actor), Incarnation(head.incarnation)) {
-                Ok(entry) => entry.deliver(head.message, payload, expires_at, answer),
-                Err(reason) => refuse(answer, &reason),
+            if let Err(reason) = deliver(shared, &head, payload, answer)
+                && head.call == 0
+            {
+                shared.refused_tells.note(ActorId(head.actor), &reason);
             }
         }
         // An answer that nobody waits for any more is dropped.
@@ -206,5 +201,45 @@ fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
             conn.fail(call, failure.into());
         }
         Frame::Ping | Frame::Goodbye(_) => {}
+    }
+}
+
+fn deliver(
+    shared: &Shared,
+    head: &CallHead,
+    payload: &[u8],
+    answer: Option<RemoteAnswer>,
+) -> Result<(), Refusal> {
+    if head.process != ProcessId::ANY.0 && head.process != shared.process.0 {
+        return refuse(answer, Refusal::WrongProcess);
+    }
+    let expires_at = match head.deadline_us {
+        0 => None,
+        us => Instant::now().checked_add(Duration::from_micros(us)),
+    };
+    match shared.registry.find(ActorId(head.actor), Incarnation(head.incarnation)) {
+        Ok(entry) => entry.deliver(head.message, payload, expires_at, answer),
+        Err(reason) => refuse(answer, reason),
+    }
+}
+
+/// Tells that were refused here, which their senders do not hear of. Logged, at most once a second.
+#[derive(Default)]
+pub(crate) struct RefusedTells {
+    unlogged: AtomicU64,
+    logged_ms: AtomicU64,
+}
+
+impl RefusedTells {
+    fn note(&self, actor: ActorId, reason: &Refusal) {
+        let refused = self.unlogged.fetch_add(1, Ordering::Relaxed) + 1;
+        let (now, last) = (now_ms(), self.logged_ms.load(Ordering::Relaxed));
+        let due = last == 0 || now >= last + 1000;
+        if due
+            && self.logged_ms.compare_exchange(last, now.max(1), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            self.unlogged.fetch_sub(refused, Ordering::Relaxed);
+            tracing::warn!(%actor, %reason, refused, "refused messages that were told, not asked");
+        }
     }
 }
