@@ -24,7 +24,7 @@ async fn every_shape_of_the_group_generates_what_transformers_does() {
         let parallel = format!("dp = {dp}\nep = {ep}\ncolocate = {colocate}");
         let engine = format!(
             "max_num_seqs = 7\nmax_num_batched_tokens = {chunk}\nblock_size = {}",
-            1 << (dp + ep) % 5
+            1 << ((dp + ep) % 5)
         );
         let cluster =
             Cluster::up(&[("parallel", &parallel), ("engine", &engine), ("devices", "cpu = 5\nthreads = 1")])
