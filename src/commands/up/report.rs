@@ -243,12 +243,12 @@ pub(crate) fn welcome(ready: &Ready, detached: bool) -> String {
   completions  {url}/v1/completions
   models       {url}/v1/models
   metrics      {url}/metrics
-  experts      {url}/api/eplb   (helio eplb show)
-  head         {head}           (helio status)
-  logs         {run_dir}/logs   (helio logs ACTOR -f)
+  experts      {url}/api/eplb (helio eplb show)
+  head         {head} (helio status)
+  logs         {run_dir} (helio logs ACTOR -f)
 
 Try:   curl -N {url}/v1/completions -H 'content-type: application/json' \\
-         -d '{{\"model\": \"{model}\", \"prompt\": \"# Channels\\n\\n\", \"max_tokens\": 64, \"stream\": true}}'
+         -d '{{\"model\": \"{model}\", \"prompt\": \"The SELECT statement\", \"max_tokens\": 64, \"stream\": true}}'
 Stop:  {stop}
 "
     )
