@@ -1,6 +1,6 @@
 //! The EPLB actor: gathers the loads, plans remaps and sees them through. The only one that raises the map epoch.
 //!
-//! [`core`] decides; this file carries messages. The ranks agree among themselves on the step at which a layer
+//! `core` decides; this file carries messages. The ranks agree among themselves on the step at which a layer
 //! changes, so the actor may die at any time: ranks finish or drop what is open, and a new incarnation asks them where
 //! they stand.
 

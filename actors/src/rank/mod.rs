@@ -1,6 +1,6 @@
 //! The rank actor: one device's share of the group, its attention role, its expert role or both.
 //!
-//! The actor answers messages; its step thread ([`thread`]) computes. No message waits for a step, but for those that
+//! The actor answers messages; its step thread (`thread`) computes. No message waits for a step, but for those that
 //! ask the thread for figures.
 
 mod args;

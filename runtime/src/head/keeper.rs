@@ -18,6 +18,22 @@ use crate::wire::{CodecError, from_bytes, to_bytes};
 const PREFIX: &str = "head/";
 /// Operations of one transaction; etcd takes 128.
 const OPS_MAX: usize = 100;
+/// Bytes of one transaction, but for a single record that is larger; etcd takes about 1.5 MB.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// Keys with what is to be written, or none for a key that is to go.
+type Records = Vec<(String, Option<Vec<u8>>)>;
+
+/// What one transaction takes of what waits.
+fn next_batch(pending: &BTreeMap<String, Option<Vec<u8>>>) -> Records {
+    let mut bytes = 0;
+    let fits = |(key, value): &(&String, &Option<Vec<u8>>)| {
+        let first = bytes == 0;
+        bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+        first || bytes <= BATCH_BYTES_MAX
+    };
+    pending.iter().take(OPS_MAX).take_while(fits).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
 
 /// Why the head's state could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -121,8 +137,7 @@ impl Shared {
     async fn write_behind(self: Arc<Self>) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
         loop {
-            let batch: Vec<(String, Option<Vec<u8>>)> =
-                self.lock().iter().take(OPS_MAX).map(|(key, value)| (key.clone(), value.clone())).collect();
+            let batch = next_batch(&self.lock());
             if batch.is_empty() {
                 self.news.notified().await;
                 continue;
