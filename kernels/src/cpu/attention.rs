@@ -238,6 +238,11 @@ impl Stored for HeadRows<'_> {
     }
 
     #[inline(always)]
+    fn factor(&self, _row: usize, _run: usize) -> f32 {
+        1.0
+    }
+
+    #[inline(always)]
     fn widen<S: Simd>(simd: S, step: &[f32; 16], _factor: S::V) -> S::V {
         simd.load(step)
     }
@@ -281,7 +286,7 @@ impl Attend<'_> {
         for first in (0..positions).step_by(TILE_COLS) {
             let last = positions - 1;
             let tile = [first, last.min(first + 1), last.min(first + 2), last.min(first + 3)];
-            let scores = dot_stored::<S, _, M, TILE_COLS>(simd, &packed, &self.keys, tile);
+            let scores = dot_stored::<S, _, M>(simd, &packed, &self.keys, tile);
             let count = TILE_COLS.min(positions - first);
             for (head, scores) in scores.iter().enumerate() {
                 p[head * positions + first..][..count].copy_from_slice(&scores[..count]);

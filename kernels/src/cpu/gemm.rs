@@ -103,14 +103,12 @@ impl<W: Stored> Kernel for Columns<'_, W> {
             return self.run_panels(simd);
         }
         match self.m {
-            // Four accumulators would wait for each other; eight need the registers of AVX-512.
-            1 if S::TILE_ROWS > 1 => self.run_stored::<S, 1, 8>(simd),
-            1 => self.run_stored::<S, 1, 4>(simd),
-            2 => self.run_stored::<S, 2, 4>(simd),
-            3 => self.run_stored::<S, 3, 4>(simd),
-            4 => self.run_stored::<S, 4, 4>(simd),
-            5 => self.run_stored::<S, 5, 4>(simd),
-            _ => self.run_stored::<S, 6, 4>(simd),
+            1 => self.run_stored::<S, 1>(simd),
+            2 => self.run_stored::<S, 2>(simd),
+            3 => self.run_stored::<S, 3>(simd),
+            4 => self.run_stored::<S, 4>(simd),
+            5 => self.run_stored::<S, 5>(simd),
+            _ => self.run_stored::<S, 6>(simd),
         }
     }
 }
@@ -118,9 +116,9 @@ impl<W: Stored> Kernel for Columns<'_, W> {
 impl<W: Stored> Columns<'_, W> {
     /// Up to a tile of rows: each weight is widened in registers and used at once.
     #[inline(always)]
-    fn run_stored<S: Simd, const M: usize, const N: usize>(&self, simd: S) {
-        for column in self.columns.clone().step_by(N) {
-            let sums = dot_stored::<S, W, M, N>(simd, self.x, &self.w, self.tile(column));
+    fn run_stored<S: Simd, const M: usize>(&self, simd: S) {
+        for column in self.columns.clone().step_by(TILE_COLS) {
+            let sums = dot_stored::<S, W, M>(simd, self.x, &self.w, self.tile(column));
             self.write(0, column, &sums);
         }
     }
@@ -155,13 +153,14 @@ impl<W: Stored> Columns<'_, W> {
 
     /// Rows of `w` of the tile at `column`; behind the end the last one is repeated, and its results dropped.
     #[inline(always)]
-    fn tile<const N: usize>(&self, column: usize) -> [usize; N] {
-        std::array::from_fn(|i| (column + i).min(self.columns.end - 1))
+    fn tile(&self, column: usize) -> [usize; TILE_COLS] {
+        let last = self.columns.end - 1;
+        [column, last.min(column + 1), last.min(column + 2), last.min(column + 3)]
     }
 
     #[inline(always)]
-    fn write<const M: usize, const N: usize>(&self, row: usize, column: usize, sums: &[[f32; N]; M]) {
-        let count = N.min(self.columns.end - column);
+    fn write<const M: usize>(&self, row: usize, column: usize, sums: &[[f32; TILE_COLS]; M]) {
+        let count = TILE_COLS.min(self.columns.end - column);
         for (i, sums) in sums.iter().enumerate() {
             // SAFETY: only this job writes its columns of `y`.
             unsafe { self.y.write((row + i) * self.y_stride + column, &sums[..count]) }

@@ -14,27 +14,10 @@ pub(in crate::cpu) trait Stored: Copy + Send + Sync {
     fn run_cols(&self) -> usize;
     /// A row.
     fn row(&self, row: usize) -> &[Self::Element];
-    /// The scales of a row, one per run; looked up once, since that takes a division.
-    #[inline(always)]
-    fn scales(&self, _row: usize) -> &[f32] {
-        &[]
-    }
-    /// The factor of a run, as `widen` wants it.
-    #[inline(always)]
-    fn factor(_scales: &[f32], _run: usize) -> f32 {
-        1.0
-    }
+    /// The factor of the run `run` of a row, as `widen` wants it.
+    fn factor(&self, row: usize, run: usize) -> f32;
     /// Sixteen columns as f32.
     fn widen<S: Simd>(simd: S, step: &[Self::Element; 16], factor: S::V) -> S::V;
-    /// Sixty-four columns as f32.
-    #[inline(always)]
-    fn widen4<S: Simd>(simd: S, steps: &[Self::Element; 64], factor: S::V) -> [S::V; 4] {
-        let mut v = [factor; 4];
-        for (v, step) in v.iter_mut().zip(steps.as_chunks::<16>().0) {
-            *v = Self::widen(simd, step, factor);
-        }
-        v
-    }
 }
 
 /// A matrix of f32.
@@ -68,6 +51,11 @@ impl Stored for F32Matrix<'_> {
     }
 
     #[inline(always)]
+    fn factor(&self, _row: usize, _run: usize) -> f32 {
+        1.0
+    }
+
+    #[inline(always)]
     fn widen<S: Simd>(simd: S, step: &[f32; 16], _factor: S::V) -> S::V {
         simd.load(step)
     }
@@ -89,6 +77,11 @@ impl Stored for Bf16Matrix<'_> {
     #[inline(always)]
     fn row(&self, row: usize) -> &[u16] {
         &self.0[row * self.1..(row + 1) * self.1]
+    }
+
+    #[inline(always)]
+    fn factor(&self, _row: usize, _run: usize) -> f32 {
+        1.0
     }
 
     #[inline(always)]
@@ -115,29 +108,15 @@ impl Stored for F8Matrix<'_> {
         &self.0.codes[row * self.1..(row + 1) * self.1]
     }
 
-    #[inline(always)]
-    fn scales(&self, row: usize) -> &[f32] {
-        self.0.row_scales(row)
-    }
-
     /// The scale times 256, exact because scales are at most 1e30: `widen` reads codes divided by 256, so the one
     /// rounding is that of `code * scale`.
     #[inline(always)]
-    fn factor(scales: &[f32], run: usize) -> f32 {
-        scales[run] * 256.0
+    fn factor(&self, row: usize, run: usize) -> f32 {
+        self.0.row_scales(row)[run] * 256.0
     }
 
     #[inline(always)]
     fn widen<S: Simd>(simd: S, step: &[u8; 16], factor: S::V) -> S::V {
         simd.mul(simd.load_e4m3_div_256(step), factor)
-    }
-
-    #[inline(always)]
-    fn widen4<S: Simd>(simd: S, steps: &[u8; 64], factor: S::V) -> [S::V; 4] {
-        let mut v = simd.load4_e4m3_div_256(steps);
-        for v in &mut v {
-            *v = simd.mul(*v, factor);
-        }
-        v
     }
 }

@@ -12,41 +12,31 @@ use crate::cpu::simd::{Line, Simd};
 /// Rows of `w` in a tile.
 pub(in crate::cpu) const TILE_COLS: usize = 4;
 
-type Tile<S, const M: usize, const N: usize> = [[<S as Simd>::V; N]; M];
+type Tile<S, const M: usize> = [[<S as Simd>::V; TILE_COLS]; M];
 
-/// Products of `M` packed rows with `N` (4 or 8) rows of a stored matrix. `x` is `[step][M]`.
+/// Products of `M` packed rows with four rows of a stored matrix. `x` is `[step][M]`.
 #[inline(always)]
-pub(in crate::cpu) fn dot_stored<S: Simd, W: Stored, const M: usize, const N: usize>(
+pub(in crate::cpu) fn dot_stored<S: Simd, W: Stored, const M: usize>(
     simd: S,
     x: &[Line],
     w: &W,
-    rows: [usize; N],
-) -> [[f32; N]; M] {
-    let mut acc: Tile<S, M, N> = [[simd.zero(); N]; M];
+    rows: [usize; TILE_COLS],
+) -> [[f32; TILE_COLS]; M] {
+    let mut acc: Tile<S, M> = [[simd.zero(); TILE_COLS]; M];
     let (mut x, _) = x.as_chunks::<M>();
     let mut rest = rows.map(|row| w.row(row));
-    let scales = rows.map(|row| w.scales(row));
     for run in 0.. {
         let cols = rest[0].len().min(w.run_cols());
         if cols == 0 {
             break;
         }
-        let mut factors = [simd.zero(); N];
-        for (factor, scales) in factors.iter_mut().zip(scales) {
-            *factor = simd.splat(W::factor(scales, run));
+        let mut factors = [simd.zero(); TILE_COLS];
+        for (factor, row) in factors.iter_mut().zip(rows) {
+            *factor = simd.splat(w.factor(row, run));
         }
         let steps = cols / 16;
-        // With one or two rows, widening is most of the work, and there are registers left to do four steps at once.
-        let wide_steps = if M <= 2 { steps / 4 * 4 } else { 0 };
-        let w4 = rest.map(|row| &row.as_chunks::<64>().0[..wide_steps / 4]);
-        for (group, x) in x[..wide_steps].as_chunks::<4>().0.iter().enumerate() {
-            for (j, (w, factor)) in w4.iter().zip(factors).enumerate() {
-                let wide = W::widen4(simd, &w[group], factor);
-                accumulate_column(simd, &mut acc, x, wide, j);
-            }
-        }
         let w4 = rest.map(|row| &row.as_chunks::<16>().0[..steps]);
-        for (step, x) in x[..steps].iter().enumerate().skip(wide_steps) {
+        for (step, x) in x[..steps].iter().enumerate() {
             let mut wide = factors;
             for (wide, w) in wide.iter_mut().zip(w4) {
                 *wide = W::widen(simd, &w[step], *wide);
@@ -74,7 +64,7 @@ pub(in crate::cpu) fn dot_packed<S: Simd, const M: usize>(
     x: &[Line],
     w: &[Line],
 ) -> [[f32; TILE_COLS]; M] {
-    let mut acc: Tile<S, M, TILE_COLS> = [[simd.zero(); TILE_COLS]; M];
+    let mut acc: Tile<S, M> = [[simd.zero(); TILE_COLS]; M];
     for (x, w) in x.as_chunks::<M>().0.iter().zip(w.as_chunks::<TILE_COLS>().0) {
         let mut wide = [simd.zero(); TILE_COLS];
         for (wide, w) in wide.iter_mut().zip(w) {
@@ -86,12 +76,7 @@ pub(in crate::cpu) fn dot_packed<S: Simd, const M: usize>(
 }
 
 #[inline(always)]
-fn accumulate<S: Simd, const M: usize, const N: usize>(
-    simd: S,
-    acc: &mut Tile<S, M, N>,
-    x: &[Line; M],
-    w: [S::V; N],
-) {
+fn accumulate<S: Simd, const M: usize>(simd: S, acc: &mut Tile<S, M>, x: &[Line; M], w: [S::V; TILE_COLS]) {
     for (acc, x) in acc.iter_mut().zip(x) {
         let x = simd.load(&x.0);
         for (acc, w) in acc.iter_mut().zip(w) {
@@ -100,28 +85,10 @@ fn accumulate<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// Four steps of one row of `w`.
 #[inline(always)]
-fn accumulate_column<S: Simd, const M: usize, const N: usize>(
-    simd: S,
-    acc: &mut Tile<S, M, N>,
-    x: &[[Line; M]; 4],
-    w: [S::V; 4],
-    column: usize,
-) {
-    for (x, w) in x.iter().zip(w) {
-        for (acc, x) in acc.iter_mut().zip(x) {
-            acc[column] = simd.fma(simd.load(&x.0), w, acc[column]);
-        }
-    }
-}
-
-#[inline(always)]
-fn sums<S: Simd, const M: usize, const N: usize>(simd: S, acc: Tile<S, M, N>) -> [[f32; N]; M] {
-    let mut sums = [[0.0; N]; M];
-    let (acc, _) = acc.as_flattened().as_chunks::<4>();
-    let (out, _) = sums.as_flattened_mut().as_chunks_mut::<4>();
-    let ((acc, acc_last), (out, out_last)) = (acc.as_chunks::<2>(), out.as_chunks_mut::<2>());
+fn sums<S: Simd, const M: usize>(simd: S, acc: Tile<S, M>) -> [[f32; TILE_COLS]; M] {
+    let mut sums = [[0.0; TILE_COLS]; M];
+    let ((acc, acc_last), (out, out_last)) = (acc.as_chunks::<2>(), sums.as_chunks_mut::<2>());
     for (out, [a, b]) in out.iter_mut().zip(acc) {
         *out = simd.sum8(*a, *b);
     }
@@ -141,10 +108,9 @@ pub(in crate::cpu) fn pack_stored<S: Simd, W: Stored>(
 ) {
     for (j, row) in rows.into_iter().enumerate() {
         let mut lines = out.iter_mut().skip(j).step_by(TILE_COLS);
-        let scales = w.scales(row);
         let runs = w.row(row).chunks(w.run_cols().min(w.cols()).max(1));
         for (run, cols) in runs.enumerate() {
-            let factor = simd.splat(W::factor(scales, run));
+            let factor = simd.splat(w.factor(row, run));
             let (steps, tail) = cols.as_chunks::<16>();
             for (step, line) in steps.iter().zip(&mut lines) {
                 simd.store(W::widen(simd, step, factor), &mut line.0);

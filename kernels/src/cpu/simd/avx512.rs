@@ -4,39 +4,8 @@ use std::arch::x86_64::*;
 
 use super::avx2::{sum4_halves, widen_e4m3_to_f16};
 use super::{Kernel, Simd};
-use crate::dtype::e4m3_to_f32;
 
-/// The bf16 of every E4M3 magnitude divided by 256: its lower and its upper byte.
-static E4M3_BYTES: [[u8; 128]; 2] = e4m3_bytes();
-
-const fn e4m3_bytes() -> [[u8; 128]; 2] {
-    let mut bytes = [[0; 128]; 2];
-    let mut code = 0;
-    while code < 128 {
-        let [_, _, low, high] = (e4m3_to_f32(code as u8) / 256.0).to_bits().to_le_bytes();
-        bytes[0][code] = low;
-        bytes[1][code] = high;
-        code += 1;
-    }
-    bytes
-}
-
-/// The order of 64 codes from which unpacking bytes, which works within quarters of a register, puts columns c and
-/// c + 16 side by side, for c = 0..16 in one register and c = 32..48 in another.
-static INTERLEAVED: [u8; 64] = interleaved();
-
-const fn interleaved() -> [u8; 64] {
-    let mut order = [0; 64];
-    let mut at = 0;
-    while at < 64 {
-        let (quarter, byte) = (at / 16, at % 16);
-        order[at] = (byte / 8 * 32 + byte % 2 * 16 + quarter * 4 + byte % 8 / 2) as u8;
-        at += 1;
-    }
-    order
-}
-
-/// Proof that this CPU has AVX-512 F, BW, DQ, VL and VBMI, and what AVX2 code needs.
+/// Proof that this CPU has AVX-512 F, BW, DQ and VL, and what AVX2 code needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512(());
 
@@ -46,7 +15,6 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
@@ -55,7 +23,7 @@ impl Avx512 {
 
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         fn with_features<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
             kernel.run(simd)
         }
@@ -118,35 +86,6 @@ impl Simd for Avx512 {
     fn load_e4m3_div_256(self, x: &[u8; 16]) -> __m512 {
         // SAFETY: as above, and AVX2 is part of the proof.
         unsafe { _mm512_cvtph_ps(widen_e4m3_to_f16(x)) }
-    }
-
-    /// 64 codes are looked up in registers at once: a bf16 holds every E4M3 value, so two tables of bytes are enough.
-    #[inline(always)]
-    fn load4_e4m3_div_256(self, x: &[u8; 64]) -> [__m512; 4] {
-        let [low, high] = &E4M3_BYTES;
-        // SAFETY: a value of `Avx512` proves that the CPU has the instructions; all loads are of 64 readable bytes.
-        unsafe {
-            let low =
-                [_mm512_loadu_epi8(low.as_ptr().cast()), _mm512_loadu_epi8(low.as_ptr().add(64).cast())];
-            let high =
-                [_mm512_loadu_epi8(high.as_ptr().cast()), _mm512_loadu_epi8(high.as_ptr().add(64).cast())];
-            let order = _mm512_loadu_epi8(INTERLEAVED.as_ptr().cast());
-            let codes = _mm512_permutexvar_epi8(order, _mm512_loadu_epi8(x.as_ptr().cast()));
-            // The lookup ignores the sign bit, which then joins the upper byte: a | (b & c).
-            let upper = _mm512_permutex2var_epi8(high[0], codes, high[1]);
-            let upper = _mm512_ternarylogic_epi32::<0xf8>(upper, codes, _mm512_set1_epi8(i8::MIN));
-            let lower = _mm512_permutex2var_epi8(low[0], codes, low[1]);
-            // Each 32 bits hold the bf16 of a column and, above it, that of the column sixteen further.
-            let first = _mm512_unpacklo_epi8(lower, upper);
-            let second = _mm512_unpackhi_epi8(lower, upper);
-            let upper_half = _mm512_set1_epi32(i32::MIN >> 15);
-            [
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(first)),
-                _mm512_castsi512_ps(_mm512_and_si512(first, upper_half)),
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(second)),
-                _mm512_castsi512_ps(_mm512_and_si512(second, upper_half)),
-            ]
-        }
     }
 
     #[inline(always)]

@@ -31,7 +31,7 @@ impl Line {
 /// An instruction set that the kernels are written for. All of them give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512 F, BW, DQ, VL and VBMI: Intel since Ice Lake, AMD since Zen 4.
+    /// AVX-512 F, BW, DQ, VL.
     Avx512,
     /// AVX2, FMA and F16C.
     Avx2,
@@ -53,15 +53,6 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn load_bf16(self, x: &[u16; 16]) -> Self::V;
     /// Widens E4M3 codes, none of them NaN, and divides them by 256.
     fn load_e4m3_div_256(self, x: &[u8; 16]) -> Self::V;
-    /// Four steps of [`Simd::load_e4m3_div_256`].
-    #[inline(always)]
-    fn load4_e4m3_div_256(self, x: &[u8; 64]) -> [Self::V; 4] {
-        let mut v = [self.zero(); 4];
-        for (v, x) in v.iter_mut().zip(x.as_chunks::<16>().0) {
-            *v = self.load_e4m3_div_256(x);
-        }
-        v
-    }
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
