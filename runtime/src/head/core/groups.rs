@@ -31,7 +31,7 @@ impl Group {
             size: 0,
             members: BTreeMap::new(),
             subscribers: Vec::new(),
-            epochs: Reserve::default(),
+            epochs: Reserve { issued: 0, reserved: EPOCH_BLOCK },
             view: Arc::new(view),
         }
     }
@@ -86,6 +86,7 @@ pub(super) fn seat(rank: u32, actor: Option<&Actor>) -> Member {
 impl HeadState {
     /// Works out anew which actors form and watch which groups. Called when the set of specs changes.
     pub(super) fn regroup(&mut self) {
+        let before: Vec<String> = self.groups.keys().cloned().collect();
         for group in self.groups.values_mut() {
             group.size = 0;
             group.members.clear();
@@ -103,6 +104,15 @@ impl HeadState {
                 group.subscribers.push(name.clone());
             }
         }
+        let new = self.groups.iter().filter(|(name, _)| !before.contains(*name));
+        // The first epochs are reserved before one is issued.
+        let reserve: Vec<GroupRecord> = new
+            .map(|(_, group)| GroupRecord {
+                view: GroupView::clone(&group.view),
+                reserved: group.epochs.reserved,
+            })
+            .collect();
+        reserve.into_iter().for_each(|record| self.persist(Record::Group(record)));
         let empty = |group: &Group| group.members.is_empty() && group.subscribers.is_empty();
         let gone: Vec<String> =
             self.groups.iter().filter(|(_, group)| empty(group)).map(|(name, _)| name.clone()).collect();

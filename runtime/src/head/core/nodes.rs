@@ -103,13 +103,17 @@ impl Node {
 }
 
 impl HeadState {
-    /// Whether this agent may report as its node: a second agent of the same name is refused while the first is heard.
+    /// Whether this report is taken. A second agent of the same name is refused while the first is heard. HD-4: a node
+    /// that was lost registers anew, by which it also refuses orders that reached it late.
     pub fn admits(&self, report: &NodeReport) -> Result<(), String> {
         match self.nodes.get(&report.name) {
             Some(node) if node.is_connected() && node.record.boot != report.boot => Err(format!(
                 "a node named {:?} has already joined (agent pid {} at {}); give this one another name",
                 report.name, node.pid, node.endpoint
             )),
+            Some(Node { reach: Reach::Lost { why }, .. }) if !report.registering => {
+                Err(format!("the node was given up, because it {why}, and must register anew"))
+            }
             _ => Ok(()),
         }
     }
