@@ -1,6 +1,6 @@
 //! The processes that `helio up` keeps alive: the head and this machine's node agents.
 //!
-//! They are restarted at once when they die, up to the limit of [supervision]. Everything below them ends with them: this
+//! They are restarted at once when they die, up to the limit of `[supervision]`. Everything below them ends with them: this
 //! process is a subreaper, so a worker whose node agent died becomes a child here and is ended like the rest.
 
 use crate::processes;

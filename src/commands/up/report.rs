@@ -138,6 +138,13 @@ impl Bars {
         match report {
             Report::Note { text } => self.multi.println(text).context("cannot write to the terminal"),
             Report::Progress { rows } => {
+                self.bars.retain(|name, bar| {
+                    let stays = rows.iter().any(|row| row.name == *name);
+                    if !stays {
+                        bar.finish_and_clear();
+                    }
+                    stays
+                });
                 let width = rows.iter().map(|r| r.name.len()).max().unwrap_or_default();
                 for row in rows {
                     self.show_row(row, width);
@@ -163,6 +170,9 @@ impl Bars {
             bar
         });
         bar.set_prefix(format!("{:width$}", row.name));
+        if bar.is_finished() && row.state != RowState::Ready {
+            bar.reset();
+        }
         let (template, message) = match &row.state {
             RowState::Waiting { reason } => ("  {prefix}  {spinner} {msg:.dim}", reason.clone()),
             RowState::Starting { phase, total: 0, .. } => ("  {prefix}  {spinner} {msg}", phase.clone()),
