@@ -77,7 +77,7 @@ impl Stager {
                     moved.local += 1;
                     expert
                 }
-                None => self.fetch(layer, logical, &mut moved).await?,
+                None => self.fetch(layer, (ep, logical), &mut moved).await?,
             };
             contents.push((slot, Slot { logical, expert }));
         }
@@ -85,8 +85,13 @@ impl Stager {
     }
 
     /// Fetches an expert from the first peer that delivers it whole, else from the checkpoint.
-    async fn fetch(&self, layer: &LayerPlan, logical: u32, moved: &mut Moved) -> Result<Arc<Expert>, String> {
-        for source in layer.sources(logical, self.rank as u32) {
+    async fn fetch(
+        &self,
+        layer: &LayerPlan,
+        (ep, logical): (usize, u32),
+        moved: &mut Moved,
+    ) -> Result<Arc<Expert>, String> {
+        for source in layer.sources(logical, ep as u32) {
             let rank = self.topology.rank_of_ep(source as usize);
             let peer = self.system.handle::<Rank>(self.peers[rank].clone());
             match fetch_from(&peer, layer.layer, logical).await {

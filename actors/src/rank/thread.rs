@@ -187,6 +187,10 @@ impl StepThread {
                 self.outlet.forget(process);
             }
             Command::Open(plan) if plan.plan.epoch > self.progress.closed => {
+                if let Err(why) = plan.plan.check(&self.layout) {
+                    plan.fail(why.to_string());
+                    self.abandon = plan.plan.epoch;
+                }
                 self.clock.begin_watch();
                 self.plan = Some(plan);
             }

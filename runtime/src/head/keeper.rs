@@ -200,4 +200,16 @@ mod tests {
         let read: Vec<Record> = read.iter().map(|entry| from_bytes(&entry.value).unwrap()).collect();
         assert_eq!(read, [Record::Incarnations(7), spec("a")]);
     }
+
+    #[test]
+    fn a_batch_stays_below_what_a_store_takes() {
+        let pending = |sizes: &[usize]| {
+            let record = |(n, &size): (usize, &usize)| (format!("{n:04}"), Some(vec![0; size]));
+            sizes.iter().enumerate().map(record).collect::<BTreeMap<_, _>>()
+        };
+        assert_eq!(next_batch(&pending(&[10; 150])).len(), OPS_MAX);
+        assert_eq!(next_batch(&pending(&[400_000; 5])).len(), 2);
+        assert_eq!(next_batch(&pending(&[3_000_000, 10])).len(), 1, "a large record goes alone");
+        assert_eq!(next_batch(&BTreeMap::new()).len(), 0);
+    }
 }
