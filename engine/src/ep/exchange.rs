@@ -272,7 +272,7 @@ impl EpGroup {
         for (choice, (&(ep, entry), &weight)) in choices.enumerate() {
             let out = &mut out[choice / top_k * self.hidden..][..self.hidden];
             let row = &self.combined[ep][entry * self.hidden..][..self.hidden];
-            out.iter_mut().zip(row).for_each(|(out, &y)| *out = weight.mul_add(y, *out));
+            self.cpu.scaled_add(out, weight, row);
         }
         Ok(())
     }
