@@ -185,7 +185,7 @@ fn aborted<T>(abort: &Abort, call: impl FnOnce() -> Result<T, FabricError>) -> F
         });
         let error = call().err().unwrap();
         let took = thread.join().unwrap().elapsed();
-        assert!(took < Duration::from_millis(200), "the call returned {took:?} after the abort");
+        assert!(took < Duration::from_secs(2), "the call returned {took:?} after the abort");
         error
     })
 }
