@@ -31,7 +31,7 @@ impl Group {
             size: 0,
             members: BTreeMap::new(),
             subscribers: Vec::new(),
-            epochs: Reserve { issued: 0, reserved: EPOCH_BLOCK },
+            epochs: Reserve::default(),
             view: Arc::new(view),
         }
     }
@@ -39,6 +39,12 @@ impl Group {
     pub(super) fn recovered(view: Arc<GroupView>, reserved: u64) -> Self {
         let name = view.group.clone();
         Self { epochs: Reserve::recovered(reserved), view, ..Self::new(&name) }
+    }
+
+    /// Reserves a block of epochs; the record must be durable before one is issued.
+    pub(super) fn reserve(&mut self) -> GroupRecord {
+        self.epochs.reserved = self.epochs.issued + EPOCH_BLOCK;
+        GroupRecord { view: GroupView::clone(&self.view), reserved: self.epochs.reserved }
     }
 
     pub(super) fn view(&self) -> &GroupView {
@@ -104,15 +110,10 @@ impl HeadState {
                 group.subscribers.push(name.clone());
             }
         }
-        let new = self.groups.iter().filter(|(name, _)| !before.contains(*name));
         // The first epochs are reserved before one is issued.
-        let reserve: Vec<GroupRecord> = new
-            .map(|(_, group)| GroupRecord {
-                view: GroupView::clone(&group.view),
-                reserved: group.epochs.reserved,
-            })
-            .collect();
-        reserve.into_iter().for_each(|record| self.persist(Record::Group(record)));
+        let new = self.groups.iter_mut().filter(|(name, _)| !before.contains(*name));
+        let reserved: Vec<GroupRecord> = new.map(|(_, group)| group.reserve()).collect();
+        reserved.into_iter().for_each(|record| self.persist(Record::Group(record)));
         let empty = |group: &Group| group.members.is_empty() && group.subscribers.is_empty();
         let gone: Vec<String> =
             self.groups.iter().filter(|(_, group)| empty(group)).map(|(name, _)| name.clone()).collect();
@@ -173,15 +174,8 @@ impl HeadState {
         let members = self.members_now(group);
         let Some(group) = self.groups.get_mut(name) else { return };
         let (epoch, _) = group.epochs.issue(EPOCH_BLOCK);
-        let view = Arc::new(GroupView { group: name.to_owned(), epoch, members });
-        group.view = view.clone();
         let reserved = group.epochs.reserved;
-        let told: Vec<String> = group.members.values().chain(&group.subscribers).cloned().collect();
-        self.changed = true;
-        for actor in told {
-            self.send_views(&actor);
-        }
-        self.persist(Record::Group(GroupRecord { view: GroupView::clone(&view), reserved }));
+        self.publish(GroupView { group: name.to_owned(), epoch, members }, reserved);
     }
 
     /// A worker has views that this head, restarted, never heard of: they stand, and it goes on above them.
@@ -190,13 +184,23 @@ impl HeadState {
             let Some(group) = self.groups.get_mut(&view.group) else { continue };
             if view.epoch > group.view.epoch {
                 group.epochs.issued = group.epochs.issued.max(view.epoch);
-                group.view = Arc::new(view.clone());
                 let reserved = group.epochs.reserved;
-                self.changed = true;
-                self.persist(Record::Group(GroupRecord { view, reserved }));
+                self.publish(view, reserved);
             }
         }
         self.recheck_groups();
+    }
+
+    /// Makes this the view of its group and tells everybody who has not got it.
+    fn publish(&mut self, view: GroupView, reserved: u64) {
+        let Some(group) = self.groups.get_mut(&view.group) else { return };
+        group.view = Arc::new(view.clone());
+        let told: Vec<String> = group.members.values().chain(&group.subscribers).cloned().collect();
+        self.changed = true;
+        for actor in told {
+            self.send_views(&actor);
+        }
+        self.persist(Record::Group(GroupRecord { view, reserved }));
     }
 
     /// Sends the actor what it has not been sent yet of its own group and of those it watches.

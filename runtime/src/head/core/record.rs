@@ -178,8 +178,11 @@ impl HeadState {
         }
         state.regroup();
         state.hold = (!state.nodes.is_empty()).then_some(now + patience.node_grace);
+        // New blocks, so that even a head that dies at once has not issued what the next one issues.
         state.incarnations.reserved += INCARNATION_BLOCK;
         state.persist(Record::Incarnations(state.incarnations.reserved));
+        let groups: Vec<GroupRecord> = state.groups.values_mut().map(Group::reserve).collect();
+        groups.into_iter().for_each(|record| state.persist(Record::Group(record)));
         let commands = std::mem::take(&mut state.out);
         (state, commands)
     }
