@@ -80,12 +80,17 @@ async fn remaps_and_layouts_change_no_bit() {
             "step_interval = 20\nwindow_size = 20\nnum_redundant_experts = 8\npolicy = \"{policy}\"\ninitial_layout = {layout:?}"
         );
         let cluster = Cluster::up(&[("eplb", &eplb)]).await;
-        assert_eq!(sixteen(&cluster).await, expected, "policy {policy}");
-        let (_, status) = cluster.get("/api/eplb").await;
-        let history = status["history"].as_array().unwrap();
-        let committed = history.iter().filter(|remap| remap["end"] == "committed").count();
-        assert!(committed >= 2, "remaps took place while the requests ran: {history:#?}");
-        assert_eq!(status["map_epoch"], history[0]["epoch"]);
+        let mut committed = 0;
+        for round in 0.. {
+            assert_eq!(sixteen(&cluster).await, expected, "policy {policy}, round {round}");
+            let (_, status) = cluster.get("/api/eplb").await;
+            let history = status["history"].as_array().unwrap();
+            committed = history.iter().filter(|remap| remap["end"] == "committed").count();
+            if committed >= 3 {
+                break;
+            }
+            assert!(round < 20, "remaps take place while the requests run: {history:#?}");
+        }
         eprintln!("{policy}: {committed} remaps");
     }
 }

@@ -61,6 +61,14 @@ impl StepThread {
                     self.outlet.fail(format!("cannot link the group: {why}"));
                     return;
                 }
+                Err(FabricError::StaleEpoch { newer, .. }) => {
+                    tracing::info!(
+                        epoch = view.epoch,
+                        newer,
+                        "others are at a newer epoch: waiting for its view"
+                    );
+                    self.await_view_after(view.epoch);
+                }
                 Err(why) => tracing::warn!(epoch = view.epoch, "cannot link the group yet: {why}"),
             }
             self.inbox.set_bell(None);
@@ -79,6 +87,16 @@ impl StepThread {
             }
             let command = self.inbox.wait()?;
             self.apply(command);
+        }
+    }
+
+    /// Takes commands until there is a newer view than `epoch`.
+    fn await_view_after(&mut self, epoch: u64) {
+        while !self.should_leave(epoch) {
+            match self.inbox.wait() {
+                Some(command) => self.apply(command),
+                None => self.stopping = true,
+            }
         }
     }
 
