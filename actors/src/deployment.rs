@@ -25,6 +25,11 @@ pub const EPLB: &str = "eplb";
 /// Name of the ingress actor.
 pub const INGRESS: &str = "ingress";
 
+/// Name of a rank's actor.
+pub fn rank_name(rank: u32) -> String {
+    format!("rank-{rank}")
+}
+
 /// What to serve, and how.
 #[derive(Clone, Debug)]
 pub struct Deployment {
@@ -99,7 +104,7 @@ impl Deployment {
                 engine: self.engine.clone(),
                 links: self.links.clone(),
             };
-            let mut spec = self.spec(&format!("rank-{rank}"), Rank::TYPE, &args)?;
+            let mut spec = self.spec(&rank_name(rank), Rank::TYPE, &args)?;
             spec.resources = Resources { devices: 1, cpus: 0 };
             spec.group = Some(GroupMember { group: GROUP.to_owned(), rank, size });
             specs.push(spec);

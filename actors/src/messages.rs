@@ -27,6 +27,7 @@ wire! {
     ReportLoad => "rank.report_load",
     AttachEplb => "rank.attach_eplb",
     AttachIngress => "rank.attach_ingress",
+    Ping => "rank.ping",
     RankOutputs => "ingress.outputs",
     RankRefused => "ingress.refused",
     StepLoad => "eplb.step_load",
@@ -147,6 +148,11 @@ pub struct AttachEplb {
     /// The EPLB actor.
     pub eplb: ActorAddr,
 }
+
+/// Answered at once by a process that runs, whatever its step thread waits for.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct Ping;
 
 /// Send [`RankOutputs`] with figures to this ingress from now on, also when none of its sequences runs.
 #[derive(Clone, Debug, Encode, Decode, Message)]

@@ -77,6 +77,20 @@ async fn a_killed_rank_loses_no_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_rank_is_restarted_and_loses_no_stream() {
+    let cluster = Cluster::up(&[("parallel", "step_timeout_s = 1.0")]).await;
+    let expected = undisturbed(&cluster).await;
+    let pid = cluster.pid("rank-1");
+    let freeze =
+        async || assert!(Command::new("kill").args(["-STOP", &pid.to_string()]).status().unwrap().success());
+    let (got, pause) = disturbed(&cluster, freeze).await;
+    all_equal(got, &expected);
+    cluster.until_healed().await;
+    assert_ne!(cluster.pid("rank-1"), pid);
+    eprintln!("rank-1 frozen, step time-out 1 s: longest pause of a stream {pause:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rank_killed_during_remaps_loses_no_stream() {
     let eplb = "step_interval = 5\nwindow_size = 20\nnum_redundant_experts = 8";
     let cluster = Cluster::up(&[("eplb", eplb)]).await;

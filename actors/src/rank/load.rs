@@ -12,7 +12,7 @@ use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
 use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::fabric::FabricListener;
 use heliostat_runtime::actor::{ActorCx, CreateError};
-use heliostat_runtime::spec::{DeathCause, DeviceKind, Progress};
+use heliostat_runtime::spec::{DeviceKind, Progress};
 use heliostat_runtime::system::PeerEvent;
 
 use super::args::{KvCacheArgs, RankArgs};
@@ -20,6 +20,7 @@ use super::attention::Attention;
 use super::clock::StepClock;
 use super::link::Command;
 use super::outlet::Outlet;
+use super::suspect::heed;
 use super::thread::StepThread;
 use super::{Rank, join, link};
 
@@ -132,10 +133,10 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let endpoint = bincode::encode_to_vec(listener.endpoint(), super::codec())
         .map_err(|why| CreateError::Failed(format!("cannot encode the address of the rank: {why}")))?;
     let (link, inbox) = link::link();
-    let (failed, mut failures) = tokio::sync::mpsc::unbounded_channel();
+    let (notices, heard) = tokio::sync::mpsc::unbounded_channel();
     let role = args.topology.role(args.rank as usize);
     let me = cx.addr();
-    let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), failed);
+    let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), notices);
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
         checkpoint: Arc::clone(&loaded.checkpoint),
@@ -158,17 +159,8 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         .name(format!("step-{}", args.rank))
         .spawn(move || thread.run())
         .map_err(CreateError::failed)?;
-    // The thread ends by itself only with an error, or by a panic that closes the channel.
-    let exits = cx.clone();
     let stopping = link.clone();
-    tokio::spawn(async move {
-        let message = match failures.recv().await {
-            Some(why) => why,
-            None if stopping.is_stopped() => return,
-            None => "the step thread panicked; its log has the message".to_owned(),
-        };
-        exits.exit(DeathCause::Failed { message });
-    });
+    tokio::spawn(heed(cx.clone(), heard, move || stopping.is_stopped()));
     let mut peers = cx.system().peer_events();
     let lost = link.clone();
     tokio::spawn(async move {

@@ -13,6 +13,7 @@ mod outlet;
 mod plan;
 mod stager;
 mod steps;
+mod suspect;
 mod thread;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +33,7 @@ pub use args::{EngineArgs, KvCacheArgs, LinkArgs, RankArgs};
 
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
-    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert, NoSuchExpert,
+    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert, NoSuchExpert, Ping,
     PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
 };
 use link::{Command, Link};
@@ -82,6 +83,7 @@ impl RemoteActor for Rank {
         m.accept::<GroupView>().accept::<Submit>().accept::<Abort>();
         m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
+        m.accept::<Ping>();
     }
 }
 
@@ -247,6 +249,12 @@ impl Handler<AttachIngress> for Rank {
     fn handle(&mut self, message: AttachIngress, _: &mut Self::Context) {
         self.link.send(Command::AttachIngress(message.ingress));
     }
+}
+
+impl Handler<Ping> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, _: Ping, _: &mut Self::Context) {}
 }
 
 impl Handler<AttachEplb> for Rank {

@@ -8,8 +8,10 @@ use std::collections::HashMap;
 use heliostat_engine::request::{Output, RankStats, RequestId};
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use heliostat_runtime::system::System;
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::plan::OpenPlan;
+use super::suspect::Notice;
 use crate::eplb::Eplb;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{Busy, PlanEnd, PlanReport, RankJoined, RankOutputs, RankRefused, StepLoad, StepTimes};
@@ -26,8 +28,7 @@ pub(super) struct Outlet {
     joined: Option<RankJoined>,
     load: Vec<Vec<u32>>,
     load_steps: u64,
-    /// Ends the actor with an error.
-    failed: tokio::sync::mpsc::UnboundedSender<String>,
+    notices: UnboundedSender<Notice>,
 }
 
 impl Outlet {
@@ -36,10 +37,10 @@ impl Outlet {
         system: System,
         me: ActorAddr,
         (rank, dp): (u32, Option<u32>),
-        failed: tokio::sync::mpsc::UnboundedSender<String>,
+        notices: UnboundedSender<Notice>,
     ) -> Self {
         let (outputs, load) = (HashMap::new(), Vec::new());
-        Self { system, me, rank, dp, outputs, eplb: None, joined: None, load, load_steps: 0, failed }
+        Self { system, me, rank, dp, outputs, eplb: None, joined: None, load, load_steps: 0, notices }
     }
 
     /// This rank's actor.
@@ -49,8 +50,17 @@ impl Outlet {
 
     /// The rank cannot go on.
     pub(super) fn fail(&self, why: String) {
-        // The receiver is the actor; without it nobody is left to tell.
-        let _ = self.failed.send(why);
+        self.notice(Notice::Failed(why));
+    }
+
+    /// A rank said nothing for too long.
+    pub(super) fn silent(&self, rank: u32, addr: ActorAddr) {
+        self.notice(Notice::Silent(rank, addr));
+    }
+
+    fn notice(&self, notice: Notice) {
+        // The receiver lives as long as the process; without it nobody is left to tell.
+        let _ = self.notices.send(notice);
     }
 
     /// Queues an output for its ingress.

@@ -69,7 +69,12 @@ impl StepThread {
                     );
                     self.await_view_after(view.epoch);
                 }
-                Err(why) => tracing::warn!(epoch = view.epoch, "cannot link the group yet: {why}"),
+                Err(why) => {
+                    tracing::warn!(epoch = view.epoch, "cannot link the group yet: {why}");
+                    if let FabricError::ConnectTimeout { missing, .. } = why {
+                        missing.into_iter().for_each(|rank| self.suspect(&view, rank as u32));
+                    }
+                }
             }
             self.inbox.set_bell(None);
         }
@@ -87,6 +92,14 @@ impl StepThread {
             }
             let command = self.inbox.wait()?;
             self.apply(command);
+        }
+    }
+
+    /// Has a silent rank looked at.
+    fn suspect(&self, view: &GroupView, rank: u32) {
+        let member = view.members.get(rank as usize).filter(|_| rank != self.args.rank);
+        if let Some(addr) = member.and_then(|member| member.addr.clone()) {
+            self.outlet.silent(rank, addr);
         }
     }
 
@@ -133,6 +146,9 @@ impl StepThread {
             });
             self.step_until_over(&mut group, view.epoch)
         });
+        if let Err(ExchangeError::Silent { rank }) = outcome {
+            self.suspect(view, rank);
+        }
         if let Err(why) = outcome {
             tracing::info!(epoch = view.epoch, "left the membership epoch: {why}");
         }

@@ -338,6 +338,7 @@ impl From<FabricError> for ExchangeError {
         match error {
             FabricError::Aborted { .. } => Self::Aborted,
             FabricError::PeerLost { rank } => Self::PeerLost { rank: rank as u32 },
+            FabricError::Timeout { rank: Some(rank), .. } => Self::Silent { rank: rank as u32 },
             other => Self::Other(other.to_string()),
         }
     }

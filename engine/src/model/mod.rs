@@ -43,6 +43,12 @@ pub enum ExchangeError {
         /// The rank.
         rank: u32,
     },
+    /// A rank of the group, though connected, said nothing for too long.
+    #[error("rank {rank} was silent for too long")]
+    Silent {
+        /// The rank.
+        rank: u32,
+    },
     /// Anything else; says what.
     #[error("{0}")]
     Other(String),
