@@ -140,7 +140,10 @@ fn history(status: &EplbStatus) -> String {
             remap.moves.to_string(),
             indicatif::BinaryBytes(remap.moved.bytes).to_string(),
             format!("{} ms", remap.duration_ms),
-            format!("{:.1} ms", steps.longest_us as f64 / 1e3),
+            match steps.count {
+                0 => "idle".into(),
+                _ => format!("{:.1} ms", steps.longest_us as f64 / 1e3),
+            },
             format!("{:.1} ms", steps.before_median_us as f64 / 1e3),
             format!("{:.3} -> {:.3}", remap.balancedness_before, remap.balancedness_planned),
         ]);
@@ -185,7 +188,7 @@ mod tests {
             moved: Moved { bytes: 3 << 20, ..Moved::default() },
             balancedness_before: 0.6,
             balancedness_planned: 0.95,
-            steps: StepTimes { longest_us: 5200, before_median_us: 4100, ..StepTimes::default() },
+            steps: StepTimes { count: 9, longest_us: 5200, median_us: 4000, before_median_us: 4100 },
         };
         EplbStatus {
             map_epoch: 3,
