@@ -64,7 +64,7 @@ impl Attention {
 
     /// Sequences that wait.
     pub(super) fn waiting(&self) -> u32 {
-        self.scheduler.stats().waiting
+        self.scheduler.num_waiting() as u32
     }
 
     /// Figures for the router.

@@ -15,15 +15,6 @@ use super::{Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
 use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
-/// What a rank exchanges within its steps, counted since the group was connected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ExchangeStats {
-    /// Rows sent to EP ranks.
-    pub rows_dispatched: u64,
-    /// (Token, choice) pairs computed by the experts of this rank.
-    pub entries_served: u64,
-}
-
 /// One rank's end of the group during one membership epoch.
 #[derive(Debug)]
 pub struct EpGroup {
@@ -37,7 +28,6 @@ pub struct EpGroup {
     step: u64,
     /// Tokens routed by this DP rank, `[moe layer][logical expert]`, since they were last taken.
     loads: Vec<Vec<u32>>,
-    stats: ExchangeStats,
     outbox: Vec<Outbox>,
     places: Vec<(usize, usize)>,
     combined: Vec<Vec<f32>>,
@@ -109,7 +99,6 @@ impl EpGroup {
             slots,
             hidden,
             step: 0,
-            stats: ExchangeStats::default(),
             outbox,
             places: Vec::new(),
         }
@@ -120,11 +109,6 @@ impl EpGroup {
         &mut self.fabric
     }
 
-    /// The layout in force.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
     /// Takes another layout of the same shape, between two steps; the slots hold its weights already.
     pub fn set_layout(&mut self, layout: Layout) {
         self.layout = layout;
@@ -133,11 +117,6 @@ impl EpGroup {
     /// Names the step that the next exchanges belong to.
     pub fn begin_step(&mut self, step: u64) {
         self.step = step;
-    }
-
-    /// What was exchanged so far.
-    pub fn stats(&self) -> ExchangeStats {
-        self.stats
     }
 
     /// Adds the tokens routed by this DP rank since the last call to `sums`, `[moe layer][logical expert]`; an empty
@@ -188,7 +167,6 @@ impl EpGroup {
         for (ep, outbox) in self.outbox.iter_mut().enumerate() {
             outbox.head[0] = outbox.rows.len() as u32;
             outbox.head[1] = (outbox.head.len() as u32 - 2) / 2;
-            self.stats.rows_dispatched += outbox.rows.len() as u64;
             let parts = [bytemuck::cast_slice(&outbox.head), bytemuck::cast_slice(&outbox.payload)];
             self.fabric.send(self.topology.rank_of_ep(ep), tag, &parts)?;
         }
@@ -237,7 +215,6 @@ impl EpGroup {
             for (&(dp, _, entry), row) in wanted.iter().zip(output.chunks_exact(hidden)) {
                 inbox[dp as usize].reply[entry as usize * hidden..][..hidden].copy_from_slice(row);
             }
-            self.stats.entries_served += wanted.len() as u64;
         }
         Ok(())
     }

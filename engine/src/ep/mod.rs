@@ -7,7 +7,7 @@ mod header;
 mod slots;
 mod topology;
 
-pub use exchange::{EpGroup, EpParts, ExchangeStats};
+pub use exchange::{EpGroup, EpParts};
 pub use header::{Decision, PlanProgress, StepHeader, decide};
 pub use slots::{SharedSlots, Slot, SlotError, Slots};
 pub use topology::{Role, Topology, TopologyError};

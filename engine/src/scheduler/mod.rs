@@ -118,6 +118,11 @@ impl Scheduler {
         !self.turns.is_empty()
     }
 
+    /// Sequences that wait, preempted ones included.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// The batch of the next step, empty when there is nothing to do. It stays in flight until `complete` or
     /// `abandon`; until then the same batch is returned again.
     pub fn schedule(&mut self) -> Arc<Batch> {
