@@ -89,6 +89,7 @@ fn engine(config: &Config) -> EngineArgs {
         enable_prefix_caching: config.engine.enable_prefix_caching,
         max_waiting: config.serve.max_queued_requests,
         load_report_steps: LOAD_REPORT_STEPS.min(config.eplb.window_size),
+        cuda: heliostat_actors::rank::CudaArgs::default(),
     }
 }
 

@@ -43,6 +43,35 @@ pub struct EngineArgs {
     pub max_waiting: u32,
     /// Group steps between two load reports to the EPLB actor.
     pub load_report_steps: u32,
+    /// What matters on CUDA devices only.
+    pub cuda: CudaArgs,
+}
+
+/// A rank's engine on a CUDA device.
+#[derive(Clone, Debug, Default, Encode, Decode)]
+pub struct CudaArgs {
+    /// Folders to search for NVIDIA's libraries before the usual ones.
+    pub library_dirs: Vec<PathBuf>,
+    /// Where compiled kernels are kept.
+    pub kernel_cache: Option<PathBuf>,
+    /// How rows travel between GPUs.
+    pub exchange: ExchangeBackend,
+    /// Largest decode batch that runs as a recorded graph; 0 records none.
+    pub graph_rows_max: u32,
+    /// Schedule the next step while the present one runs.
+    pub async_scheduling: bool,
+    /// Ranks that share one GPU; 1 outside of tests.
+    pub ranks_per_gpu: u32,
+}
+
+/// How rows travel between the GPUs of a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum ExchangeBackend {
+    /// Peer memory over NVLink, by our own kernels.
+    #[default]
+    Peer,
+    /// NCCL.
+    Nccl,
 }
 
 /// Room for KV blocks of one DP rank.
@@ -52,6 +81,9 @@ pub enum KvCacheArgs {
     Blocks(u32),
     /// As many as fit into so many bytes.
     Bytes(u64),
+    /// On a CUDA device: what is left when weights and buffers are placed, of this many thousandths of the device's
+    /// memory (vLLM's `gpu_memory_utilization`).
+    Utilization(u32),
 }
 
 /// How the ranks talk during a step.

@@ -102,6 +102,9 @@ fn attention(args: &RankArgs, config: &ModelConfig, model: Model) -> Result<Atte
             let per_block = KvPages::bytes_per_block(config, block_size);
             (bytes / per_block as u64) as usize
         }
+        KvCacheArgs::Utilization(_) => {
+            return Err(CreateError::Failed("a share of GPU memory was given to a CPU device".to_owned()));
+        }
     };
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size,

@@ -29,7 +29,7 @@ use heliostat_runtime::handle::ActorAddr;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-pub use args::{EngineArgs, KvCacheArgs, LinkArgs, RankArgs};
+pub use args::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs, RankArgs};
 
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
