@@ -10,8 +10,13 @@ use sha2::{Digest, Sha256};
 use super::CudaError;
 use super::library::preload;
 
-/// The one header that sources may include.
-const COMMON: (&str, &str) = ("common.cuh", include_str!("cu/common.cuh"));
+/// The headers that sources may include, by name.
+const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("cu/common.cuh")),
+    ("exchange.cuh", include_str!("cu/exchange.cuh")),
+    ("gemm_ptx.cuh", include_str!("cu/gemm_ptx.cuh")),
+    ("rows.cuh", include_str!("cu/rows.cuh")),
+];
 
 /// A kernel source with its compile-time constants.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -118,7 +123,8 @@ impl Compiler {
         let mut hash = Sha256::new();
         let options = source.options(&self.chip).join(" ");
         let version = format!("{}.{}", self.version.0, self.version.1);
-        for part in [source.text, COMMON.1, &options, &version] {
+        let headers = HEADERS.iter().map(|(_, text)| *text);
+        for part in [source.text, options.as_str(), version.as_str()].into_iter().chain(headers) {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
@@ -155,8 +161,12 @@ struct Program(sys::nvrtcProgram);
 impl Program {
     fn new(source: &Source) -> Result<Self, CudaError> {
         let (text, name) = (c_string(source.text.to_owned()), c_string(format!("{}.cu", source.name)));
-        let (header, header_name) = (c_string(COMMON.1.to_owned()), c_string(COMMON.0.to_owned()));
-        let (headers, names) = ([header.as_ptr()], [header_name.as_ptr()]);
+        let headers: Vec<(CString, CString)> = HEADERS
+            .iter()
+            .map(|(name, text)| (c_string((*text).to_owned()), c_string((*name).to_owned())))
+            .collect();
+        let texts: Vec<*const c_char> = headers.iter().map(|(text, _)| text.as_ptr()).collect();
+        let names: Vec<*const c_char> = headers.iter().map(|(_, name)| name.as_ptr()).collect();
         let mut program = std::ptr::null_mut();
         // SAFETY: all strings are NUL-terminated and NVRTC copies them; `program` is a valid place.
         let result = unsafe {
@@ -164,8 +174,8 @@ impl Program {
                 &mut program,
                 text.as_ptr(),
                 name.as_ptr(),
-                1,
-                headers.as_ptr(),
+                HEADERS.len() as c_int,
+                texts.as_ptr(),
                 names.as_ptr(),
             )
         };
