@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod checkpoint;
 pub mod config;
+pub mod cuda;
 pub mod ep;
 pub mod eplb;
 pub mod model;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::{EpGroup, EpParts, SharedSlots, Slot, Slots, Topology};
+use heliostat_engine::ep::{EpGroup, EpParts, ExpertWeights, SharedSlots, Slot, Slots, Topology};
 use heliostat_engine::eplb::{ExpertMap, Layout, MapShape};
 use heliostat_engine::model::{KvPages, LocalExperts, Model, load_expert};
 use heliostat_kernels::cpu::Cpu;
@@ -68,7 +68,7 @@ fn run_rank(listener: &FabricListener, endpoints: &[Endpoint], setup: &Setup, ra
         for (moe_layer, map) in layout.layers().iter().enumerate() {
             let slot = |logical: &u32| {
                 let expert = load_expert(checkpoint, config, moe_layer, *logical as usize).unwrap();
-                Slot { logical: *logical, expert: Arc::new(expert) }
+                Slot { logical: *logical, weights: ExpertWeights::Host(Arc::new(expert)) }
             };
             let contents = map.experts_of_rank(ep as u32).iter().map(slot).enumerate().collect();
             slots.replace(moe_layer, contents).unwrap();

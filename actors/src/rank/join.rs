@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bincode::{Decode, Encode};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::{PlanProgress, SharedSlots, Slot};
+use heliostat_engine::ep::{ExpertStore, ExpertWeights, PlanProgress, SharedSlots, Slot};
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::model::{ExchangeError, Expert, load_expert};
 use heliostat_kernels::fabric::{Fabric, Kind, Tag};
@@ -65,7 +65,7 @@ pub(super) fn fill_slots(
     layout: &Layout,
     ep: usize,
     slots: &SharedSlots,
-    mut fetch: impl FnMut(usize, u32) -> Result<Arc<Expert>, String>,
+    mut fetch: impl FnMut(usize, u32) -> Result<ExpertWeights, String>,
 ) -> Result<(), String> {
     for (moe_layer, map) in layout.layers().iter().enumerate() {
         let present = slots.read().logical(moe_layer);
@@ -76,24 +76,35 @@ pub(super) fn fill_slots(
             }
             let fetched = contents.iter().find(|(_, content)| content.logical == logical);
             let here = fetched
-                .map(|(_, content)| Arc::clone(&content.expert))
+                .map(|(_, content)| content.weights.clone())
                 .or_else(|| slots.read().find(moe_layer, logical));
-            let expert = here.map_or_else(|| fetch(moe_layer, logical), Ok)?;
-            contents.push((slot, Slot { logical, expert }));
+            let weights = here.map_or_else(|| fetch(moe_layer, logical), Ok)?;
+            contents.push((slot, Slot { logical, weights }));
         }
         slots.replace(moe_layer, contents).map_err(|why| why.to_string())?;
     }
     Ok(())
 }
 
-/// Reads an expert from the checkpoint.
-pub(super) fn read_expert(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    moe_layer: usize,
-    logical: u32,
-) -> Result<Arc<Expert>, String> {
-    load_expert(checkpoint, config, moe_layer, logical as usize).map(Arc::new).map_err(|why| why.to_string())
+/// Brings experts to where the rank keeps them.
+#[derive(Clone)]
+pub(super) struct ExpertLoader {
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) config: Arc<ModelConfig>,
+    pub(super) store: ExpertStore,
+}
+
+impl ExpertLoader {
+    /// Reads an expert from the checkpoint.
+    pub(super) fn read(&self, moe_layer: usize, logical: u32) -> Result<ExpertWeights, String> {
+        let expert = load_expert(&self.checkpoint, &self.config, moe_layer, logical as usize);
+        self.place(expert.map_err(|why| why.to_string())?)
+    }
+
+    /// Takes in an expert that a peer sent.
+    pub(super) fn place(&self, expert: Expert) -> Result<ExpertWeights, String> {
+        self.store.place(expert).map_err(|why| why.to_string())
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::{PlanProgress, SharedSlots, Slots};
+use heliostat_engine::ep::{ExpertStore, PlanProgress, SharedSlots, Slots};
 use heliostat_engine::model::{KvPages, Model, expert_bytes};
 use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
 use heliostat_kernels::cpu::Cpu;
@@ -18,6 +18,7 @@ use heliostat_runtime::system::PeerEvent;
 use super::args::{KvCacheArgs, RankArgs};
 use super::attention::Attention;
 use super::clock::StepClock;
+use super::join::ExpertLoader;
 use super::link::Command;
 use super::outlet::Outlet;
 use super::suspect::heed;
@@ -26,7 +27,7 @@ use super::{Rank, join, link};
 
 /// What was loaded.
 pub(super) struct Loaded {
-    checkpoint: Arc<Checkpoint>,
+    loader: ExpertLoader,
     config: Arc<ModelConfig>,
     cpu: Cpu,
     attention: Option<Attention>,
@@ -66,18 +67,19 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError>
         }
         None => None,
     };
+    let loader = ExpertLoader { checkpoint, config: Arc::clone(&config), store: ExpertStore::Host };
     let slots = SharedSlots::new(Slots::new(layout.layers().len(), layout.shape().slots_per_rank() as usize));
     if let Some(ep) = role.ep {
         let mut done = dense_bytes;
         join::fill_slots(layout, ep, &slots, |moe_layer, logical| {
-            let expert = join::read_expert(&checkpoint, &config, moe_layer, logical)?;
-            done += expert.size_bytes() as u64;
+            let weights = loader.read(moe_layer, logical)?;
+            done += weights.size_bytes() as u64;
             report(done, dense_bytes + expert_total);
-            Ok(expert)
+            Ok(weights)
         })
         .map_err(CreateError::Failed)?;
     }
-    Ok(Loaded { checkpoint, config, cpu, attention, slots })
+    Ok(Loaded { loader, config, cpu, attention, slots })
 }
 
 /// CPU threads of the device that the rank owns.
@@ -142,7 +144,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), notices);
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
-        checkpoint: Arc::clone(&loaded.checkpoint),
+        loader: loaded.loader.clone(),
         cpu: loaded.cpu,
         attention: loaded.attention,
         slots: loaded.slots.clone(),
@@ -178,8 +180,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         cx,
         link,
         slots: loaded.slots,
-        checkpoint: loaded.checkpoint,
-        config: loaded.config,
+        loader: loaded.loader,
         peers: Vec::new(),
         staging: None,
         encoded: std::sync::Mutex::new(None),

@@ -19,10 +19,7 @@ mod thread;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use actix::{Actor, Context, Handler, ResponseFuture};
-use heliostat_engine::checkpoint::Checkpoint;
-use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::SharedSlots;
-use heliostat_engine::model::Expert;
+use heliostat_engine::ep::{ExpertWeights, SharedSlots};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::ActorAddr;
@@ -36,6 +33,7 @@ use crate::messages::{
     AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert, NoSuchExpert, Ping,
     PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
 };
+use join::ExpertLoader;
 use link::{Command, Link};
 use plan::OpenPlan;
 use stager::Stager;
@@ -51,8 +49,7 @@ pub struct Rank {
     cx: ActorCx,
     link: Link,
     slots: SharedSlots,
-    checkpoint: Arc<Checkpoint>,
-    config: Arc<ModelConfig>,
+    loader: ExpertLoader,
     /// Actors of all ranks in the newest complete view.
     peers: Vec<ActorAddr>,
     staging: Option<(u64, JoinHandle<()>)>,
@@ -62,7 +59,7 @@ pub struct Rank {
 
 struct Encoded {
     moe_layer: u32,
-    expert: Arc<Expert>,
+    weights: ExpertWeights,
     bytes: Vec<u8>,
     checksum: u64,
 }
@@ -108,17 +105,20 @@ impl Rank {
     }
 
     fn chunk(&self, ask: FetchExpert) -> Option<ExpertChunk> {
-        let expert = self.slots.read().find(ask.moe_layer as usize, ask.logical)?;
+        let weights = self.slots.read().find(ask.moe_layer as usize, ask.logical)?;
         let mut encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = encoded
-            .take()
-            .filter(|kept| kept.moe_layer == ask.moe_layer && Arc::ptr_eq(&kept.expert, &expert));
-        let kept = kept.unwrap_or_else(|| Encoded {
-            moe_layer: ask.moe_layer,
-            bytes: expert.to_bytes(),
-            checksum: expert.checksum(),
-            expert,
-        });
+        let kept =
+            encoded.take().filter(|kept| kept.moe_layer == ask.moe_layer && kept.weights.is_same(&weights));
+        let kept = match kept {
+            Some(kept) => kept,
+            None => {
+                let expert =
+                    weights.to_host().inspect_err(|why| tracing::error!("cannot read an expert: {why}"));
+                let expert = expert.ok()?;
+                let (bytes, checksum) = (expert.to_bytes(), expert.checksum());
+                Encoded { moe_layer: ask.moe_layer, weights, bytes, checksum }
+            }
+        };
         let rest = kept.bytes.get(ask.offset as usize..).unwrap_or_default();
         let chunk = ExpertChunk {
             total: kept.bytes.len() as u64,
@@ -152,8 +152,7 @@ impl Rank {
             rank: self.args.rank as usize,
             peers: self.peers.clone(),
             slots: self.slots.clone(),
-            checkpoint: Arc::clone(&self.checkpoint),
-            config: Arc::clone(&self.config),
+            loader: self.loader.clone(),
             ahead: self.args.links.stage_ahead,
             link: self.link.clone(),
         };

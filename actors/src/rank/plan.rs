@@ -1,11 +1,10 @@
 //! A plan that is being staged on this rank: what the stager has brought and the step thread has not yet committed.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use heliostat_engine::ep::Slot;
+use heliostat_engine::ep::{ExpertWeights, Slot};
 use heliostat_engine::eplb::plan::Plan;
-use heliostat_engine::model::Expert;
 use heliostat_runtime::handle::ActorAddr;
 use tokio::sync::Notify;
 
@@ -89,12 +88,12 @@ impl OpenPlan {
     }
 
     /// An expert among the staged, uncommitted layers.
-    pub(super) fn find_staged(&self, moe_layer: usize, logical: u32) -> Option<Arc<Expert>> {
+    pub(super) fn find_staged(&self, moe_layer: usize, logical: u32) -> Option<ExpertWeights> {
         let state = self.state();
         let layers = self.plan.layers.iter().skip(state.committed as usize);
         let (_, contents) = layers.zip(&state.layers).find(|(layer, _)| layer.layer as usize == moe_layer)?;
         let found = contents.iter().find(|(_, slot)| slot.logical == logical)?;
-        Some(Arc::clone(&found.1.expert))
+        Some(found.1.weights.clone())
     }
 
     /// Where it stands.

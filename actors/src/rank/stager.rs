@@ -5,16 +5,14 @@
 
 use std::sync::Arc;
 
-use heliostat_engine::checkpoint::Checkpoint;
-use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::{SharedSlots, Slot, Topology};
+use heliostat_engine::ep::{ExpertWeights, SharedSlots, Slot, Topology};
 use heliostat_engine::eplb::plan::LayerPlan;
 use heliostat_engine::model::Expert;
 use heliostat_runtime::handle::{ActorAddr, Handle};
 use heliostat_runtime::system::System;
 
 use super::Rank;
-use super::join::read_expert;
+use super::join::ExpertLoader;
 use super::link::{Command, Link};
 use super::plan::OpenPlan;
 use crate::messages::{FetchExpert, Moved};
@@ -30,8 +28,7 @@ pub(super) struct Stager {
     /// The ranks' actors in the present membership.
     pub(super) peers: Vec<ActorAddr>,
     pub(super) slots: SharedSlots,
-    pub(super) checkpoint: Arc<Checkpoint>,
-    pub(super) config: Arc<ModelConfig>,
+    pub(super) loader: ExpertLoader,
     /// Layers that may wait for their commit.
     pub(super) ahead: u32,
     pub(super) link: Link,
@@ -70,16 +67,16 @@ impl Stager {
             }
             let fetched = contents.iter().find(|(_, content)| content.logical == logical);
             let here = fetched
-                .map(|(_, content)| Arc::clone(&content.expert))
+                .map(|(_, content)| content.weights.clone())
                 .or_else(|| self.slots.read().find(moe_layer, logical));
-            let expert = match here {
-                Some(expert) => {
+            let weights = match here {
+                Some(weights) => {
                     moved.local += 1;
-                    expert
+                    weights
                 }
                 None => self.fetch(layer, (ep, logical), &mut moved).await?,
             };
-            contents.push((slot, Slot { logical, expert }));
+            contents.push((slot, Slot { logical, weights }));
         }
         Ok((contents, moved))
     }
@@ -90,7 +87,7 @@ impl Stager {
         layer: &LayerPlan,
         (ep, logical): (usize, u32),
         moved: &mut Moved,
-    ) -> Result<Arc<Expert>, String> {
+    ) -> Result<ExpertWeights, String> {
         for source in layer.sources(logical, ep as u32) {
             let rank = self.topology.rank_of_ep(source as usize);
             let peer = self.system.handle::<Rank>(self.peers[rank].clone());
@@ -98,20 +95,27 @@ impl Stager {
                 Ok((expert, bytes)) => {
                     moved.from_peers += 1;
                     moved.bytes += bytes;
-                    return Ok(Arc::new(expert));
+                    return self.blocking(move |loader| loader.place(expert)).await;
                 }
                 Err(why) => {
                     tracing::warn!(rank, layer = layer.layer, logical, "cannot fetch an expert: {why}");
                 }
             }
         }
-        let (checkpoint, config) = (Arc::clone(&self.checkpoint), Arc::clone(&self.config));
         let moe_layer = layer.layer as usize;
-        let read = move || read_expert(&checkpoint, &config, moe_layer, logical);
-        let expert = tokio::task::spawn_blocking(read).await.map_err(|why| why.to_string())??;
+        let weights = self.blocking(move |loader| loader.read(moe_layer, logical)).await?;
         moved.from_disk += 1;
-        moved.bytes += expert.size_bytes() as u64;
-        Ok(expert)
+        moved.bytes += weights.size_bytes() as u64;
+        Ok(weights)
+    }
+
+    /// Reads or copies weights where blocking is allowed.
+    async fn blocking(
+        &self,
+        work: impl FnOnce(&ExpertLoader) -> Result<ExpertWeights, String> + Send + 'static,
+    ) -> Result<ExpertWeights, String> {
+        let loader = self.loader.clone();
+        tokio::task::spawn_blocking(move || work(&loader)).await.map_err(|why| why.to_string())?
     }
 }
 

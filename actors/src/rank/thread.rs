@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::{EpGroup, EpParts, PlanProgress, SharedSlots};
 use heliostat_engine::eplb::map::Layout;
@@ -19,7 +18,7 @@ use heliostat_runtime::group::GroupView;
 use super::args::RankArgs;
 use super::attention::Attention;
 use super::clock::StepClock;
-use super::join::{self, JoinState};
+use super::join::{self, ExpertLoader, JoinState};
 use super::link::{Command, Inbox};
 use super::outlet::Outlet;
 use super::plan::OpenPlan;
@@ -32,7 +31,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) struct StepThread {
     pub(super) args: RankArgs,
     pub(super) config: Arc<ModelConfig>,
-    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) loader: ExpertLoader,
     pub(super) cpu: Cpu,
     /// On DP ranks.
     pub(super) attention: Option<Attention>,
@@ -177,8 +176,7 @@ impl StepThread {
             let staged = self.plan.as_ref();
             join::fill_slots(&layout, ep, &self.slots, |moe_layer, logical| {
                 let found = staged.and_then(|plan| plan.find_staged(moe_layer, logical));
-                found
-                    .map_or_else(|| join::read_expert(&self.checkpoint, &self.config, moe_layer, logical), Ok)
+                found.map_or_else(|| self.loader.read(moe_layer, logical), Ok)
             })
             .map_err(ExchangeError::Other)?;
         }

@@ -11,7 +11,7 @@
 use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::fabric::{Fabric, FabricError, Kind, Tag};
 
-use super::{Role, SharedSlots, Topology};
+use super::{ExpertWeights, Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
 use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
@@ -211,7 +211,10 @@ impl EpGroup {
             }
             output.clear();
             output.resize(input.len(), 0.0);
-            content.expert.forward_with(&self.cpu, input, scratch, output);
+            let ExpertWeights::Host(expert) = &content.weights else {
+                return Err(ExchangeError::Other("experts of a GPU were asked for on the CPU".to_owned()));
+            };
+            expert.forward_with(&self.cpu, input, scratch, output);
             for (&(dp, _, entry), row) in wanted.iter().zip(output.chunks_exact(hidden)) {
                 inbox[dp as usize].reply[entry as usize * hidden..][..hidden].copy_from_slice(row);
             }

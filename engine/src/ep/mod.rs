@@ -9,5 +9,5 @@ mod topology;
 
 pub use exchange::{EpGroup, EpParts};
 pub use header::{Decision, PlanProgress, StepHeader, decide};
-pub use slots::{SharedSlots, Slot, SlotError, Slots};
+pub use slots::{ExpertStore, ExpertWeights, SharedSlots, Slot, SlotError, Slots};
 pub use topology::{Role, Topology, TopologyError};

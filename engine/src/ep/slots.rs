@@ -6,7 +6,71 @@
 
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
+use heliostat_kernels::cuda::CudaError;
+
+use crate::cuda::{ExpertPool, PoolError, PooledExpert};
 use crate::model::Expert;
+
+/// One expert's weights, wherever they lie. Clones share them.
+#[derive(Clone, Debug)]
+pub enum ExpertWeights {
+    /// In this process's memory.
+    Host(Arc<Expert>),
+    /// In a pool on a GPU.
+    Cuda(Arc<PooledExpert>),
+}
+
+impl ExpertWeights {
+    /// The weights in this process's memory, copied there if need be. Blocks.
+    ///
+    /// # Errors
+    /// The GPU failed.
+    pub fn to_host(&self) -> Result<Arc<Expert>, CudaError> {
+        match self {
+            Self::Host(expert) => Ok(Arc::clone(expert)),
+            Self::Cuda(pooled) => pooled.to_host().map(Arc::new),
+        }
+    }
+
+    /// Bytes of the weights.
+    pub fn size_bytes(&self) -> usize {
+        match self {
+            Self::Host(expert) => expert.size_bytes(),
+            Self::Cuda(pooled) => pooled.size_bytes(),
+        }
+    }
+
+    /// Whether both are one and the same copy.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Host(a), Self::Host(b)) => Arc::ptr_eq(a, b),
+            (Self::Cuda(a), Self::Cuda(b)) => Arc::ptr_eq(a, b),
+            (Self::Host(_), Self::Cuda(_)) | (Self::Cuda(_), Self::Host(_)) => false,
+        }
+    }
+}
+
+/// Where a rank keeps expert weights.
+#[derive(Clone, Debug)]
+pub enum ExpertStore {
+    /// In this process's memory.
+    Host,
+    /// On a GPU.
+    Cuda(ExpertPool),
+}
+
+impl ExpertStore {
+    /// Takes in an expert that was read or fetched. Blocks while it is copied.
+    ///
+    /// # Errors
+    /// The GPU has no place left, or failed.
+    pub fn place(&self, expert: Expert) -> Result<ExpertWeights, PoolError> {
+        match self {
+            Self::Host => Ok(ExpertWeights::Host(Arc::new(expert))),
+            Self::Cuda(pool) => pool.put(&expert).map(|pooled| ExpertWeights::Cuda(Arc::new(pooled))),
+        }
+    }
+}
 
 /// What lies in one slot.
 #[derive(Clone, Debug)]
@@ -14,7 +78,7 @@ pub struct Slot {
     /// Logical expert. Travels with the weights and is asserted on arrival.
     pub logical: u32,
     /// Its weights.
-    pub expert: Arc<Expert>,
+    pub weights: ExpertWeights,
 }
 
 /// A slot that should hold weights does not, or holds others.
@@ -57,9 +121,9 @@ impl Slots {
     }
 
     /// A local copy of a logical expert, wherever it lies in the layer.
-    pub fn find(&self, layer: usize, logical: u32) -> Option<Arc<Expert>> {
+    pub fn find(&self, layer: usize, logical: u32) -> Option<ExpertWeights> {
         let slots = self.layers.get(layer)?;
-        slots.iter().flatten().find(|slot| slot.logical == logical).map(|slot| Arc::clone(&slot.expert))
+        slots.iter().flatten().find(|slot| slot.logical == logical).map(|slot| slot.weights.clone())
     }
 
     /// Puts weights into a slot.

@@ -14,6 +14,7 @@ mod graph;
 mod kernel;
 mod library;
 mod memory;
+mod stack;
 mod stream;
 mod tensor_map;
 
@@ -23,5 +24,6 @@ pub use error::CudaError;
 pub use graph::Graph;
 pub use kernel::{Kernel, Launch, Module, Params};
 pub use memory::{Buffer, Element, Pinned};
+pub use stack::{StoredAs, WeightStack};
 pub use stream::{Event, Priority, Stream};
 pub use tensor_map::{Swizzle, TensorMap, TiledLayout, TmaElement};
