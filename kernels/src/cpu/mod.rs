@@ -8,6 +8,7 @@ pub mod attention;
 pub mod gemm;
 pub mod norm;
 pub mod plain;
+pub mod quant;
 pub mod rope;
 pub mod router;
 

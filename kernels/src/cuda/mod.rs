@@ -7,10 +7,18 @@
 //! borrow checker cannot see. A kernel that reads what another stream still writes reads nonsense, but host memory is
 //! out of its reach, so such a mistake is a wrong result and never undefined behaviour on the host.
 
+pub mod activation;
+pub mod norm;
+pub mod rope;
+pub mod router;
+pub mod rows;
+
 mod compile;
 mod device;
 mod error;
+pub mod exchange;
 mod graph;
+pub mod heap;
 mod kernel;
 mod library;
 mod memory;
