@@ -70,7 +70,7 @@ unsafe impl Params for ActivationParams {}
 impl Activation {
     /// The source of the kernels.
     pub fn source() -> Source {
-        Source::new("activation", concat!(include_str!("cu/rows.cuh"), include_str!("cu/activation.cu")))
+        Source::new("activation", include_str!("cu/activation.cu"))
     }
 
     /// Loads the kernels.

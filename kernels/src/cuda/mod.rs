@@ -12,11 +12,14 @@ pub mod norm;
 pub mod rope;
 pub mod router;
 pub mod rows;
+pub mod sample;
+pub mod synthetic;
 
 mod compile;
 mod device;
 mod error;
 pub mod exchange;
+pub mod gemm;
 mod graph;
 pub mod heap;
 mod kernel;

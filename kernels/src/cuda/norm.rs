@@ -110,7 +110,7 @@ unsafe impl Params for EmbedParams {}
 impl Norm {
     /// The source of the kernels.
     pub fn source() -> Source {
-        Source::new("norm", concat!(include_str!("cu/rows.cuh"), include_str!("cu/norm.cu")))
+        Source::new("norm", include_str!("cu/norm.cu"))
     }
 
     /// Loads the kernels.

@@ -252,7 +252,7 @@ pub struct Rope {
 impl Rope {
     /// The source of the kernels.
     pub fn source() -> Source {
-        Source::new("rope", concat!(include_str!("cu/rows.cuh"), include_str!("cu/rope.cu")))
+        Source::new("rope", include_str!("cu/rope.cu"))
     }
 
     /// Loads the kernels.

@@ -138,7 +138,7 @@ impl RoutingRule {
 impl Routing {
     /// The source of the kernels.
     pub fn source() -> Source {
-        Source::new("router", concat!(include_str!("cu/rows.cuh"), include_str!("cu/router.cu")))
+        Source::new("router", include_str!("cu/router.cu"))
     }
 
     /// Loads the kernels.

@@ -1,4 +1,5 @@
 // Gated activation and FP8 quantisation of rows.
+#include "rows.cuh"
 
 struct ActivationParams {
     // bf16, gate then up or the plain row, `x_stride` elements from row to row.

@@ -1,6 +1,7 @@
 // RMS norms of whole rows, with the sum before them and the quantisation behind them, and the embedding.
 //
 // One block computes one row and holds it in registers; which elements a thread adds up depends on the width only.
+#include "rows.cuh"
 
 struct NormParams {
     // Residual stream f32 [rows][width]; null: the rows of `x` alone are normalised.

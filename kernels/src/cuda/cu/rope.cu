@@ -1,6 +1,7 @@
 // Rotary embedding, with the norms and the cache writes around it.
 //
 // INTERLEAVED: elements 2i and 2i + 1 turn together; otherwise i and i + half. Tables: f32 [position][half].
+#include "rows.cuh"
 
 constexpr u32 BLOCK_SIZE = 64;
 

@@ -1,4 +1,5 @@
 // The choice of experts, of a physical slot for each, and the count of both: one warp per token.
+#include "rows.cuh"
 
 struct RouterParams {
     // f32 [rows][experts].

@@ -1,4 +1,4 @@
-// Rows in pieces of eight elements: loads, stores, sums and FP8 quantisation. Put before the sources that use it.
+// Rows in pieces of eight elements: loads, stores, sums and FP8 quantisation.
 //
 // WIDE: every row begins at a multiple of 16 bytes and is whole pieces long, so that a piece is one or two 16-byte
 // accesses. Otherwise elements go one by one. Both compute the same.
