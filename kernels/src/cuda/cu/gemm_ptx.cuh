@@ -65,7 +65,7 @@ __device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
 }
 
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Stores 16 bytes in a CTA of the cluster and counts them at its barrier.
@@ -130,8 +130,11 @@ template <int COUNT> __device__ __forceinline__ void product_fence(float (&d)[CO
 #define FLOATS_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_16(d, i) FLOATS_8(d, i), FLOATS_8(d, i + 8)
-#define FLOATS_64(d) FLOATS_16(d, 0), FLOATS_16(d, 16), FLOATS_16(d, 32), FLOATS_16(d, 48)
-#define NAMES_16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define FLOATS_32(d) FLOATS_16(d, 0), FLOATS_16(d, 16)
+#define FLOATS_64(d) FLOATS_32(d), FLOATS_16(d, 32), FLOATS_16(d, 48)
+#define NAMES_32                                                                                                \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
+    "%29,%30,%31}"
 #define NAMES_64                                                                                                \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
     "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
@@ -141,10 +144,10 @@ template <int COUNT> __device__ __forceinline__ void product_fence(float (&d)[CO
     "wgmma.mma_async.sync.aligned." shape " " names ", " first ", " second ", p, " signs ";\n}"
 
 // d (+)= a b^T over 32 bytes of K: 64 rows of a, 2 * COUNT rows of b. `add` false forgets what d held.
-template <bool FP8, int COUNT>
+template <bool E4M3, int COUNT>
 __device__ __forceinline__ void product(float (&d)[COUNT], u64 a, u64 b, bool add) {
-    static_assert(COUNT == 64 || COUNT == 16, "columns of a tile");
-    if constexpr (COUNT == 64 && FP8) {
+    static_assert(COUNT == 64 || COUNT == 32, "columns of a tile");
+    if constexpr (COUNT == 64 && E4M3) {
         asm volatile(PRODUCT("m64n128k32.f32.e4m3.e4m3", NAMES_64, "%64", "%65", "%66", "1, 1")
                      : FLOATS_64(d)
                      : "l"(a), "l"(b), "r"(u32(add)));
@@ -152,13 +155,13 @@ __device__ __forceinline__ void product(float (&d)[COUNT], u64 a, u64 b, bool ad
         asm volatile(PRODUCT("m64n128k16.f32.bf16.bf16", NAMES_64, "%64", "%65", "%66", "1, 1, 0, 0")
                      : FLOATS_64(d)
                      : "l"(a), "l"(b), "r"(u32(add)));
-    } else if constexpr (FP8) {
-        asm volatile(PRODUCT("m64n32k32.f32.e4m3.e4m3", NAMES_16, "%16", "%17", "%18", "1, 1")
-                     : FLOATS_16(d, 0)
+    } else if constexpr (E4M3) {
+        asm volatile(PRODUCT("m64n64k32.f32.e4m3.e4m3", NAMES_32, "%32", "%33", "%34", "1, 1")
+                     : FLOATS_32(d)
                      : "l"(a), "l"(b), "r"(u32(add)));
     } else {
-        asm volatile(PRODUCT("m64n32k16.f32.bf16.bf16", NAMES_16, "%16", "%17", "%18", "1, 1, 0, 0")
-                     : FLOATS_16(d, 0)
+        asm volatile(PRODUCT("m64n64k16.f32.bf16.bf16", NAMES_32, "%32", "%33", "%34", "1, 1, 0, 0")
+                     : FLOATS_32(d)
                      : "l"(a), "l"(b), "r"(u32(add)));
     }
 }

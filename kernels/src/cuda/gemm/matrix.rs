@@ -1,0 +1,274 @@
+//! Weights as the products take them: the stack in device memory, how its product is cut up, and the kernels for that.
+
+use half::bf16;
+
+use crate::cuda::{
+    Buffer, CudaError, Device, Kernel, Source, StoredAs, Swizzle, TensorMap, TiledLayout, TmaElement,
+    WeightStack,
+};
+
+/// Shared memory of a block on the chip that the kernels are written for.
+const SHARED_BYTES: u32 = 227 << 10;
+/// Rows of x in a tile.
+pub(super) const TILE_ROWS: u32 = 128;
+/// Bytes of K in a stage.
+pub(super) const STEP_BYTES: u32 = 128;
+
+/// What the matrices of a stack are to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Each row of x is multiplied by one matrix, the only one of the stack.
+    Dense,
+    /// Each row of x has so many heads, and each head its own matrix: the stack holds one matrix `[heads * N][K]`.
+    Heads(usize),
+    /// A pool of experts: a table says which matrix multiplies which rows of x.
+    Pool,
+}
+
+/// How a product is cut up. It may depend on the matrix alone: `splits` decides the order in which a row is summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Plan {
+    /// Slices of K that are summed on their own: 1, 2, 4 or 8.
+    pub splits: u32,
+    /// Neighbouring tiles of columns that share their copies of x: 1 or 2. `splits * pair` is at most 8.
+    pub pair: u32,
+    /// Columns of a tile: 64 or 128.
+    pub columns: u32,
+}
+
+impl Plan {
+    /// The plan for matrices `[n][k]`.
+    pub fn of(kind: Kind, stored: StoredAs, n: usize, k: usize) -> Self {
+        let columns = if n <= 256 && kind == Kind::Dense { 64 } else { 128 };
+        let tiles = n.div_ceil(columns);
+        let steps = k.div_ceil(step_elements(stored));
+        let splits = match kind {
+            Kind::Dense | Kind::Pool => [(16, 8), (33, 4), (66, 2)]
+                .into_iter()
+                .find(|&(tiles_max, splits)| tiles <= tiles_max && steps >= 4 * splits)
+                .map_or(1, |(_, splits)| splits as u32),
+            Kind::Heads(_) => 1,
+        };
+        let pair = if tiles >= 2 && splits <= 4 { 2 } else { 1 };
+        Self { splits, pair, columns: columns as u32 }
+    }
+}
+
+pub(super) fn step_elements(stored: StoredAs) -> usize {
+    match stored {
+        StoredAs::Bf16 => 64,
+        StoredAs::Fp8 => 128,
+    }
+}
+
+/// One compiled form of the fast kernel.
+#[derive(Clone, Debug)]
+pub(super) struct Form {
+    pub(super) kernel: Kernel,
+    pub(super) shared_bytes: u32,
+    pub(super) cluster: u32,
+}
+
+/// The fast path of a matrix.
+#[derive(Clone, Debug)]
+pub(super) struct Fast {
+    pub(super) map: TensorMap,
+    pub(super) plan: Plan,
+    /// The CTAs of a cluster take the slices.
+    pub(super) in_cluster: Form,
+    /// One CTA takes them one after the other. The same bits.
+    pub(super) in_registers: Form,
+}
+
+/// Weights of `matrices` products `[n][k]`, ready to be multiplied. Cheap to clone; the stack may be written to.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    pub(super) stack: WeightStack,
+    pub(super) kind: Kind,
+    pub(super) matrices: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// None where the copy engine cannot read the rows.
+    pub(super) fast: Option<Fast>,
+    pub(super) plain: Kernel,
+}
+
+impl Matrix {
+    /// Compiles or finds the kernels for `stack`, so that no later call does.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// If the stack does not fit `kind`.
+    pub fn new(device: &Device, stack: WeightStack, kind: Kind) -> Result<Self, CudaError> {
+        let (n, k) = stack.shape();
+        let n = match kind {
+            Kind::Dense | Kind::Pool => n,
+            Kind::Heads(heads) => n / heads,
+        };
+        Self::with_plan(device, stack.clone(), kind, Plan::of(kind, stack.stored(), n, k))
+    }
+
+    /// The same by a plan of the caller's, for trials.
+    ///
+    /// # Errors
+    /// The device is lost.
+    ///
+    /// # Panics
+    /// If the stack does not fit `kind`.
+    pub fn with_plan(device: &Device, stack: WeightStack, kind: Kind, plan: Plan) -> Result<Self, CudaError> {
+        let (rows, k) = stack.shape();
+        let (matrices, n) = match kind {
+            Kind::Dense => (1, rows),
+            Kind::Heads(heads) => (heads, rows / heads),
+            Kind::Pool => (stack.count(), rows),
+        };
+        assert!(kind == Kind::Pool || stack.count() == 1, "{kind:?} of {} matrices", stack.count());
+        assert_eq!(matrices * n, stack.count() * rows, "rows of {kind:?}");
+        if stack.stored() == StoredAs::Fp8 {
+            assert!(matrices == stack.count() || n.is_multiple_of(128), "scales of {kind:?}");
+        }
+        let stored = stack.stored();
+        let bytes_per_row = k * element_bytes(stored);
+        let fast = if bytes_per_row.is_multiple_of(16) {
+            let map = weight_map(&stack, (matrices, n, k), plan.columns)?;
+            let form = |in_registers| Form::load(device, stored, kind, plan, in_registers);
+            Some(Fast { map, plan, in_cluster: form(false)?, in_registers: form(true)? })
+        } else {
+            None
+        };
+        let plain = device.module(&plain_source(stored, kind))?.kernel("gemm_plain")?;
+        Ok(Self { stack, kind, matrices, n, k, fast, plain })
+    }
+
+    /// Columns of y, `N` (of one head).
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns of x, `K` (of one head).
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// What it is stored as, and so what x must be.
+    pub fn stored(&self) -> StoredAs {
+        self.stack.stored()
+    }
+
+    /// The weights themselves; what is written there is multiplied by from then on.
+    pub fn stack(&self) -> &WeightStack {
+        &self.stack
+    }
+
+    /// How fast products of it are cut up; `None` where they take the slow path.
+    pub fn plan(&self) -> Option<Plan> {
+        self.fast.as_ref().map(|fast| fast.plan)
+    }
+
+    pub(super) fn scales_address(&self) -> u64 {
+        self.stack.scales().map_or(0, Buffer::address)
+    }
+}
+
+impl Form {
+    fn load(
+        device: &Device,
+        stored: StoredAs,
+        kind: Kind,
+        plan: Plan,
+        in_registers: bool,
+    ) -> Result<Self, CudaError> {
+        let kernel = device.module(&fast_source(stored, kind, plan, in_registers))?.kernel("gemm")?;
+        let shared_bytes = shared_bytes(stored, plan, in_registers);
+        let cluster = if in_registers { plan.pair } else { plan.pair * plan.splits };
+        Ok(Self { kernel, shared_bytes, cluster })
+    }
+}
+
+fn element_bytes(stored: StoredAs) -> usize {
+    match stored {
+        StoredAs::Bf16 => size_of::<bf16>(),
+        StoredAs::Fp8 => 1,
+    }
+}
+
+fn weight_map(
+    stack: &WeightStack,
+    (matrices, n, k): (usize, usize, usize),
+    columns: u32,
+) -> Result<TensorMap, CudaError> {
+    let (element, bytes) = match stack.stored() {
+        StoredAs::Bf16 => (TmaElement::Bf16, 2),
+        StoredAs::Fp8 => (TmaElement::U8, 1),
+    };
+    TensorMap::tiled(TiledLayout {
+        element,
+        address: stack.data().address(),
+        dims: &[k as u64, n as u64, matrices as u64],
+        strides_bytes: &[(k * bytes) as u64, (n * k * bytes) as u64],
+        tile: &[STEP_BYTES / bytes as u32, columns, 1],
+        swizzle: Swizzle::B128,
+    })
+}
+
+/// Bytes of a stage: x, weights and, where stored as FP8, scales of x; and those shared for sums of slices.
+fn stage_and_reduce_bytes(stored: StoredAs, plan: Plan, in_registers: bool) -> (u32, u32) {
+    let scales = match stored {
+        StoredAs::Bf16 => 0,
+        StoredAs::Fp8 => TILE_ROWS * 4,
+    };
+    let reduce = if in_registers || plan.splits == 1 { 0 } else { TILE_ROWS * plan.columns * 4 };
+    ((TILE_ROWS + plan.columns) * STEP_BYTES + scales, reduce)
+}
+
+fn stages(stored: StoredAs, plan: Plan, in_registers: bool) -> u32 {
+    let (stage, reduce) = stage_and_reduce_bytes(stored, plan, in_registers);
+    // A full and an empty barrier per stage, and four more.
+    (SHARED_BYTES - reduce - 32) / (stage + 16)
+}
+
+fn shared_bytes(stored: StoredAs, plan: Plan, in_registers: bool) -> u32 {
+    let (stage, reduce) = stage_and_reduce_bytes(stored, plan, in_registers);
+    stages(stored, plan, in_registers) * (stage + 16) + reduce + 32
+}
+
+/// The fast kernel.
+pub(super) fn fast_source(stored: StoredAs, kind: Kind, plan: Plan, in_registers: bool) -> Source {
+    Source::new("gemm", concat!(include_str!("../cu/gemm_tiles.cuh"), include_str!("../cu/gemm.cu")))
+        .define("FP8", u32::from(stored == StoredAs::Fp8))
+        .define("GROUPED", u32::from(kind == Kind::Pool))
+        .define("SPLIT", plan.splits)
+        .define("IN_REGISTERS", u32::from(in_registers || plan.splits == 1))
+        .define("PAIR", plan.pair)
+        .define("COLUMNS", plan.columns)
+        .define("STAGES", stages(stored, plan, in_registers))
+}
+
+/// The kernel for any shape.
+pub(super) fn plain_source(stored: StoredAs, kind: Kind) -> Source {
+    Source::new("gemm_plain", include_str!("../cu/gemm_plain.cu"))
+        .define("FP8", u32::from(stored == StoredAs::Fp8))
+        .define("GROUPED", u32::from(kind == Kind::Pool))
+}
+
+/// Every source that a matrix may be compiled to.
+pub fn sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for stored in [StoredAs::Bf16, StoredAs::Fp8] {
+        for kind in [Kind::Dense, Kind::Pool] {
+            sources.push(plain_source(stored, kind));
+            for (splits, pair) in [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)] {
+                for columns in [64, 128] {
+                    let plan = Plan { splits, pair, columns };
+                    sources.push(fast_source(stored, kind, plan, true));
+                    if splits > 1 {
+                        sources.push(fast_source(stored, kind, plan, false));
+                    }
+                }
+            }
+        }
+    }
+    sources
+}
