@@ -20,8 +20,7 @@
 //
 // Nothing waits for ever: see wait_all. After a failure every kernel of the step finds `failed` set, touches no peer and
 // leaves tables that mean "no rows".
-#ifndef EXCHANGE_CUH
-#define EXCHANGE_CUH
+#pragma once
 #include "common.cuh"
 
 constexpr u32 RANKS_MAX = 64;
@@ -172,8 +171,9 @@ __device__ bool wait_all(const Context* c, State* s, Phase phase, u64 round, u32
             if (ranks[i] == IDLE) continue;
             const u64 flag = flags + ranks[i] * FLAG_BYTES;
             const u64 seen = load_acquire(flag), note = load_acquire(flag + 8);
-            // The two words may arrive in any order; the note repeats the low half of its round.
-            if (seen < round || u32(note >> 32) != u32(round)) silent |= 1ull << ranks[i];
+            // The two words may arrive in any order; the note repeats the low half of its round. A peer cannot be
+            // ahead, unless it is in a later epoch: then it has left this one.
+            if (seen != round || u32(note >> 32) != u32(round)) silent |= 1ull << ranks[i];
             else if (notes) notes[i] = u32(note);
         }
         if (!__any_sync(FULL, silent != 0)) return true;
@@ -220,5 +220,3 @@ __device__ __forceinline__ u32 find(const u32* base, u32 count, u32 x) {
     }
     return low;
 }
-
-#endif
