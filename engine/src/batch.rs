@@ -3,6 +3,10 @@
 //! The scheduler builds it, the model reads it. It holds no state: executing the same batch again writes the same
 //! keys and values to the same places, so an aborted step can simply be redone.
 
+use std::ops::Deref;
+
+use crate::request::TokenLogprob;
+
 /// The tokens of one step, sequence after sequence. Empty on a rank that only keeps its peers company.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -62,4 +66,95 @@ pub enum LogitRows {
     Last,
     /// Every row: prompt log-probabilities were asked for.
     All,
+}
+
+/// One step of a rank: what it computes, where tokens come from that were not known when it was scheduled, and where
+/// the next tokens are drawn. It reads as its `Batch`, which is all that a model needs when nothing is scheduled ahead
+/// and the host draws.
+///
+/// Contract (ST-1): a rank's steps run in the order in which they were scheduled, each after the one before it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Step {
+    /// What is computed.
+    pub batch: Batch,
+    /// The tokens that the previous step draws: `batch.tokens` has `PLACEHOLDER` there. In the order of rows.
+    pub feeds: Vec<Feed>,
+    /// What becomes of the logits of each of `batch.seqs`; as long as that.
+    pub sampling: Vec<Sampling>,
+}
+
+/// Stands in `Batch::tokens` for a token that is not known yet. A valid token id, so a step can run before it is fed.
+pub const PLACEHOLDER: u32 = 0;
+
+/// A token that the previous step draws on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feed {
+    /// Its row in `Batch::tokens`.
+    pub row: u32,
+    /// Which of the previous step's `device_draws` it is.
+    pub draw: u32,
+}
+
+/// Where the logits of a sequence are used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sampling {
+    /// There are none (`LogitRows::None`).
+    None,
+    /// On the device: the next token is drawn from the only row (`LogitRows::Last`).
+    Device(DeviceSampling),
+    /// On the host, which needs all rows: for prompt log-probabilities, or to draw with more than `DeviceSampling`.
+    Host,
+}
+
+/// How the device draws a token. Logits are used as the model computed them; meaning and order as in `sampler`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeviceSampling {
+    /// Exactly 0 is greedy, and then the next four do not matter.
+    pub temperature: f32,
+    /// Keeps this many most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least this likely relative to the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// The random number of this draw, in [0, 1): the share of the kept probability, in order of token ids, at which
+    /// the drawn token lies.
+    pub uniform: f64,
+    /// Report the token's log-probability and rank, and those of this many most likely tokens.
+    pub logprobs: Option<u32>,
+}
+
+/// What the device drew for one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub token: u32,
+    /// Where `DeviceSampling::logprobs` asks for it.
+    pub logprob: Option<TokenLogprob>,
+}
+
+impl Step {
+    /// The draws of the device: the row of the batch whose logits are used, and how.
+    pub fn device_draws(&self) -> impl Iterator<Item = (usize, &DeviceSampling)> {
+        self.seqs.iter().zip(&self.sampling).filter_map(|(seq, sampling)| match sampling {
+            Sampling::Device(how) => Some((seq.start + seq.len - 1, how)),
+            Sampling::None | Sampling::Host => None,
+        })
+    }
+
+    /// The rows of the batch whose logits the host needs, ascending.
+    pub fn host_rows(&self) -> impl Iterator<Item = usize> {
+        self.seqs.iter().zip(&self.sampling).flat_map(|(seq, sampling)| match sampling {
+            Sampling::Host => seq.start + seq.len - seq.num_logit_rows()..seq.start + seq.len,
+            Sampling::None | Sampling::Device(_) => 0..0,
+        })
+    }
+}
+
+impl Deref for Step {
+    type Target = Batch;
+
+    fn deref(&self) -> &Batch {
+        &self.batch
+    }
 }

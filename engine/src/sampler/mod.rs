@@ -19,7 +19,7 @@ pub use logprob::token_logprob;
 use filter::Candidate;
 
 /// A lower temperature is greedy, as in vLLM: dividing by it would overflow.
-const TEMPERATURE_MIN: f32 = 1e-5;
+pub(crate) const TEMPERATURE_MIN: f32 = 1e-5;
 
 /// Why no token could be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -154,7 +154,7 @@ fn argmax(logits: &[f32]) -> Result<u32, SampleError> {
 
 /// A number in [0, 1) that depends on the seed and the position only: ChaCha8 with the seed as key and the position as
 /// nonce.
-fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     let mut generator = ChaCha8Rng::from_seed(key);

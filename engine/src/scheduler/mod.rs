@@ -1,31 +1,42 @@
 //! Decides which tokens each step computes: continuous batching with chunked prefill over a paged KV cache.
 //!
-//! Pure: `schedule` says what to compute, the rank runs the model, `complete` takes the logits and says what was
-//! drawn. Semantics follow vLLM's V1 scheduler, with two differences. A sequence is admitted when the blocks of all
-//! its present tokens are idle, so a prefill under way never needs another block. And blocks enter the prefix cache
-//! once they are computed, not when they are scheduled, so a step may be aborted and redone.
+//! Pure: `schedule` says what to compute, the rank runs the model, `complete` takes the logits, or `complete_drawn` the
+//! device's draws, and says what was drawn. Semantics follow vLLM's V1 scheduler, with two differences. A sequence is
+//! admitted when the blocks of all its present tokens are idle, so a prefill under way never needs another block. And
+//! blocks enter the prefix cache once they are computed, not when they are scheduled, so a step may be aborted and
+//! redone.
+//!
+//! With an async depth above 1 a step is scheduled while those before it are computed. Their draws are pending: a
+//! sequence's next token is a placeholder that the device replaces. A sequence that turns out to have ended drops what
+//! younger steps compute for it.
+//!
+//! Blocks are freed at once, although steps in flight may still write to them (SC-2). That is safe because steps run in
+//! the order of their schedule (ST-1): whoever gets a block is in a younger step and writes what it reads, later. All
+//! that a block keeps for others is what the prefix cache knows, and that is computed, full, and written by nobody. It
+//! stays safe when steps in flight are computed again from the oldest: what a step reads for a sequence may be
+//! overwritten only when the sequence gave its blocks up, and then nobody wants the result.
 
 mod config;
 mod kv;
+mod pipeline;
 mod sequence;
+mod share;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::batch::{Batch, BatchSeq, LogitRows};
+use crate::batch::{BatchSeq, Drawn, PLACEHOLDER, Sampling, Step};
 use crate::model::Logits;
-use crate::request::{FinishReason, Output, RankStats, Request, RequestId, TokenLogprob};
-use crate::sampler::{Draw, SampleError, Sampler, token_logprob};
+use crate::request::{Output, RankStats, Request, RequestId};
+use crate::sampler::{SampleError, Sampler};
 
 pub use config::{ConfigError, RefuseReason, Refused, SchedulerConfig};
 pub use kv::{BlockHash, CacheChanges, block_hashes};
 
 use kv::BlockPool;
+use pipeline::Pipeline;
 use sequence::Sequence;
-
-/// Rows of one sequence that get logits in one step, at most, when prompt log-probabilities are asked for: a row is a
-/// whole vocabulary of floats.
-const PROMPT_LOGPROB_ROWS_MAX: usize = 512;
+use share::{Found, StepBuilder, advance, chunk};
 
 /// Who goes first: smaller priority, then earlier arrival. Never used twice, so it also names a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,16 +45,11 @@ struct Turn {
     arrival: u64,
 }
 
-#[derive(Debug)]
-struct InFlight {
-    batch: Arc<Batch>,
-    /// Whose share each of `batch.seqs` is. Those who are gone by the end of the step were aborted.
-    turns: Vec<Turn>,
-}
-
 /// The sequences of one rank.
 ///
-/// Invariant (SC-1): only running sequences hold blocks, and each holds enough for its computed tokens.
+/// Invariant (SC-1): only running sequences hold blocks, and each holds enough for its scheduled tokens.
+/// Invariant (SC-2): a step's result for a sequence is used only if the sequence has held its blocks since the step was
+/// scheduled.
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
@@ -52,13 +58,14 @@ pub struct Scheduler {
     turns: HashMap<RequestId, Turn>,
     waiting: BTreeMap<Turn, Sequence>,
     running: BTreeMap<Turn, Sequence>,
-    in_flight: Option<InFlight>,
+    pipeline: Pipeline,
     arrivals: u64,
     stats: RankStats,
 }
 
 impl Scheduler {
-    /// A scheduler without sequences; fails when the configuration contradicts itself.
+    /// A scheduler without sequences, with one step in flight at a time; fails when the configuration contradicts
+    /// itself.
     pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
         config.validate()?;
         Ok(Self {
@@ -67,11 +74,21 @@ impl Scheduler {
             turns: HashMap::new(),
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
-            in_flight: None,
+            pipeline: Pipeline::new(1),
             arrivals: 0,
             stats: RankStats::default(),
             config,
         })
+    }
+
+    /// Lets `depth` steps be in flight: 2 schedules a step while the one before it is computed.
+    ///
+    /// # Panics
+    /// When `depth` is 0 or a step is in flight.
+    #[must_use]
+    pub fn with_async_depth(self, depth: usize) -> Self {
+        assert!(self.pipeline.is_empty(), "the depth is set before the first step");
+        Self { pipeline: Pipeline::new(depth), ..self }
     }
 
     /// Its bounds.
@@ -98,9 +115,9 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets a sequence and frees its blocks at once; false when it is not here. Safe while a step with it is in
-    /// flight: the step may still write to its blocks, but nobody gets them before the next `schedule`, and what the
-    /// step draws for it is dropped.
+    /// Forgets a sequence and frees its blocks at once; false when it is not here. Safe while steps with it are in
+    /// flight: they may still write to its blocks, but who gets them comes in later steps, and what those in flight draw
+    /// for it is dropped.
     pub fn abort(&mut self, id: RequestId) -> bool {
         let Some(turn) = self.turns.get(&id).copied() else {
             return false;
@@ -113,7 +130,7 @@ impl Scheduler {
         true
     }
 
-    /// Whether any sequence waits or runs.
+    /// Whether any sequence waits or runs. Steps scheduled ahead may still be in flight when none does.
     pub fn has_work(&self) -> bool {
         !self.turns.is_empty()
     }
@@ -123,74 +140,127 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// The batch of the next step, empty when there is nothing to do. It stays in flight until `complete` or
-    /// `abandon`; until then the same batch is returned again.
-    pub fn schedule(&mut self) -> Arc<Batch> {
-        if let Some(in_flight) = &self.in_flight {
-            return Arc::clone(&in_flight.batch);
-        }
-        let plan = self.plan();
-        let mut batch = Batch::default();
-        for &(turn, len) in &plan {
-            push_share(&mut batch, &self.running[&turn], len);
-        }
-        let batch = Arc::new(batch);
-        let turns = plan.into_iter().map(|(turn, _)| turn).collect();
-        self.in_flight = Some(InFlight { batch: Arc::clone(&batch), turns });
-        batch
+    /// Whether `schedule` has a step that is not being computed already: one to be scheduled, or to be computed again
+    /// after `rewind`.
+    pub fn can_schedule(&self) -> bool {
+        self.pipeline.has_room()
     }
 
-    /// The batch in flight, if any.
-    pub fn in_flight(&self) -> Option<&Arc<Batch>> {
-        self.in_flight.as_ref().map(|in_flight| &in_flight.batch)
-    }
-
-    /// Forgets the batch in flight, as if it had never been scheduled.
-    pub fn abandon(&mut self) {
-        self.in_flight = None;
-    }
-
-    /// Takes the logits of the batch in flight: draws tokens, caches full blocks, ends sequences. Returns what is new
-    /// for each sequence that drew a token or ended.
+    /// The next step, empty when there is nothing to do, or nothing before older steps are complete. It stays in flight
+    /// until it is completed or abandoned. With depth 1 the step in flight is returned again; with more, call `rewind`
+    /// to get those in flight again.
     ///
     /// # Panics
-    /// When no batch is in flight or the logits are not those of the batch.
-    pub fn complete(&mut self, logits: &Logits) -> Vec<Output> {
-        let InFlight { batch, turns } = self.in_flight.take().expect("complete follows schedule");
-        assert_eq!(logits.rows.len(), batch.num_logit_rows() * logits.vocab, "logits of another batch");
-        self.stats.steps += 1;
-        let mut rest = logits.rows.as_slice();
-        let mut outputs = Vec::new();
-        for (share, turn) in batch.seqs.iter().zip(turns) {
-            let (rows, others) = rest.split_at(share.num_logit_rows() * logits.vocab);
-            rest = others;
-            let Some(sequence) = self.running.get_mut(&turn) else {
-                continue;
-            };
-            self.stats.prompt_tokens += share.len.min(sequence.remaining_prompt()) as u64;
-            sequence.computed = share.context + share.len;
-            if self.config.enable_prefix_caching {
-                sequence.register(&mut self.pool, self.config.block_size);
-            }
-            let rows: Vec<&[f32]> = rows.chunks_exact(logits.vocab).collect();
-            let max_len = self.config.max_len();
-            let Some(output) = advance(sequence, share, &rows, &mut self.sampler, max_len) else {
-                continue;
-            };
-            self.stats.output_tokens += output.tokens.len() as u64;
-            if output.finish.is_some() {
-                self.turns.remove(&output.id);
-                self.remove_running(turn);
-            }
-            outputs.push(output);
+    /// When the depth is above 1 and `can_schedule` is false.
+    pub fn schedule(&mut self) -> Arc<Step> {
+        if let Some(step) = self.pipeline.give() {
+            return step;
         }
+        let plan = self.plan();
+        let mut builder = StepBuilder::default();
+        for (turn, len) in &plan {
+            builder.push(self.running.get_mut(turn).expect("what is planned runs"), *len);
+        }
+        self.pipeline.push(builder.build(), plan.into_iter().map(|(turn, _)| Some(turn)).collect());
+        self.pipeline.give().expect("it was just pushed")
+    }
+
+    /// The steps in flight, oldest first.
+    pub fn in_flight(&self) -> impl ExactSizeIterator<Item = &Arc<Step>> {
+        self.pipeline.steps()
+    }
+
+    /// Starts the steps in flight again, after a fault cut them short: `schedule` returns them once more, oldest first.
+    /// They compute the same; only the oldest has its placeholders replaced, so it needs nothing from the device but
+    /// the KV cache.
+    pub fn rewind(&mut self) {
+        self.pipeline.rewind();
+    }
+
+    /// Forgets the steps in flight, as if they had never been scheduled.
+    pub fn abandon(&mut self) {
+        self.pipeline.clear();
+        self.running.values_mut().for_each(Sequence::rewind);
+    }
+
+    /// Completes the oldest step in flight with the logits of all rows that it asks for: draws tokens, caches full
+    /// blocks, ends sequences. Returns what is new for each sequence that drew a token or ended.
+    ///
+    /// # Panics
+    /// When no step is in flight or the logits are not those of the step.
+    pub fn complete(&mut self, logits: &Logits) -> Vec<Output> {
+        let step = Arc::clone(self.pipeline.oldest());
+        assert_eq!(logits.rows.len(), step.num_logit_rows() * logits.vocab, "logits of another step");
+        let mut rows = logits.rows.chunks_exact(logits.vocab.max(1));
+        let take = |share: &BatchSeq| Found::Logits(rows.by_ref().take(share.num_logit_rows()).collect());
+        self.complete_with(step.seqs.iter().map(take).collect())
+    }
+
+    /// Completes the oldest step in flight like `complete`, where the device drew what it was asked to: `drawn` is in
+    /// the order of `Step::device_draws`, `logits` are the rows of `Step::host_rows`. Where a draw failed, the next
+    /// step may have been fed any token id.
+    ///
+    /// # Panics
+    /// When no step is in flight or the results are not those of the step.
+    pub fn complete_drawn(&mut self, drawn: &[Result<Drawn, SampleError>], logits: &Logits) -> Vec<Output> {
+        let step = Arc::clone(self.pipeline.oldest());
+        let mut rows = logits.rows.chunks_exact(logits.vocab.max(1));
+        assert_eq!(logits.rows.len(), step.host_rows().count() * logits.vocab, "logits of another step");
+        assert_eq!(drawn.len(), step.device_draws().count(), "draws of another step");
+        for (drawn, (_, how)) in drawn.iter().zip(step.device_draws()) {
+            let Ok(drawn) = drawn else { continue };
+            assert!((drawn.token as usize) < self.config.vocab_size, "a token that does not exist was drawn");
+            assert_eq!(drawn.logprob.is_some(), how.logprobs.is_some(), "the draw of another step");
+        }
+        let mut drawn = drawn.iter();
+        let take = |(share, sampling): (&BatchSeq, &Sampling)| match sampling {
+            Sampling::Device(_) => Found::Drawn(drawn.next().expect("counted above")),
+            Sampling::None | Sampling::Host => {
+                Found::Logits(rows.by_ref().take(share.num_logit_rows()).collect())
+            }
+        };
+        self.complete_with(step.seqs.iter().zip(&step.sampling).map(take).collect())
+    }
+
+    fn complete_with(&mut self, found: Vec<Found>) -> Vec<Output> {
+        let in_flight = self.pipeline.pop();
+        let step = in_flight.step;
+        self.stats.steps += 1;
+        let mut drawn = Vec::new();
+        let mut outputs = Vec::new();
+        for (i, (turn, found)) in in_flight.turns.into_iter().zip(found).enumerate() {
+            let output = turn.and_then(|turn| self.complete_share(turn, &step.seqs[i], &found));
+            if let Sampling::Device(_) = step.sampling[i] {
+                let token = output.as_ref().and_then(|output| output.tokens.first());
+                drawn.push(token.copied().unwrap_or(PLACEHOLDER));
+            }
+            outputs.extend(output);
+        }
+        self.pipeline.set_drawn(drawn);
         outputs
     }
 
-    /// Gives up all sequences, in the order of their turns, each as the request that continues it on another rank. A
-    /// batch in flight is forgotten.
+    /// Does nothing for a sequence that ended or was aborted since.
+    fn complete_share(&mut self, turn: Turn, share: &BatchSeq, found: &Found) -> Option<Output> {
+        let sequence = self.running.get_mut(&turn)?;
+        self.stats.prompt_tokens += share.len.min(sequence.remaining_prompt()) as u64;
+        sequence.computed = share.context + share.len;
+        if self.config.enable_prefix_caching {
+            sequence.register(&mut self.pool, self.config.block_size);
+        }
+        let output = advance(sequence, share, found, &mut self.sampler, self.config.max_len())?;
+        self.stats.output_tokens += output.tokens.len() as u64;
+        if output.finish.is_some() {
+            self.turns.remove(&output.id);
+            self.remove_running(turn);
+        }
+        Some(output)
+    }
+
+    /// Gives up all sequences, in the order of their turns, each as the request that continues it on another rank.
+    /// Steps in flight are forgotten.
     pub fn take_back(&mut self) -> Vec<Request> {
-        self.in_flight = None;
+        self.pipeline.clear();
         self.turns.clear();
         let mut sequences = std::mem::take(&mut self.waiting);
         for (turn, mut sequence) in std::mem::take(&mut self.running) {
@@ -223,8 +293,10 @@ impl Scheduler {
     fn plan(&mut self) -> Vec<(Turn, usize)> {
         let mut budget = self.config.max_num_batched_tokens;
         let mut plan = Vec::new();
+        let max_len = self.config.max_len();
+        let ready = self.running.iter().filter(|(_, sequence)| sequence.is_ready(max_len));
         let (decodes, prefills): (Vec<Turn>, Vec<Turn>) =
-            self.running.keys().partition(|turn| self.running[turn].remaining() == 1);
+            ready.map(|(&turn, _)| turn).partition(|turn| self.running[turn].remaining() == 1);
         let running_before = self.running.len();
         for turn in decodes {
             if self.make_room_for(turn) {
@@ -253,7 +325,8 @@ impl Scheduler {
         plan
     }
 
-    /// Gets the block that the next token of a running sequence needs, preempting whoever is last for it. Returns
+    /// Gets the block that the next token of a running sequence needs, preempting whoever is last for it: what steps in
+    /// flight draw for that one is dropped, as its blocks may be overwritten before they are computed again. Returns
     /// false when the sequence itself was preempted, now or before.
     fn make_room_for(&mut self, turn: Turn) -> bool {
         while let Some(sequence) = self.running.get_mut(&turn) {
@@ -262,6 +335,7 @@ impl Scheduler {
             }
             let (last, mut victim) = self.running.pop_last().expect("at least this one runs");
             victim.release(&mut self.pool);
+            self.pipeline.disown(last);
             self.waiting.insert(last, victim);
             self.stats.preemptions += 1;
         }
@@ -297,117 +371,4 @@ impl Scheduler {
         let mut sequence = self.running.remove(&turn).expect("the caller saw it running");
         sequence.release(&mut self.pool);
     }
-}
-
-/// Tokens that a sequence computes at this step.
-fn chunk(sequence: &Sequence, budget: usize) -> usize {
-    let len = sequence.remaining().min(budget);
-    if sequence.owes_prompt_logprobs() { len.min(PROMPT_LOGPROB_ROWS_MAX) } else { len }
-}
-
-/// Appends the next `len` tokens of a sequence to a batch.
-fn push_share(batch: &mut Batch, sequence: &Sequence, len: usize) {
-    let context = sequence.computed;
-    let end = context + len;
-    // After a preemption some prompt log-probabilities may be known although their positions are computed again.
-    let known = sequence.prompt_logprobs.as_ref().map_or(0, Vec::len);
-    let logits = if sequence.owes_prompt_logprobs() && end > known {
-        LogitRows::All
-    } else if end == sequence.tokens.len() {
-        LogitRows::Last
-    } else {
-        LogitRows::None
-    };
-    let block_table = sequence.table.clone();
-    batch.seqs.push(BatchSeq { start: batch.tokens.len(), len, context, block_table, logits });
-    batch.tokens.extend_from_slice(&sequence.tokens[context..end]);
-    batch.positions.extend((context..end).map(|position| position as u32));
-}
-
-/// What a computed share means for its sequence: prompt log-probabilities and, at the end of the known tokens, a draw.
-/// A sequence whose logits are unusable ends with an error; the others do not notice.
-fn advance(
-    sequence: &mut Sequence,
-    share: &BatchSeq,
-    rows: &[&[f32]],
-    sampler: &mut Sampler,
-    max_len: usize,
-) -> Option<Output> {
-    let first_index = sequence.output().len() as u32;
-    let drawn = if share.logits == LogitRows::All { record_prompt(sequence, share, rows) } else { Ok(()) };
-    let drawn = match drawn {
-        Ok(()) if sequence.remaining() > 0 => return None,
-        Ok(()) => draw(sequence, rows.last().expect("the last token has logits"), sampler),
-        Err(error) => Err(error),
-    };
-    let mut output = Output {
-        id: sequence.id(),
-        first_index,
-        tokens: Vec::new(),
-        logprobs: Vec::new(),
-        prompt_logprobs: None,
-        cached_tokens: sequence.cached_tokens.unwrap_or(0) as u32,
-        finish: None,
-    };
-    match drawn {
-        Ok(Some((token, logprob))) => {
-            sequence.tokens.push(token);
-            output.tokens.push(token);
-            output.logprobs.extend(logprob);
-            output.prompt_logprobs = sequence.prompt_logprobs.take();
-            output.finish = sequence.finish(max_len);
-        }
-        Ok(None) => {
-            output.prompt_logprobs = sequence.prompt_logprobs.take();
-            output.finish = Some(FinishReason::Length);
-        }
-        Err(error) => output.finish = Some(FinishReason::Error(error.to_string())),
-    }
-    Some(output)
-}
-
-/// The row of position `p` tells how likely prompt token `p + 1` was.
-fn record_prompt(sequence: &mut Sequence, share: &BatchSeq, rows: &[&[f32]]) -> Result<(), SampleError> {
-    let Some(done) = &mut sequence.prompt_logprobs else {
-        return Ok(());
-    };
-    let request = &sequence.request;
-    let top = request.prompt_logprobs.unwrap_or(0);
-    for (position, row) in (share.context..).zip(rows) {
-        if let Some(&token) = request.prompt.get(position + 1)
-            && position == done.len()
-        {
-            done.push(token_logprob(row, token, top)?);
-        }
-    }
-    Ok(())
-}
-
-/// Draws the next token; `None` when no output is wanted.
-fn draw(
-    sequence: &Sequence,
-    row: &[f32],
-    sampler: &mut Sampler,
-) -> Result<Option<(u32, Option<TokenLogprob>)>, SampleError> {
-    let request = &sequence.request;
-    let output = sequence.output();
-    if output.len() >= request.stop.max_tokens as usize {
-        return Ok(None);
-    }
-    let stop = &request.stop;
-    let forbidden = if output.len() < stop.min_tokens as usize {
-        [stop.eos_token_ids.as_slice(), stop.stop_token_ids.as_slice()]
-    } else {
-        [[].as_slice(); 2]
-    };
-    let token = sampler.draw(&Draw {
-        logits: row,
-        params: &request.sampling,
-        prompt: &request.prompt,
-        output,
-        position: output.len() as u64,
-        forbidden,
-    })?;
-    let logprob = request.logprobs.map(|top| token_logprob(row, token, top)).transpose()?;
-    Ok(Some((token, logprob)))
 }

@@ -12,6 +12,12 @@ pub(super) struct Sequence {
     pub(super) tokens: Vec<u32>,
     /// Tokens whose keys and values are in the KV cache. 0 while it waits.
     pub(super) computed: usize,
+    /// `computed`, and the tokens that steps in flight compute. 0 while it waits.
+    pub(super) scheduled: usize,
+    /// Tokens that steps in flight draw: they follow `tokens`, but their ids are not known.
+    pub(super) pending: usize,
+    /// The last pending draw's index among its step's draws on the device; `None` when the host draws it.
+    pub(super) device_draw: Option<u32>,
     /// Its KV blocks. Empty while it waits.
     pub(super) table: Vec<u32>,
     /// Blocks of `table` that the prefix cache knows.
@@ -33,6 +39,9 @@ impl Sequence {
         Self {
             tokens,
             computed: 0,
+            scheduled: 0,
+            pending: 0,
+            device_draw: None,
             table: Vec::new(),
             registered: 0,
             hashes: Vec::new(),
@@ -51,9 +60,22 @@ impl Sequence {
         &self.tokens[self.request.prompt.len()..]
     }
 
-    /// Tokens to compute before the next one can be drawn, at least one.
+    /// Tokens, known or pending.
+    fn len(&self) -> usize {
+        self.tokens.len() + self.pending
+    }
+
+    /// Tokens to schedule before the next one can be drawn, at least one.
     pub(super) fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.len() - self.scheduled
+    }
+
+    /// Whether more of it can be scheduled now. Not while the host owes it a token, and not when it ends with what it
+    /// is owed.
+    pub(super) fn is_ready(&self, max_len: usize) -> bool {
+        let ends = self.output().len() + self.pending >= self.request.stop.max_tokens as usize
+            || self.len() >= max_len;
+        self.pending == 0 || (self.device_draw.is_some() && !ends)
     }
 
     /// Prompt tokens still to compute.
@@ -61,9 +83,14 @@ impl Sequence {
         self.request.prompt.len().saturating_sub(self.computed)
     }
 
-    /// Whether logits of prompt positions are still owed.
+    /// Prompt log-probabilities that are known once everything scheduled is computed.
+    pub(super) fn prompt_logprobs_ahead(&self) -> usize {
+        self.prompt_logprobs.as_ref().map_or(0, Vec::len).max(self.scheduled)
+    }
+
+    /// Whether logits of prompt positions must still be scheduled.
     pub(super) fn owes_prompt_logprobs(&self) -> bool {
-        self.prompt_logprobs.as_ref().is_some_and(|done| done.len() + 1 < self.request.prompt.len())
+        self.prompt_logprobs.is_some() && self.prompt_logprobs_ahead() + 1 < self.request.prompt.len()
     }
 
     /// Takes blocks for all its tokens, cached ones as far as there are any. The last token is always computed.
@@ -83,12 +110,14 @@ impl Sequence {
         self.table = table;
         self.registered = hits.len();
         self.computed = hits.len() * block_size;
+        self.scheduled = self.computed;
         true
     }
 
-    /// Takes the block that the last token needs, if any. Returns false when none is idle.
+    /// Takes the block that the last token, known or pending, needs, if any. Returns false when none is idle.
     pub(super) fn grow(&mut self, pool: &mut BlockPool, block_size: usize) -> bool {
-        let missing = self.tokens.len().div_ceil(block_size) - self.table.len();
+        // A draw that was pending when its steps were forgotten may have left a block too many.
+        let missing = self.len().div_ceil(block_size).saturating_sub(self.table.len());
         if missing == 0 {
             return true;
         }
@@ -101,15 +130,23 @@ impl Sequence {
         }
     }
 
-    /// Gives its blocks back; what they held must be computed again.
+    /// Forgets what steps in flight compute and draw for it.
+    pub(super) fn rewind(&mut self) {
+        self.scheduled = self.computed;
+        self.pending = 0;
+        self.device_draw = None;
+    }
+
+    /// Gives its blocks back; what they held, and what steps in flight compute, must be computed again.
     pub(super) fn release(&mut self, pool: &mut BlockPool) {
         pool.release(&self.table);
         self.table.clear();
         self.registered = 0;
         self.computed = 0;
+        self.rewind();
     }
 
-    /// Makes the full computed blocks hittable.
+    /// Makes the full computed blocks hittable. No step in flight writes to them, and their tokens are known.
     pub(super) fn register(&mut self, pool: &mut BlockPool, block_size: usize) {
         let full = self.computed / block_size;
         if full == self.registered {

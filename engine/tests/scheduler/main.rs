@@ -6,118 +6,18 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::{HashMap, HashSet};
+mod ahead;
+mod rig;
 
-use heliostat_engine::batch::{Batch, LogitRows};
-use heliostat_engine::model::Logits;
-use heliostat_engine::request::{
-    FinishReason, Output, Request, RequestId, SamplingParams, StopConditions, TokenLogprob,
-};
-use heliostat_engine::sampler::{Draw, Sampler, token_logprob};
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use heliostat_engine::batch::{Batch, LogitRows, Step};
+use heliostat_engine::request::{FinishReason, Request, RequestId, SamplingParams};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler, SchedulerConfig, block_hashes};
 use proptest::prelude::*;
 
-const VOCAB: usize = 13;
-const EOS: u32 = 3;
-
-fn logits_after(prefix: &[u32]) -> Vec<f32> {
-    let mut state = 0xcbf2_9ce4_8422_2325u64;
-    for &token in prefix {
-        state = (state ^ u64::from(token + 1)).wrapping_mul(0x100_0000_01b3).rotate_left(29);
-    }
-    (0..VOCAB as u64)
-        .map(|token| {
-            let x = (state ^ token.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            (x >> 40) as f32 / (1 << 24) as f32 * 6.0 - 3.0
-        })
-        .collect()
-}
-
-/// Tokens where a model has keys and values.
-struct FakeModel {
-    block_size: usize,
-    memory: Vec<Option<u32>>,
-}
-
-impl FakeModel {
-    fn new(config: &SchedulerConfig) -> Self {
-        Self { block_size: config.block_size, memory: vec![None; config.num_blocks * config.block_size] }
-    }
-
-    fn slot(&self, table: &[u32], position: usize) -> usize {
-        table[position / self.block_size] as usize * self.block_size + position % self.block_size
-    }
-
-    fn forward(&mut self, batch: &Batch) -> Logits {
-        let mut written = HashSet::new();
-        for seq in &batch.seqs {
-            for i in 0..seq.len {
-                let position = seq.context + i;
-                assert_eq!(batch.positions[seq.start + i] as usize, position);
-                let slot = self.slot(&seq.block_table, position);
-                assert!(written.insert(slot), "two sequences write to one place");
-                self.memory[slot] = Some(batch.tokens[seq.start + i]);
-            }
-        }
-        let mut rows = Vec::new();
-        for seq in &batch.seqs {
-            let read = |position| self.memory[self.slot(&seq.block_table, position)].expect("never written");
-            let tokens: Vec<u32> = (0..seq.context + seq.len).map(read).collect();
-            let first = match seq.logits {
-                LogitRows::None => seq.len,
-                LogitRows::Last => seq.len - 1,
-                LogitRows::All => 0,
-            };
-            for i in first..seq.len {
-                rows.extend(logits_after(&tokens[..seq.context + i + 1]));
-            }
-        }
-        Logits { rows, vocab: VOCAB }
-    }
-}
-
-#[derive(Debug, Default, PartialEq)]
-struct Generation {
-    tokens: Vec<u32>,
-    logprobs: Vec<TokenLogprob>,
-    prompt_logprobs: Option<Vec<TokenLogprob>>,
-    finish: Option<FinishReason>,
-}
-
-/// The plain definition of what a request gets.
-fn alone(request: &Request, max_len: usize) -> Generation {
-    let mut all = request.prompt.clone();
-    let mut result = Generation::default();
-    if let Some(top) = request.prompt_logprobs {
-        let entry = |p: usize| token_logprob(&logits_after(&all[..p]), all[p], top).unwrap();
-        result.prompt_logprobs = Some((1..all.len()).map(entry).collect());
-    }
-    while result.finish.is_none() {
-        if result.tokens.len() >= request.stop.max_tokens as usize || all.len() >= max_len {
-            result.finish = Some(FinishReason::Length);
-            break;
-        }
-        let logits = logits_after(&all);
-        let early = result.tokens.len() < request.stop.min_tokens as usize;
-        let token = Sampler::default()
-            .draw(&Draw {
-                logits: &logits,
-                params: &request.sampling,
-                prompt: &request.prompt,
-                output: &result.tokens,
-                position: result.tokens.len() as u64,
-                forbidden: if early { [&request.stop.eos_token_ids, &[]] } else { [&[], &[]] },
-            })
-            .unwrap();
-        all.push(token);
-        result.tokens.push(token);
-        result.logprobs.extend(request.logprobs.map(|top| token_logprob(&logits, token, top).unwrap()));
-        if request.stop.eos_token_ids.contains(&token) {
-            result.finish = Some(FinishReason::Stop(token));
-        }
-    }
-    result
-}
+use rig::{FakeModel, Received, alone, config, request, roomy, simple};
 
 /// One rank: scheduler, memory, and what came out.
 struct Rank {
@@ -132,7 +32,7 @@ impl Rank {
         Self { scheduler, model: FakeModel::new(config), max_len: config.max_len() }
     }
 
-    fn schedule(&mut self) -> std::sync::Arc<Batch> {
+    fn schedule(&mut self) -> Arc<Step> {
         let batch = self.scheduler.schedule();
         let config = self.scheduler.config();
         assert!(batch.tokens.len() <= config.max_num_batched_tokens);
@@ -147,74 +47,6 @@ impl Rank {
         assert_eq!((stats.kv_blocks_used, stats.running, stats.waiting), (0, 0, 0));
         assert_eq!(stats.queued_prefill_tokens, 0);
     }
-}
-
-#[derive(Default)]
-struct Received(HashMap<RequestId, Generation>);
-
-impl Received {
-    fn take(&mut self, outputs: Vec<Output>) {
-        for output in outputs {
-            let so_far = self.0.entry(output.id).or_default();
-            assert_eq!(so_far.finish, None, "output after the end");
-            assert_eq!(output.first_index as usize, so_far.tokens.len(), "a token is lost or sent twice");
-            if output.prompt_logprobs.is_some() {
-                assert_eq!(output.first_index, 0);
-                so_far.prompt_logprobs = output.prompt_logprobs;
-            }
-            so_far.tokens.extend(output.tokens);
-            so_far.logprobs.extend(output.logprobs);
-            so_far.finish = output.finish;
-        }
-    }
-}
-
-fn config() -> impl Strategy<Value = SchedulerConfig> {
-    (1usize..9, 1usize..24, 1usize..7, 0usize..20, 6usize..48, any::<bool>(), 1usize..12).prop_map(
-        |(block_size, num_blocks, max_num_seqs, more, max_model_len, enable_prefix_caching, max_waiting)| {
-            SchedulerConfig {
-                block_size,
-                num_blocks,
-                max_num_seqs,
-                max_num_batched_tokens: max_num_seqs + more,
-                max_model_len,
-                enable_prefix_caching,
-                max_waiting,
-                vocab_size: VOCAB,
-            }
-        },
-    )
-}
-
-fn request() -> impl Strategy<Value = Request> {
-    let shared = (0usize..20, proptest::collection::vec(0..VOCAB as u32, 1..8));
-    let stop = (0u32..14, 0u32..4, any::<bool>());
-    let sampling = (any::<bool>(), 0u64..4, any::<bool>());
-    let reports = (proptest::option::of(0u32..3), proptest::option::weighted(0.2, 0u32..3));
-    (shared, stop, sampling, reports, -1i32..2).prop_map(
-        |((shared, own), (max_tokens, min_tokens, eos), (greedy, seed, penalties), reports, priority)| {
-            // Prompts share prefixes, so that the cache has something to do.
-            let prompt = (0..shared as u32).map(|i| i * i % VOCAB as u32).chain(own).collect();
-            let sampling = SamplingParams {
-                temperature: if greedy { 0.0 } else { 0.8 },
-                seed,
-                repetition_penalty: if penalties { 1.2 } else { 1.0 },
-                frequency_penalty: if penalties { 0.1 } else { 0.0 },
-                ..Default::default()
-            };
-            let eos_token_ids = if eos { vec![EOS] } else { vec![] };
-            Request {
-                id: RequestId(0),
-                prompt,
-                generated: vec![],
-                sampling,
-                stop: StopConditions { max_tokens, min_tokens, eos_token_ids, stop_token_ids: vec![] },
-                logprobs: reports.0,
-                prompt_logprobs: reports.1,
-                priority,
-            }
-        },
-    )
 }
 
 #[derive(Clone, Debug)]
@@ -387,32 +219,6 @@ proptest! {
             run.rank.scheduler.add(request).unwrap();
         }
         run.finish();
-    }
-}
-
-fn simple(id: u128, prompt: Vec<u32>, max_tokens: u32) -> Request {
-    Request {
-        id: RequestId(id),
-        prompt,
-        generated: vec![],
-        sampling: SamplingParams { temperature: 0.0, ..Default::default() },
-        stop: StopConditions { max_tokens, min_tokens: 0, eos_token_ids: vec![], stop_token_ids: vec![] },
-        logprobs: None,
-        prompt_logprobs: None,
-        priority: 0,
-    }
-}
-
-fn roomy() -> SchedulerConfig {
-    SchedulerConfig {
-        block_size: 4,
-        num_blocks: 16,
-        max_num_seqs: 4,
-        max_num_batched_tokens: 8,
-        max_model_len: 64,
-        enable_prefix_caching: true,
-        max_waiting: 4,
-        vocab_size: VOCAB,
     }
 }
 
