@@ -3,6 +3,20 @@
 //! The same arithmetic as [`crate::model`] in BF16 and FP8, with its own kernels. All buffers have fixed addresses and
 //! worst-case sizes, so that a decode step is one recorded graph that remaps and new peers do not touch.
 
+mod attention;
+mod buffers;
+mod draws;
+mod feed_forward;
+mod inputs;
+mod layer;
+mod load;
+mod model;
 mod pool;
+mod rank;
+mod source;
+mod tables;
 
+pub use load::{BLOCK_SIZE, CudaOptions, KvRoom, Weights, bytes_per_block};
 pub use pool::{ExpertPool, PoolError, PoolShape, PooledExpert};
+pub use rank::{CudaRank, StepResults};
+pub use source::LoadError;

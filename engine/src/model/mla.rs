@@ -13,7 +13,7 @@ use crate::checkpoint::{CheckpointError, Reader, layer_tensor};
 use crate::config::{MlaConfig, ModelConfig};
 
 /// The norms inside latent attention keep this, whatever `rms_norm_eps` says, as transformers does.
-const NORM_EPS: f32 = 1e-6;
+pub(crate) const NORM_EPS: f32 = 1e-6;
 
 /// Weights of one layer.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ impl MlaLayer {
 /// Takes `kv_b_proj` `[heads][nope + v][kv_lora]` apart into transposed key and value up-projections.
 ///
 /// Keys need the transpose, whose FP8 blocks would not be those of the checkpoint: FP8 is dequantised here, exactly.
-fn split_kv_b(kv_b: &Weight, mla: &MlaConfig) -> (Weight, Weight) {
+pub(crate) fn split_kv_b(kv_b: &Weight, mla: &MlaConfig) -> (Weight, Weight) {
     let (nope, v, latent) = (mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
     let mut keys = vec![0.0; mla.num_heads * latent * nope];
     let mut values = Vec::with_capacity(mla.num_heads * v * latent);

@@ -30,6 +30,7 @@ use scratch::{Scratch, rows};
 pub use expert::{Expert, ExpertError, ExpertScratch, expert_bytes, load_expert};
 pub use kv::KvPages;
 pub use local::LocalExperts;
+pub(crate) use mla::{NORM_EPS, split_kv_b};
 
 /// Why rows did not come back from the experts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +50,9 @@ pub enum ExchangeError {
         /// The rank.
         rank: u32,
     },
+    /// This rank's device failed; only a new process helps.
+    #[error("the device failed: {0}")]
+    Device(String),
     /// Anything else; says what.
     #[error("{0}")]
     Other(String),

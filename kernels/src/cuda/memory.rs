@@ -237,12 +237,30 @@ impl<T: Element> Buffer<T> {
     /// # Panics
     /// If they do not fit.
     pub fn copy_from_pinned(&self, stream: &Stream, from: &Pinned<T>, len: usize) -> Result<(), CudaError> {
-        assert!(len <= self.len && len <= from.len, "{len} of {} elements into {}", from.len, self.len);
+        self.copy_from_pinned_at(stream, from, 0, len)
+    }
+
+    /// The same with the elements of `from` that begin at `offset`.
+    ///
+    /// # Errors
+    /// The stream is broken.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn copy_from_pinned_at(
+        &self,
+        stream: &Stream,
+        from: &Pinned<T>,
+        offset: usize,
+        len: usize,
+    ) -> Result<(), CudaError> {
+        assert!(len <= self.len, "{len} elements into {}", self.len);
+        assert!(offset + len <= from.len, "{len} elements at {offset} of {}", from.len);
         stream.device().bind()?;
         // SAFETY: both have this length; page-locked memory lives until the device has caught up (see its `Drop`).
         check("cuMemcpyHtoDAsync", unsafe {
-            let bytes = len * size_of::<T>();
-            sys::cuMemcpyHtoDAsync_v2(self.address(), from.host.cast(), bytes, stream.raw())
+            let (bytes, first) = (len * size_of::<T>(), from.host.add(offset));
+            sys::cuMemcpyHtoDAsync_v2(self.address(), first.cast(), bytes, stream.raw())
         })
     }
 

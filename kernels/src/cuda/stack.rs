@@ -123,7 +123,10 @@ impl WeightStack {
     /// If the shapes do not fit or there is no such matrix.
     pub fn write(&self, stream: &Stream, index: usize, parts: &[&Weight]) -> Result<(), CudaError> {
         let rows: usize = parts.iter().map(|part| part.rows()).sum();
-        assert!(rows == self.rows && parts.iter().all(|part| part.cols() == self.cols), "shape of matrix {index}");
+        assert!(
+            rows == self.rows && parts.iter().all(|part| part.cols() == self.cols),
+            "shape of matrix {index}"
+        );
         match pack(self.stored, parts)? {
             Packed::Bf16(values) => self.data_of(index).cast::<half::bf16>().write(stream, &values),
             Packed::Fp8 { codes, scales } => {
@@ -178,7 +181,8 @@ fn push_bf16(weight: &Weight, values: &mut Vec<half::bf16>) {
     match weight.elements() {
         Elements::Bf16(bits) => values.extend(bits.iter().map(|&bits| half::bf16::from_bits(bits))),
         Elements::F32(_) | Elements::F8(_) => {
-            let rounded = weight.dequantized().into_iter().map(|value| half::bf16::from_bits(f32_to_bf16(value)));
+            let rounded =
+                weight.dequantized().into_iter().map(|value| half::bf16::from_bits(f32_to_bf16(value)));
             values.extend(rounded);
         }
     }

@@ -1,6 +1,7 @@
 //! Queues of work on a device, and marks in them.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 
@@ -164,6 +165,22 @@ impl Event {
             sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             result => check("cuEventQuery", result).map(|()| true),
         }
+    }
+
+    /// Waits until the stream has come to the mark, by looking again and again: the least delay there is. False when
+    /// `timeout` has passed first.
+    ///
+    /// # Errors
+    /// Something before it failed.
+    pub fn wait_within(&self, timeout: Duration) -> Result<bool, CudaError> {
+        let began = Instant::now();
+        while !self.is_done()? {
+            if began.elapsed() > timeout {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(true)
     }
 
     /// Milliseconds of the device between `earlier` and this one, both passed.

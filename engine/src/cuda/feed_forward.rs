@@ -1,0 +1,158 @@
+//! Dense and mixture-of-experts layers, queued.
+
+use heliostat_kernels::cuda::activation::{ActivationArgs, RowSet};
+use heliostat_kernels::cuda::exchange::{OwnResults, Reduce};
+use heliostat_kernels::cuda::gemm::{Output, Segments};
+use heliostat_kernels::cuda::router::RoutingArgs;
+use heliostat_kernels::cuda::{Buffer, CudaError, StoredAs, Stream};
+
+use super::buffers::{dense, operand_of};
+use super::layer::{FeedForward, Mlp, MoeWeights};
+use super::model::{CudaModel, Dp, Ep};
+
+impl FeedForward {
+    /// What the first products read.
+    pub(super) fn inputs(&self, experts: StoredAs) -> Vec<StoredAs> {
+        match self {
+            Self::Dense(mlp) => vec![mlp.gate_up.stored()],
+            Self::Moe(moe) => {
+                let shared = moe.shared.as_ref().map(|shared| shared.gate_up.stored());
+                [moe.router.stored(), experts].into_iter().chain(shared).collect()
+            }
+        }
+    }
+}
+
+impl CudaModel {
+    /// One MoE layer of all ranks; on a DP rank `branch = experts(normed)` for `rows` rows.
+    pub(super) fn moe(
+        &self,
+        stream: &Stream,
+        moe_layer: usize,
+        own: Option<(&Dp, &MoeWeights)>,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        if let Some((dp, weights)) = own {
+            self.route(stream, (dp, weights), rows)?;
+            self.exchange.signal(stream, dp.inputs.count())?;
+        }
+        let shared = match own {
+            Some((dp, MoeWeights { shared: Some(shared), .. })) => {
+                dp.mlp(stream, shared, &dp.buffers.shared, rows)?;
+                Some(&dp.buffers.shared)
+            }
+            Some((_, MoeWeights { shared: None, .. })) | None => None,
+        };
+        let in_place = match &self.ep {
+            Some(ep) => {
+                self.experts(stream, ep, moe_layer, rows)?;
+                let results = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
+                self.exchange.combine(stream, &ep.results, results)?;
+                Some(&ep.results)
+            }
+            None => {
+                self.exchange.finish(stream)?;
+                None
+            }
+        };
+        match own {
+            Some((dp, _)) => {
+                let (weights, out) = (&dp.buffers.weights, &dp.buffers.branch);
+                self.exchange.reduce(stream, &Reduce { rows, weights, in_place, shared, out })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn route(
+        &self,
+        stream: &Stream,
+        (dp, weights): (&Dp, &MoeWeights),
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let (ops, buffers, router) = (&dp.ops, &dp.buffers, &weights.router);
+        let experts = router.n();
+        let x = dp.moe_input.operand(router.stored(), router.k());
+        let logits = Output::F32 { data: &buffers.router_logits, stride: experts };
+        ops.gemm.dense(stream, router, x, rows, logits)?;
+        ops.routing.run(
+            stream,
+            &RoutingArgs {
+                rows,
+                rule: dp.rule,
+                logits: &buffers.router_logits,
+                positions: dp.inputs.positions(),
+                bias: weights.correction_bias.as_ref(),
+                slot_table: Some(&self.tables.slots[weights.moe_layer]),
+                salt: 0,
+                ids: &buffers.ids,
+                slots: &self.exchange.outgoing().slots,
+                weights: &buffers.weights,
+                loads: Some(&dp.loads[weights.moe_layer]),
+            },
+        )
+    }
+
+    /// Runs the local experts over the rows that all ranks sent them.
+    fn experts(&self, stream: &Stream, ep: &Ep, moe_layer: usize, rows: usize) -> Result<(), CudaError> {
+        self.exchange.layout(stream)?;
+        self.exchange.gather(stream)?;
+        let permuted = self.exchange.permuted();
+        let (hidden, width) = (ep.gate_up.k(), ep.down.k());
+        let rows_max = self.exchange.shape().rows_max;
+        let slots = permuted.segment_rows.len();
+        let segments = Segments {
+            start: &permuted.segment_start,
+            rows: &permuted.segment_rows,
+            pool_of_slot: &self.tables.places[moe_layer],
+            rows_max,
+            rows_typical: (rows * self.exchange.shape().top_k).div_ceil(slots),
+        };
+        let x = operand_of(&permuted.rows, hidden, rows_max);
+        let gate_up = Output::Bf16 { data: &ep.gate_up_out, stride: 2 * width };
+        ep.gemm.grouped(stream, &ep.gate_up, x, segments, gate_up)?;
+        let stored = ep.down.stored();
+        ep.activation.silu_mul(
+            stream,
+            &ActivationArgs {
+                rows: RowSet::Segments {
+                    start: &permuted.segment_start,
+                    rows: &permuted.segment_rows,
+                    capacity: rows_max,
+                },
+                width,
+                x: dense(&ep.gate_up_out, 2 * width),
+                out: ep.inner.out(&[stored]),
+            },
+        )?;
+        let out = Output::Bf16 { data: &ep.results, stride: hidden };
+        ep.gemm.grouped(stream, &ep.down, ep.inner.operand(stored, width), segments, out)
+    }
+}
+
+impl Dp {
+    /// `out = down(silu(gate x) * up x)` of the normed rows.
+    pub(super) fn mlp(
+        &self,
+        stream: &Stream,
+        mlp: &Mlp,
+        out: &Buffer<half::bf16>,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let (ops, buffers) = (&self.ops, &self.buffers);
+        let Mlp { gate_up, down, width } = mlp;
+        let x = self.moe_input.operand(gate_up.stored(), gate_up.k());
+        let both = Output::Bf16 { data: &buffers.wide, stride: 2 * width };
+        ops.gemm.dense(stream, gate_up, x, rows, both)?;
+        let stored = down.stored();
+        let args = ActivationArgs {
+            rows: RowSet::First(rows),
+            width: *width,
+            x: dense(&buffers.wide, 2 * width),
+            out: buffers.inner.out(&[stored]),
+        };
+        ops.activation.silu_mul(stream, &args)?;
+        let out = Output::Bf16 { data: out, stride: self.config.hidden_size };
+        ops.gemm.dense(stream, down, buffers.inner.operand(stored, *width), rows, out)
+    }
+}
