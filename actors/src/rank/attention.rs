@@ -1,9 +1,11 @@
-//! The attention role of a rank: its sequences, KV cache and model.
+//! The attention role of a rank: its sequences and who asked for them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use heliostat_engine::ep::EpGroup;
-use heliostat_engine::model::{ExchangeError, KvPages, Model};
+use heliostat_engine::batch::Step;
+use heliostat_engine::cuda::StepResults;
+use heliostat_engine::model::Logits;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
@@ -13,16 +15,21 @@ use crate::messages::Busy;
 
 /// What a DP rank owns.
 pub(super) struct Attention {
-    model: Model,
-    kv: KvPages,
     scheduler: Scheduler,
+    /// Steps in flight at a time.
+    depth: usize,
     owners: HashMap<RequestId, ActorAddr>,
 }
 
 impl Attention {
     /// Without sequences.
-    pub(super) fn new(model: Model, kv: KvPages, scheduler: Scheduler) -> Self {
-        Self { model, kv, scheduler, owners: HashMap::new() }
+    pub(super) fn new(scheduler: Scheduler, depth: usize) -> Self {
+        Self { scheduler: scheduler.with_async_depth(depth), depth, owners: HashMap::new() }
+    }
+
+    /// Steps that are in flight at a time.
+    pub(super) fn depth(&self) -> usize {
+        self.depth
     }
 
     /// Queues a sequence; a refusal goes to its ingress as the sequence's end.
@@ -72,15 +79,26 @@ impl Attention {
         RankStats { step_us, ..self.scheduler.stats() }
     }
 
-    /// Computes the next batch, which may be empty: the other ranks' tokens still need this rank's experts. When the
-    /// exchange fails the batch stays in flight and is computed again in the next epoch.
-    pub(super) fn step(&mut self, group: &mut EpGroup, outlet: &mut Outlet) -> Result<(), ExchangeError> {
-        let batch = self.scheduler.schedule();
-        let logits = self.model.forward(&batch, &mut self.kv, group)?;
-        for output in self.scheduler.complete(&logits) {
-            self.deliver(output, outlet);
-        }
-        Ok(())
+    /// The next step, which may be empty.
+    pub(super) fn schedule(&mut self) -> Arc<Step> {
+        self.scheduler.schedule()
+    }
+
+    /// Has the steps in flight computed again, after a fault.
+    pub(super) fn rewind(&mut self) {
+        self.scheduler.rewind();
+    }
+
+    /// Takes the logits of the oldest step and delivers what is drawn from them.
+    pub(super) fn complete(&mut self, logits: &Logits, outlet: &mut Outlet) {
+        let outputs = self.scheduler.complete(logits);
+        outputs.into_iter().for_each(|output| self.deliver(output, outlet));
+    }
+
+    /// Takes what the device drew in the oldest step and delivers it.
+    pub(super) fn complete_drawn(&mut self, (drawn, logits): &StepResults, outlet: &mut Outlet) {
+        let outputs = self.scheduler.complete_drawn(drawn, logits);
+        outputs.into_iter().for_each(|output| self.deliver(output, outlet));
     }
 
     fn deliver(&mut self, output: Output, outlet: &mut Outlet) {

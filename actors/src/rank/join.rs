@@ -23,14 +23,25 @@ pub(super) struct JoinState {
     pub(super) open: u64,
     /// Its layout.
     pub(super) layout: Layout,
+    /// Names its GPU's memory to the other ranks; empty on a CPU device.
+    pub(super) heap: Vec<u8>,
+    /// Rounds of its GPU's exchange were counted under epochs up to this one.
+    pub(super) exchange: u64,
+}
+
+/// What all ranks take.
+#[derive(Debug, PartialEq)]
+pub(super) struct Joined {
+    pub(super) progress: PlanProgress,
+    pub(super) layout: Layout,
+    /// By rank.
+    pub(super) heaps: Vec<Vec<u8>>,
+    /// Epoch under which rounds of the exchange are counted from now on.
+    pub(super) exchange: u64,
 }
 
 /// Exchanges states with all ranks and returns the one that all take.
-pub(super) fn agree(
-    fabric: &mut Fabric,
-    size: usize,
-    mine: &JoinState,
-) -> Result<(PlanProgress, Layout), ExchangeError> {
+pub(super) fn agree(fabric: &mut Fabric, size: usize, mine: &JoinState) -> Result<Joined, ExchangeError> {
     let tag = Tag { kind: Kind::Header, step: 0, layer: 0 };
     let bytes = bincode::encode_to_vec(mine, super::codec())
         .map_err(|why| ExchangeError::Other(format!("cannot encode the layout: {why}")))?;
@@ -48,16 +59,19 @@ pub(super) fn agree(
 }
 
 /// The furthest state; every plan that was open anywhere counts as closed.
-fn choose(states: Vec<JoinState>) -> Result<(PlanProgress, Layout), String> {
+fn choose(states: Vec<JoinState>) -> Result<Joined, String> {
     let shape = states[0].layout.shape();
     if let Some(rank) = states.iter().position(|state| state.layout.shape() != shape) {
         return Err(format!("rank {rank} has another number of experts, slots or ranks than rank 0"));
     }
+    let heaps = states.iter().map(|state| state.heap.clone()).collect();
+    let exchange = states.iter().map(|state| state.exchange).max().unwrap_or(0) + 1;
     let closed = states.iter().map(|state| state.progress.closed.max(state.open)).max().unwrap_or(0);
     let furthest = |state: &JoinState| (state.progress.epoch, state.progress.committed);
     let best = states.into_iter().reduce(|a, b| if furthest(&b) > furthest(&a) { b } else { a });
     let best = best.ok_or("a group has at least one rank")?;
-    Ok((PlanProgress { closed: closed.max(best.progress.epoch), ..best.progress }, best.layout))
+    let progress = PlanProgress { closed: closed.max(best.progress.epoch), ..best.progress };
+    Ok(Joined { progress, layout: best.layout, heaps, exchange })
 }
 
 /// Puts into the slots of EP rank `ep` what `layout` says, fetching only what is not there.
@@ -117,16 +131,18 @@ mod tests {
         let shape = MapShape { experts: 4, slots: 8, ranks: 2 };
         let strategy = if epoch == 0 { PlacementStrategy::Linear } else { PlacementStrategy::RoundRobin };
         let layout = Layout::initial(2, shape, strategy).unwrap();
-        JoinState { progress: PlanProgress { epoch, committed, closed }, open, layout }
+        let progress = PlanProgress { epoch, committed, closed };
+        JoinState { progress, open, layout, heap: vec![epoch as u8], exchange: epoch }
     }
 
     #[test]
     fn the_furthest_state_wins_and_open_plans_are_closed() {
         let furthest = state(3, 2, 2, 3);
         let states = vec![state(0, 0, 0, 0), state(3, 1, 2, 3), furthest.clone(), state(2, 9, 2, 4)];
-        let (progress, layout) = choose(states).unwrap();
-        assert_eq!(progress, PlanProgress { epoch: 3, committed: 2, closed: 4 });
-        assert_eq!(layout, furthest.layout);
+        let joined = choose(states).unwrap();
+        assert_eq!(joined.progress, PlanProgress { epoch: 3, committed: 2, closed: 4 });
+        assert_eq!(joined.layout, furthest.layout);
+        assert_eq!((joined.heaps, joined.exchange), (vec![vec![0], vec![3], vec![3], vec![2]], 4));
     }
 
     #[test]

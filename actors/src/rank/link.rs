@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use heliostat_engine::request::{Request, RequestId};
+use heliostat_kernels::cuda::exchange::AbortHandle;
 use heliostat_kernels::fabric::{Abort, Waker};
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
@@ -56,6 +57,8 @@ pub(super) struct Inbox {
 struct Shared {
     /// Set while the thread is connected to its group: how to wake it and how to end its step.
     bell: Mutex<Option<(Waker, Abort)>>,
+    /// Set while a GPU may wait for its peers: how to end that, and the epoch to end.
+    device: Mutex<Option<(AbortHandle, u64)>>,
     /// Requests that wait in the scheduler or on their way to it.
     waiting: AtomicU32,
     /// Newest plan that ended.
@@ -112,6 +115,9 @@ impl Link {
         if let Some((_, abort)) = &*self.bell() {
             abort.abort(reason);
         }
+        if let Some((abort, epoch)) = &*self.shared.device.lock().unwrap_or_else(PoisonError::into_inner) {
+            abort.abort(*epoch);
+        }
     }
 
     /// Counts a request in, or refuses it when `max_waiting` are there already.
@@ -146,6 +152,11 @@ impl Inbox {
     /// Tells the actor how to reach the thread inside the group; `None` when it leaves.
     pub(super) fn set_bell(&self, bell: Option<(Waker, Abort)>) {
         *self.shared.bell.lock().unwrap_or_else(PoisonError::into_inner) = bell;
+    }
+
+    /// Tells the actor how to end what the GPU waits for; `None` when it waits no more.
+    pub(super) fn set_device(&self, device: Option<(AbortHandle, u64)>) {
+        *self.shared.device.lock().unwrap_or_else(PoisonError::into_inner) = device;
     }
 
     /// Says how many requests wait now.

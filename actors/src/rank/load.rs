@@ -4,20 +4,24 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::sync::Arc;
 
-use heliostat_engine::checkpoint::Checkpoint;
+use heliostat_engine::checkpoint::{Checkpoint, CheckpointError};
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::ep::{ExpertStore, PlanProgress, SharedSlots, Slots};
+use heliostat_engine::cuda::{CudaOptions, CudaRank, KvRoom, LoadError, Weights};
+use heliostat_engine::ep::{PlanProgress, SharedSlots, Slots};
 use heliostat_engine::model::{KvPages, Model, expert_bytes};
 use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
 use heliostat_kernels::cpu::Cpu;
+use heliostat_kernels::cuda::exchange::Transport;
+use heliostat_kernels::cuda::{Device, DeviceOptions};
 use heliostat_kernels::fabric::FabricListener;
 use heliostat_runtime::actor::{ActorCx, CreateError};
 use heliostat_runtime::spec::{DeviceKind, Progress};
 use heliostat_runtime::system::PeerEvent;
 
-use super::args::{KvCacheArgs, RankArgs};
+use super::args::{ExchangeBackend, KvCacheArgs, RankArgs};
 use super::attention::Attention;
 use super::clock::StepClock;
+use super::engine::{CpuEngine, Engine};
 use super::join::ExpertLoader;
 use super::link::Command;
 use super::outlet::Outlet;
@@ -29,7 +33,7 @@ use super::{Rank, join, link};
 pub(super) struct Loaded {
     loader: ExpertLoader,
     config: Arc<ModelConfig>,
-    cpu: Cpu,
+    engine: Engine,
     attention: Option<Attention>,
     slots: SharedSlots,
 }
@@ -39,35 +43,27 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError>
     let config = Arc::new(ModelConfig::from_dir(&args.model).map_err(CreateError::failed)?);
     let checkpoint = Arc::new(Checkpoint::open(&args.model).map_err(CreateError::failed)?);
     checkpoint.validate(&config).map_err(CreateError::failed)?;
-    let cpu = Cpu::new(threads(cx)?).map_err(CreateError::failed)?;
     let role = args.topology.role(args.rank as usize);
-    let layout = &args.layout;
-    let own: Vec<Vec<u32>> = role.ep.map_or_else(Vec::new, |ep| {
-        layout.layers().iter().map(|map| map.experts_of_rank(ep as u32).to_vec()).collect()
-    });
-    let mut expert_total = 0;
-    for (moe_layer, experts) in own.iter().enumerate() {
-        for &expert in experts {
-            expert_total += expert_bytes(&checkpoint, &config, moe_layer, expert as usize)
-                .map_err(CreateError::failed)?;
-        }
-    }
+    let expert_total = expert_total(args, &checkpoint, &config).map_err(CreateError::failed)?;
     let mut dense_bytes = 0;
     let report = |done: u64, total: u64| {
         cx.progress(Progress { phase: "loading weights".to_owned(), done, total });
     };
-    let attention = match role.dp {
-        Some(_) => {
-            let model = Model::load(&checkpoint, &config, cpu.clone(), &mut |done, total| {
-                dense_bytes = total;
-                report(done, total + expert_total);
-            })
-            .map_err(CreateError::failed)?;
-            Some(attention(args, &config, model)?)
-        }
-        None => None,
+    let mut progress = |done: u64, total: u64| {
+        dense_bytes = total;
+        report(done, total + expert_total);
     };
-    let loader = ExpertLoader { checkpoint, config: Arc::clone(&config), store: ExpertStore::Host };
+    let engine = match cx.device().map(|device| &device.kind) {
+        Some(DeviceKind::Cuda { ordinal }) => {
+            let rank = load_cuda(args, *ordinal, (&config, &checkpoint), &mut progress);
+            Engine::Cuda(Box::new(rank.map_err(CreateError::failed)?))
+        }
+        Some(DeviceKind::Cpu { threads }) => load_cpu(args, *threads, (&config, &checkpoint), &mut progress)?,
+        None => load_cpu(args, 1, (&config, &checkpoint), &mut progress)?,
+    };
+    let attention = role.dp.map(|_| attention(args, &config, &engine)).transpose()?;
+    let loader = ExpertLoader { checkpoint, config: Arc::clone(&config), store: engine.store() };
+    let layout = &args.layout;
     let slots = SharedSlots::new(Slots::new(layout.layers().len(), layout.shape().slots_per_rank() as usize));
     if let Some(ep) = role.ep {
         let mut done = dense_bytes;
@@ -79,37 +75,99 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError>
         })
         .map_err(CreateError::Failed)?;
     }
-    Ok(Loaded { loader, config, cpu, attention, slots })
+    Ok(Loaded { loader, config, engine, attention, slots })
 }
 
-/// CPU threads of the device that the rank owns.
-fn threads(cx: &ActorCx) -> Result<NonZero<usize>, CreateError> {
-    match cx.device().map(|device| &device.kind) {
-        None => Ok(NonZero::<usize>::MIN),
-        Some(DeviceKind::Cpu { threads }) => {
-            Ok(NonZero::new(*threads as usize).unwrap_or(NonZero::<usize>::MIN))
+/// Bytes of the experts that the rank starts with.
+fn expert_total(
+    args: &RankArgs,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+) -> Result<u64, CheckpointError> {
+    let Some(ep) = args.topology.role(args.rank as usize).ep else { return Ok(0) };
+    let mut total = 0;
+    for (moe_layer, map) in args.layout.layers().iter().enumerate() {
+        for &expert in map.experts_of_rank(ep as u32) {
+            total += expert_bytes(checkpoint, config, moe_layer, expert as usize)?;
         }
-        Some(DeviceKind::Cuda { ordinal }) => Err(CreateError::Failed(format!(
-            "device cuda:{ordinal}: CUDA ranks are not in this release; use CPU devices"
-        ))),
     }
+    Ok(total)
 }
 
-fn attention(args: &RankArgs, config: &ModelConfig, model: Model) -> Result<Attention, CreateError> {
+fn load_cpu(
+    args: &RankArgs,
+    threads: u32,
+    (config, checkpoint): (&Arc<ModelConfig>, &Checkpoint),
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Engine, CreateError> {
+    let threads = NonZero::new(threads as usize).unwrap_or(NonZero::<usize>::MIN);
+    let cpu = Cpu::new(threads).map_err(CreateError::failed)?;
+    let model = match args.topology.role(args.rank as usize).dp {
+        Some(_) => {
+            let model =
+                Model::load(checkpoint, config, cpu.clone(), progress).map_err(CreateError::failed)?;
+            let block_size = args.engine.block_size as usize;
+            let num_blocks = match args.engine.kv_cache {
+                KvCacheArgs::Blocks(blocks) => blocks as usize,
+                KvCacheArgs::Bytes(bytes) => {
+                    (bytes / KvPages::bytes_per_block(config, block_size) as u64) as usize
+                }
+                KvCacheArgs::Utilization(_) => {
+                    let why = "a share of GPU memory was given to a CPU device";
+                    return Err(CreateError::Failed(why.to_owned()));
+                }
+            };
+            Some((model, KvPages::new(config, num_blocks, block_size)))
+        }
+        None => None,
+    };
+    Ok(Engine::Cpu(CpuEngine { cpu, model }))
+}
+
+fn load_cuda(
+    args: &RankArgs,
+    ordinal: u32,
+    (config, checkpoint): (&Arc<ModelConfig>, &Checkpoint),
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<CudaRank, LoadError> {
+    let (engine, cuda) = (&args.engine, &args.engine.cuda);
+    let device = Device::open_with(
+        ordinal,
+        DeviceOptions { library_dirs: cuda.library_dirs.clone(), kernel_cache: cuda.kernel_cache.clone() },
+    )?;
+    let options = CudaOptions {
+        topology: args.topology.clone(),
+        rank: args.rank as usize,
+        map: args.layout.shape(),
+        rows_max: engine.max_num_batched_tokens as usize,
+        seqs_max: engine.max_num_seqs as usize,
+        max_model_len: engine.max_model_len as usize,
+        kv: match engine.kv_cache {
+            KvCacheArgs::Blocks(blocks) => KvRoom::Blocks(blocks as usize),
+            KvCacheArgs::Bytes(bytes) => KvRoom::Bytes(bytes),
+            KvCacheArgs::Utilization(thousandths) => {
+                KvRoom::Utilization(f64::from(thousandths) / 1000.0 / f64::from(cuda.ranks_per_gpu.max(1)))
+            }
+        },
+        graph_rows_max: cuda.graph_rows_max as usize,
+        transport: match cuda.exchange {
+            ExchangeBackend::Peer => Transport::Peer,
+            ExchangeBackend::Nccl => Transport::Nccl,
+        },
+        timeout: args.links.timeout,
+        stage_ahead: args.links.stage_ahead as usize,
+    };
+    CudaRank::load(&device, config, &options, Weights::Checkpoint(checkpoint), progress)
+}
+
+fn attention(args: &RankArgs, config: &ModelConfig, device: &Engine) -> Result<Attention, CreateError> {
     let engine = &args.engine;
-    let block_size = engine.block_size as usize;
-    let num_blocks = match engine.kv_cache {
-        KvCacheArgs::Blocks(blocks) => blocks as usize,
-        KvCacheArgs::Bytes(bytes) => {
-            let per_block = KvPages::bytes_per_block(config, block_size);
-            (bytes / per_block as u64) as usize
-        }
-        KvCacheArgs::Utilization(_) => {
-            return Err(CreateError::Failed("a share of GPU memory was given to a CPU device".to_owned()));
-        }
+    let (num_blocks, depth) = match device {
+        Engine::Cpu(cpu) => (cpu.model.as_ref().map_or(0, |(_, kv)| kv.num_blocks()), 1),
+        Engine::Cuda(rank) => (rank.num_blocks(), if engine.cuda.async_scheduling { 2 } else { 1 }),
     };
     let scheduler = Scheduler::new(SchedulerConfig {
-        block_size,
+        block_size: engine.block_size as usize,
         num_blocks,
         max_num_seqs: engine.max_num_seqs as usize,
         max_num_batched_tokens: engine.max_num_batched_tokens as usize,
@@ -119,7 +177,7 @@ fn attention(args: &RankArgs, config: &ModelConfig, model: Model) -> Result<Atte
         vocab_size: config.vocab_size,
     })
     .map_err(CreateError::failed)?;
-    Ok(Attention::new(model, KvPages::new(config, num_blocks, block_size), scheduler))
+    Ok(Attention::new(scheduler, depth))
 }
 
 /// A free port at the address where other processes reach this one.
@@ -145,7 +203,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
         loader: loaded.loader.clone(),
-        cpu: loaded.cpu,
+        engine: loaded.engine,
         attention: loaded.attention,
         slots: loaded.slots.clone(),
         layout: args.layout.clone(),
@@ -158,6 +216,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         outlet,
         view: None,
         stopping: false,
+        exchange: 0,
         args: args.clone(),
     };
     std::thread::Builder::new()

@@ -6,6 +6,7 @@
 mod args;
 mod attention;
 mod clock;
+mod engine;
 mod join;
 mod link;
 mod load;

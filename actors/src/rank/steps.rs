@@ -10,6 +10,7 @@ use heliostat_engine::eplb::map::ExpertMap;
 use heliostat_engine::model::ExchangeError;
 use heliostat_kernels::fabric::{Event, Kind, Tag};
 
+use super::engine::Engine;
 use super::thread::StepThread;
 use crate::messages::PlanEnd;
 
@@ -28,6 +29,7 @@ impl StepThread {
                 break;
             }
             if !decision.run {
+                self.engine.drain(self.attention.as_mut(), &mut self.outlet)?;
                 self.park(group, sent)?;
             }
             sent = self.header();
@@ -113,10 +115,15 @@ impl StepThread {
         for index in from..upto {
             let layer = plan.plan.layers.get(index as usize).ok_or_else(|| bug("has fewer layers"))?;
             let contents = plan.commit_next().ok_or_else(|| bug("a committed layer is not staged here"))?;
-            self.slots.replace(layer.layer as usize, contents).map_err(|why| bug(&why.to_string()))?;
+            let moe_layer = layer.layer as usize;
+            if let Engine::Cuda(rank) = &self.engine {
+                rank.guard_weights()?;
+            }
+            self.slots.replace(moe_layer, contents).map_err(|why| bug(&why.to_string()))?;
             let map = ExpertMap::new(self.layout.shape(), layer.physical_to_logical.clone())
-                .and_then(|map| self.layout.set_layer(layer.layer as usize, map));
+                .and_then(|map| self.layout.set_layer(moe_layer, map));
             map.map_err(|why| bug(&why.to_string()))?;
+            self.show_map(moe_layer)?;
         }
         group.set_layout(self.layout.clone());
         self.progress.epoch = epoch;
@@ -132,17 +139,17 @@ impl StepThread {
     /// Computes one step: the whole model on a DP rank, the MoE layers on a rank with experts only.
     fn step(&mut self, group: &mut EpGroup, round: u64) -> Result<(), ExchangeError> {
         group.begin_step(round);
-        match &mut self.attention {
-            Some(attention) => attention.step(group, &mut self.outlet),
-            None => (0..self.layout.layers().len()).try_for_each(|moe_layer| group.serve(moe_layer)),
-        }
+        self.engine.step(self.attention.as_mut(), group, &mut self.outlet)
     }
 
     /// Sends what the step brought.
     fn report(&mut self, group: &mut EpGroup) {
         let Some(attention) = &self.attention else { return };
         self.outlet.count_step();
-        group.drain_loads(self.outlet.load_sums());
+        match &mut self.engine {
+            Engine::Cpu(_) => group.drain_loads(self.outlet.load_sums()),
+            Engine::Cuda(rank) => rank.drain_loads(self.outlet.load_sums()),
+        }
         if self.outlet.load_is_due(self.args.engine.load_report_steps) {
             self.outlet.send_load();
         }

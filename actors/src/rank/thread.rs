@@ -12,13 +12,15 @@ use heliostat_engine::ep::{EpGroup, EpParts, PlanProgress, SharedSlots};
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::model::ExchangeError;
 use heliostat_kernels::cpu::Cpu;
+use heliostat_kernels::cuda::heap::HeapHandle;
 use heliostat_kernels::fabric::{Connect, Endpoint, Fabric, FabricError, FabricListener};
 use heliostat_runtime::group::GroupView;
 
 use super::args::RankArgs;
 use super::attention::Attention;
 use super::clock::StepClock;
-use super::join::{self, ExpertLoader, JoinState};
+use super::engine::Engine;
+use super::join::{self, ExpertLoader, JoinState, Joined};
 use super::link::{Command, Inbox};
 use super::outlet::Outlet;
 use super::plan::OpenPlan;
@@ -32,7 +34,7 @@ pub(super) struct StepThread {
     pub(super) args: RankArgs,
     pub(super) config: Arc<ModelConfig>,
     pub(super) loader: ExpertLoader,
-    pub(super) cpu: Cpu,
+    pub(super) engine: Engine,
     /// On DP ranks.
     pub(super) attention: Option<Attention>,
     pub(super) slots: SharedSlots,
@@ -48,6 +50,8 @@ pub(super) struct StepThread {
     /// The newest view, which the thread acts on when it has left the present epoch.
     pub(super) view: Option<GroupView>,
     pub(super) stopping: bool,
+    /// Newest epoch of a GPU's exchange.
+    pub(super) exchange: u64,
 }
 
 impl StepThread {
@@ -138,27 +142,53 @@ impl StepThread {
                 fabric,
                 topology: self.args.topology.clone(),
                 rank: self.args.rank as usize,
-                cpu: self.cpu.clone(),
+                cpu: self.cpu(),
                 layout: self.layout.clone(),
                 slots: self.slots.clone(),
                 hidden: self.config.hidden_size,
             });
             self.step_until_over(&mut group, view.epoch)
         });
-        if let Err(ExchangeError::Silent { rank }) = outcome {
-            self.suspect(view, rank);
+        self.attention.iter_mut().for_each(Attention::rewind);
+        self.inbox.set_device(None);
+        match outcome {
+            Ok(()) => {}
+            Err(ExchangeError::Device(why)) => {
+                self.outlet.fail(format!("the device failed: {why}"));
+                self.stopping = true;
+            }
+            Err(why) => {
+                if let ExchangeError::Silent { rank } = why {
+                    self.suspect(view, rank);
+                }
+                tracing::info!(epoch = view.epoch, "left the membership epoch: {why}");
+            }
         }
-        if let Err(why) = outcome {
-            tracing::info!(epoch = view.epoch, "left the membership epoch: {why}");
+    }
+
+    /// The CPU that exchanges rows; idle where a GPU does.
+    fn cpu(&self) -> Cpu {
+        match &self.engine {
+            Engine::Cpu(engine) => engine.cpu.clone(),
+            Engine::Cuda(_) => Cpu::single_threaded(),
         }
     }
 
     /// Agrees with all ranks on the layout and fills the slots with it. Plans that were open are dropped.
     fn join(&mut self, view: &GroupView, fabric: &mut Fabric) -> Result<(), ExchangeError> {
         let open = self.plan.as_ref().map_or(0, |plan| plan.plan.epoch);
-        let mine = JoinState { progress: self.progress, open, layout: self.layout.clone() };
-        let (progress, layout) = join::agree(fabric, self.args.topology.size(), &mine)?;
-        self.adopt(progress, layout)?;
+        let heap = match &self.engine {
+            Engine::Cpu(_) => Vec::new(),
+            Engine::Cuda(rank) => rank.handle().to_bytes().to_vec(),
+        };
+        let (progress, exchange) = (self.progress, self.exchange);
+        let mine = JoinState { progress, open, layout: self.layout.clone(), heap, exchange };
+        let joined = join::agree(fabric, self.args.topology.size(), &mine)?;
+        let device = self.connect_device(&joined)?;
+        self.adopt(joined.progress, joined.layout)?;
+        if device {
+            (0..self.layout.layers().len()).try_for_each(|moe_layer| self.show_map(moe_layer))?;
+        }
         self.outlet.joined(RankJoined {
             rank: self.args.rank,
             addr: self.outlet.me(),
@@ -168,6 +198,29 @@ impl StepThread {
         });
         tracing::info!(epoch = view.epoch, map_epoch = self.progress.epoch, "joined the group");
         Ok(())
+    }
+
+    /// Reaches the memory of the other ranks' GPUs; false on a CPU device.
+    fn connect_device(&mut self, joined: &Joined) -> Result<bool, ExchangeError> {
+        let Engine::Cuda(rank) = &mut self.engine else { return Ok(false) };
+        let bad =
+            |index: usize| ExchangeError::Other(format!("rank {index} has no GPU: a group is of one kind"));
+        let handle =
+            |(index, bytes): (usize, &Vec<u8>)| HeapHandle::from_bytes(bytes).ok_or_else(|| bad(index));
+        let heaps = joined.heaps.iter().enumerate().map(handle).collect::<Result<Vec<_>, _>>()?;
+        self.exchange = joined.exchange;
+        rank.connect(joined.exchange, &heaps, &joined.layout)?;
+        rank.guard_weights()?;
+        self.inbox.set_device(Some((rank.abort_handle(), joined.exchange)));
+        Ok(true)
+    }
+
+    /// Tells the GPU where the experts of a layer lie now.
+    pub(super) fn show_map(&mut self, moe_layer: usize) -> Result<(), ExchangeError> {
+        match &mut self.engine {
+            Engine::Cpu(_) => Ok(()),
+            Engine::Cuda(rank) => rank.set_layer(moe_layer, &self.layout, &self.slots),
+        }
     }
 
     fn adopt(&mut self, progress: PlanProgress, layout: Layout) -> Result<(), ExchangeError> {

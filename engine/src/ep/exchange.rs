@@ -114,6 +114,11 @@ impl EpGroup {
         self.layout = layout;
     }
 
+    /// MoE layers of the model.
+    pub fn moe_layers(&self) -> usize {
+        self.layout.layers().len()
+    }
+
     /// Names the step that the next exchanges belong to.
     pub fn begin_step(&mut self, step: u64) {
         self.step = step;

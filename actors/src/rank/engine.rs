@@ -1,0 +1,107 @@
+//! Where a rank computes: on the CPU, step by step, or on a GPU, with the next step queued while the present one runs.
+
+use std::sync::Arc;
+
+use heliostat_engine::cuda::{CudaRank, StepResults};
+use heliostat_engine::ep::{EpGroup, ExpertStore};
+use heliostat_engine::model::{ExchangeError, KvPages, Model};
+use heliostat_kernels::cpu::Cpu;
+
+use super::attention::Attention;
+use super::outlet::Outlet;
+
+/// The rank's device with what lies on it.
+pub(super) enum Engine {
+    Cpu(CpuEngine),
+    Cuda(Box<CudaRank>),
+}
+
+/// A CPU device.
+pub(super) struct CpuEngine {
+    pub(super) cpu: Cpu,
+    /// On DP ranks.
+    pub(super) model: Option<(Model, KvPages)>,
+}
+
+impl Engine {
+    /// Where expert weights lie.
+    pub(super) fn store(&self) -> ExpertStore {
+        match self {
+            Self::Cpu(_) => ExpertStore::Host,
+            Self::Cuda(rank) => rank.pool().map_or(ExpertStore::Host, |pool| ExpertStore::Cuda(pool.clone())),
+        }
+    }
+
+    /// Computes or starts one step, which may have no tokens: those of other ranks still need this rank's experts. When
+    /// the exchange fails the step stays in flight and is computed again in the next epoch.
+    pub(super) fn step(
+        &mut self,
+        attention: Option<&mut Attention>,
+        group: &mut EpGroup,
+        outlet: &mut Outlet,
+    ) -> Result<(), ExchangeError> {
+        match self {
+            Self::Cpu(engine) => engine.step(attention, group, outlet),
+            Self::Cuda(rank) => {
+                let Some(attention) = attention else {
+                    rank.launch(&Arc::default())?;
+                    return finish_all(rank);
+                };
+                rank.launch(&attention.schedule())?;
+                finish(rank, attention, outlet, attention.depth() - 1)
+            }
+        }
+    }
+
+    /// Ends the steps in flight, before a sleep.
+    pub(super) fn drain(
+        &mut self,
+        attention: Option<&mut Attention>,
+        outlet: &mut Outlet,
+    ) -> Result<(), ExchangeError> {
+        match (self, attention) {
+            (Self::Cpu(_), _) => Ok(()),
+            (Self::Cuda(rank), Some(attention)) => finish(rank, attention, outlet, 0),
+            (Self::Cuda(rank), None) => finish_all(rank),
+        }
+    }
+}
+
+/// Ends the oldest steps until `left` are in flight.
+fn finish(
+    rank: &mut CudaRank,
+    attention: &mut Attention,
+    outlet: &mut Outlet,
+    left: usize,
+) -> Result<(), ExchangeError> {
+    while rank.in_flight() > left {
+        let results: StepResults = rank.finish()?;
+        attention.complete_drawn(&results, outlet);
+    }
+    Ok(())
+}
+
+fn finish_all(rank: &mut CudaRank) -> Result<(), ExchangeError> {
+    while rank.in_flight() > 0 {
+        rank.finish()?;
+    }
+    Ok(())
+}
+
+impl CpuEngine {
+    fn step(
+        &mut self,
+        attention: Option<&mut Attention>,
+        group: &mut EpGroup,
+        outlet: &mut Outlet,
+    ) -> Result<(), ExchangeError> {
+        match (attention, &mut self.model) {
+            (Some(attention), Some((model, kv))) => {
+                let logits = model.forward(&attention.schedule(), kv, group)?;
+                attention.complete(&logits, outlet);
+                Ok(())
+            }
+            _ => (0..group.moe_layers()).try_for_each(|moe_layer| group.serve(moe_layer)),
+        }
+    }
+}
