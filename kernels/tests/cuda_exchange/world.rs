@@ -186,6 +186,15 @@ impl Rank {
         if self.dp.is_some() { self.reduce(stream) } else { Ok(()) }
     }
 
+    /// Queues one round that computes nothing: for ranks with tokens and experts.
+    pub(crate) fn round_without_experts(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.signal(stream)?;
+        self.exchange.layout(stream)?;
+        self.exchange.gather(stream)?;
+        self.exchange.combine(stream, &self.results, self.own)?;
+        self.reduce(stream)
+    }
+
     pub(crate) fn signal(&self, stream: &Stream) -> Result<(), CudaError> {
         self.exchange.signal(stream, &self.tokens)
     }

@@ -88,9 +88,8 @@ struct Report {
 
 // What layout leaves for gather and combine: prefix sums over the DP ranks, and how many rows there are.
 struct Plan {
-    u32 tokens[RANKS_MAX];
     u32 token_base[RANKS_MAX + 1];
-    u32 group_base[RANKS_MAX + 1];
+    u32 group_base[RANKS_MAX + 1];  // of 32 tokens
     u32 rows;
 };
 
@@ -101,10 +100,8 @@ struct alignas(16) Push {
     u32 dp;
 };
 
-__device__ __forceinline__ u64 load_acquire(u64 address) {
-    u64 v;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
-    return v;
+__device__ __forceinline__ void load_flag(u64 address, u64& round, u64& note) {
+    asm volatile("ld.acquire.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(round), "=l"(note) : "l"(address) : "memory");
 }
 
 __device__ __forceinline__ u64 load_system(u64 address) {
@@ -169,8 +166,8 @@ __device__ bool wait_all(const Context* c, State* s, Phase phase, u64 round, u32
         u64 silent = 0;
         for (u32 i = lane; i < count; i += 32) {
             if (ranks[i] == IDLE) continue;
-            const u64 flag = flags + ranks[i] * FLAG_BYTES;
-            const u64 seen = load_acquire(flag), note = load_acquire(flag + 8);
+            u64 seen, note;
+            load_flag(flags + ranks[i] * FLAG_BYTES, seen, note);
             // The two words may arrive in any order; the note repeats the low half of its round. A peer cannot be
             // ahead, unless it is in a later epoch: then it has left this one.
             if (seen != round || u32(note >> 32) != u32(round)) silent |= 1ull << ranks[i];

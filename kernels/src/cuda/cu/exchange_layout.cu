@@ -4,24 +4,25 @@
 struct SignalParams {
     u64 context;
     u64 state;
+    u64 own;     // own heap
     u64 tokens;  // u32: rows of this rank in this step
     u32 tokens_max;
 };
 
 extern "C" __global__ void __launch_bounds__(RANKS_MAX) exchange_signal(const __grid_constant__ SignalParams p) {
-    wait_for_previous();
     const Context* c = reinterpret_cast<const Context*>(p.context);
     State* s = reinterpret_cast<State*>(p.state);
+    let_next_start();
+    wait_for_previous();
     if (s->failed != NONE) return;
     const u64 round = s->dp_round + 1;
     const u32 tokens = min(*reinterpret_cast<const u32*>(p.tokens), p.tokens_max);
     __syncthreads();
     if (threadIdx.x == 0) {
         s->dp_round = round;
-        *reinterpret_cast<u32*>(c->own + HEADER) = tokens;
+        *reinterpret_cast<u32*>(p.own + HEADER) = tokens;
     }
     if (c->flags) raise(c, DISPATCH, round, tokens);
-    let_next_start();
 }
 
 // The layout kernel is one cluster: its CTAs share the entries (DP rank, token, choice), in this order, 32 to a step.
@@ -39,6 +40,7 @@ struct LayoutParams {
     u64 source;         // u64 [rows_max]: token | DP rank << 32 | choice << 48, all ones between segments
     u64 destination;    // u64 [rows_max]: address of the owner's combined row, 0 between segments
     u64 push;           // Push [rows_max]: the real rows, without gaps
+    u64 own_place;      // u32 [tokens_max][top_k]: what `place` has of this rank's own tokens
     u32 slots_max;
 };
 
@@ -97,27 +99,27 @@ __device__ void layout_nothing(const LayoutParams& p) {
     if (threadIdx.x == 0) plan->rows = 0;
 }
 
-// Waits for the round and puts every DP rank's number of tokens into the plan. By one warp of the cluster.
-__device__ void layout_await(const LayoutParams& p, const Context* c, State* s) {
+// Waits for the round and notes every DP rank's number of tokens. By one warp.
+__device__ __forceinline__ void layout_await(const LayoutParams& p, const Context* c, State* s, u32* tokens) {
     const u32 lane = threadIdx.x & 31;
-    u32* tokens = reinterpret_cast<Plan*>(p.plan)->tokens;
     if (s->failed != NONE) return;
     const u64 round = s->ep_round + 1;
-    __syncwarp();
-    if (lane == 0) s->ep_round = round;
     for (u32 d = lane; d < c->dp; d += 32) {
         const bool ready = !c->flags && c->dp_rank[d] != IDLE;
         tokens[d] = ready ? load_system_u32(c->dp_heap[d] + HEADER) : 0;
     }
+    __syncwarp();
+    if (lane == 0) s->ep_round = round;
     if (c->flags && !wait_all(c, s, DISPATCH, round, tokens)) return;
     for (u32 d = lane; d < c->dp; d += 32) {
         if (tokens[d] > p.g.tokens_max) fail(c, s, MALFORMED, DISPATCH, 1ull << c->dp_rank[d], round);
     }
+    __syncwarp();
 }
 
-// The tables of the cluster's CTAs, in shared memory; `slots` words each, one more where they hold sums.
+// The tables of one CTA, in shared memory; `slots` words each, one more where they hold sums.
 struct Tables {
-    u32* count;  // [LAYOUT_WARPS][slots] rows of each warp, then each warp's next free row
+    u32* count;  // [LAYOUT_WARPS][slots] rows of each warp, then how many come before them in the segment
     u32* mine;   // rows of this CTA; the other CTAs read it
     u32* rows;   // rows of all CTAs
     u32* start;  // first row of each segment, and the end of the last
@@ -125,101 +127,109 @@ struct Tables {
     const u32* first_step;  // [dp + 1] first step of each DP rank
     const u32* tokens;      // [dp]
     u32 slots;
-    u32 at;   // the warp's steps
+    u32 ctas;  // that have a share
+    u32 at;    // the warp's steps
     u32 end;
 };
 
-// Counts the warp's rows of each slot, and leaves each entry's local slot in `place`.
-__device__ __forceinline__ void layout_count(const LayoutParams& p, const Context* c, const Tables& t) {
-    const u32 lane = threadIdx.x & 31, first_slot = c->my_ep * t.slots, stride = p.g.tokens_max * p.g.top_k;
+// Where a lane's entry of a step lies: DP rank and index; the index is IDLE past the rank's last entry.
+struct Entry {
+    u32 dp;
+    u32 index;
+};
+
+__device__ __forceinline__ Entry entry_of(const LayoutParams& p, const Context* c, const Tables& t, u32 step) {
+    const u32 d = find(t.first_step, c->dp, step);
+    const u32 i = (step - t.first_step[d]) * 32 + (threadIdx.x & 31);
+    return {d, i < t.tokens[d] * p.g.top_k ? i : IDLE};
+}
+
+// Steps whose routing is fetched at once: peers are far away.
+constexpr u32 AHEAD = 4;
+
+// Reads the local slots of the lane's entries in AHEAD steps, IDLE where there is none, and counts them.
+__device__ __forceinline__ void layout_count(const LayoutParams& p, const Context* c, const Tables& t, u32 at,
+                                             u32 (&local)[AHEAD]) {
     u32* count = t.count + threadIdx.x / 32 * t.slots;
-    u32* place = reinterpret_cast<u32*>(p.place);
-    // Peers are far away: four loads are under way at a time.
-    constexpr u32 AHEAD = 4;
-    for (u32 at = t.at; at < t.end; at += AHEAD) {
-        u32 slot[AHEAD], index[AHEAD];
+    const u32 first_slot = c->my_ep * t.slots;
 #pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            slot[a] = index[a] = IDLE;
-            if (at + a >= t.end) continue;
-            const u32 d = find(t.first_step, c->dp, at + a);
-            const u32 i = (at + a - t.first_step[d]) * 32 + lane;
-            if (i >= t.tokens[d] * p.g.top_k) continue;
-            slot[a] = load_system_u32(c->dp_heap[d] + p.g.slots_at + u64(i) * 4);
-            index[a] = d * stride + i;
-        }
+    for (u32 a = 0; a < AHEAD; a++) {
+        local[a] = IDLE;
+        if (at + a >= t.end) continue;
+        const Entry e = entry_of(p, c, t, at + a);
+        if (e.index != IDLE) local[a] = load_system_u32(c->dp_heap[e.dp] + p.g.slots_at + u64(e.index) * 4);
+    }
 #pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            const u32 local = slot[a] - first_slot;
-            const bool mine = slot[a] != IDLE && local < t.slots;
-            if (mine) atomicAdd(&count[local], 1);
-            if (index[a] != IDLE) place[index[a]] = mine ? local : IDLE;
-        }
+    for (u32 a = 0; a < AHEAD; a++) {
+        const bool mine = local[a] != IDLE && local[a] - first_slot < t.slots;
+        local[a] = mine ? local[a] - first_slot : IDLE;
+        if (mine) atomicAdd(&count[local[a]], 1);
     }
 }
 
-// Turns the counts of all warps of the cluster into the first row of each warp in each slot.
+// Turns the counts of all warps into what comes before each warp's rows in each segment, and makes the segments.
 __device__ __forceinline__ void layout_scan(const Tables& t) {
-    const u32 cta = cluster_rank(), ctas = cluster_size();
+    const u32 cta = cluster_rank(), warp = threadIdx.x / 32;
     for (u32 s = threadIdx.x; s < t.slots; s += LAYOUT_THREADS) {
-        u32 sum = 0;
+        u32 own[LAYOUT_WARPS], sum = 0;
+#pragma unroll
+        for (u32 w = 0; w < LAYOUT_WARPS; w++) own[w] = t.count[w * t.slots + s];
+#pragma unroll
         for (u32 w = 0; w < LAYOUT_WARPS; w++) {
-            const u32 own = t.count[w * t.slots + s];
             t.count[w * t.slots + s] = sum;
-            sum += own;
+            sum += own[w];
         }
-        t.mine[s] = sum;
+        t.mine[s] = t.rows[s] = sum;
     }
-    cluster_sync();
-    for (u32 s = threadIdx.x; s < t.slots; s += LAYOUT_THREADS) {
-        u32 rows = 0, before = 0;
-        for (u32 other = 0; other < ctas; other++) {
-            const u32 theirs = load_cluster(&t.mine[s], other);
-            if (other < cta) before += theirs;
-            rows += theirs;
+    if (t.ctas > 1) {
+        cluster_sync();
+        for (u32 s = threadIdx.x; s < t.slots; s += LAYOUT_THREADS) {
+            u32 rows = 0, before = 0;
+            for (u32 other = 0; other < t.ctas; other++) {
+                const u32 theirs = load_cluster(&t.mine[s], other);
+                if (other < cta) before += theirs;
+                rows += theirs;
+            }
+            for (u32 w = 0; w < LAYOUT_WARPS; w++) t.count[w * t.slots + s] += before;
+            t.rows[s] = rows;
         }
-        for (u32 w = 0; w < LAYOUT_WARPS; w++) t.count[w * t.slots + s] += before;
-        t.rows[s] = rows;
     }
     __syncthreads();
-    const u32 warp = threadIdx.x / 32;
     if (warp == 0) prefix(t.start, t.slots, [&](u32 s) { return (t.rows[s] + 127) / 128 * 128; });
     if (warp == 1) prefix(t.dense, t.slots, [&](u32 s) { return t.rows[s]; });
     __syncthreads();
-    for (u32 i = threadIdx.x; i < LAYOUT_WARPS * t.slots; i += LAYOUT_THREADS) t.count[i] += t.start[i % t.slots];
-    __syncthreads();
 }
 
-// Gives the warp's entries their rows.
-__device__ __forceinline__ void layout_place(const LayoutParams& p, const Context* c, const Tables& t) {
-    const u32 lane = threadIdx.x & 31, stride = p.g.tokens_max * p.g.top_k;
+// Gives the entries of one step their rows.
+__device__ __forceinline__ void layout_place(const LayoutParams& p, const Context* c, const Tables& t, u32 step,
+                                             u32 local) {
+    const u32 lane = threadIdx.x & 31;
     u32* next = t.count + threadIdx.x / 32 * t.slots;
-    u32* place = reinterpret_cast<u32*>(p.place);
-    for (u32 at = t.at; at < t.end; at++) {
-        const u32 d = find(t.first_step, c->dp, at);
-        const u32 i = (at - t.first_step[d]) * 32 + lane;
-        const u32 local = i < t.tokens[d] * p.g.top_k ? place[d * stride + i] : IDLE;
-        const u32 alike = __match_any_sync(FULL, local);
-        const u32 before = __popc(alike & ((1u << lane) - 1));
-        if (local != IDLE) {
-            const u32 row = next[local] + before;
-            const u64 token = i / p.g.top_k, choice = i % p.g.top_k;
-            const u64 to = c->dp_heap[d] + p.g.combined_at + u64(i) * p.g.hidden * 2;
-            place[d * stride + i] = row;
-            reinterpret_cast<u64*>(p.source)[row] = token | u64(d) << 32 | choice << 48;
-            reinterpret_cast<u64*>(p.destination)[row] = to;
-            reinterpret_cast<Push*>(p.push)[row - t.start[local] + t.dense[local]] = Push{to, row, d};
-        }
-        __syncwarp();
-        if (local != IDLE && before == 0) next[local] += __popc(alike);
-        __syncwarp();
+    const Entry e = entry_of(p, c, t, step);
+    const u32 alike = __match_any_sync(FULL, local), before = __popc(alike & ((1u << lane) - 1));
+    u32 row = IDLE;
+    if (local != IDLE) {
+        const u32 in_segment = next[local] + before;
+        row = t.start[local] + in_segment;
+        const u64 token = e.index / p.g.top_k, choice = e.index % p.g.top_k;
+        const u64 to = c->dp_heap[e.dp] + p.g.combined_at + u64(e.index) * p.g.hidden * 2;
+        reinterpret_cast<u64*>(p.source)[row] = token | u64(e.dp) << 32 | choice << 48;
+        reinterpret_cast<u64*>(p.destination)[row] = to;
+        reinterpret_cast<Push*>(p.push)[t.dense[local] + in_segment] = Push{to, row, e.dp};
     }
+    if (e.index != IDLE) {
+        reinterpret_cast<u32*>(p.place)[e.dp * p.g.tokens_max * p.g.top_k + e.index] = row;
+        if (e.dp == c->my_dp) reinterpret_cast<u32*>(p.own_place)[e.index] = row;
+    }
+    __syncwarp();
+    if (local != IDLE && before == 0) next[local] += __popc(alike);
+    __syncwarp();
 }
 
 // Everything beside the entries: segments, the gaps between them, the plan.
 __device__ __forceinline__ void layout_finish(const LayoutParams& p, const Context* c, const Tables& t) {
-    const u32 cta = cluster_rank(), threads = cluster_size() * LAYOUT_THREADS;
-    for (u32 i = cta * LAYOUT_THREADS + threadIdx.x; i < t.slots * 128; i += threads) {
+    const u32 cta = cluster_rank();
+    for (u32 i = cta * LAYOUT_THREADS + threadIdx.x; i < t.slots * 128; i += t.ctas * LAYOUT_THREADS) {
         const u32 row = t.start[i / 128] + t.rows[i / 128] + i % 128;
         if (row >= t.start[i / 128 + 1]) continue;
         reinterpret_cast<u64*>(p.source)[row] = ~0ull;
@@ -233,55 +243,85 @@ __device__ __forceinline__ void layout_finish(const LayoutParams& p, const Conte
     }
     Plan* plan = reinterpret_cast<Plan*>(p.plan);
     const u32 warp = threadIdx.x / 32;
-    if (warp == 0) prefix(plan->token_base, c->dp, [&](u32 d) { return t.tokens[d]; });
-    if (warp == 1) prefix(plan->group_base, c->dp, [&](u32 d) { return (t.tokens[d] + 31) / 32; });
-    if (threadIdx.x == 64) plan->rows = t.dense[t.slots];
+    if (warp == 2) prefix(plan->token_base, c->dp, [&](u32 d) { return t.tokens[d]; });
+    if (warp == 3) prefix(plan->group_base, c->dp, [&](u32 d) { return (t.tokens[d] + 31) / 32; });
+    if (threadIdx.x == 128) plan->rows = t.dense[t.slots];
+}
+
+// All that follows the wait, on the CTAs that have a share.
+__device__ __forceinline__ void layout_rows(const LayoutParams& p, const Context* c, State* s, const Tables& t) {
+    u32* place = reinterpret_cast<u32*>(p.place);
+    const u32 stride = p.g.tokens_max * p.g.top_k;
+    u32 first[AHEAD];
+    layout_count(p, c, t, t.at, first);
+    // What does not stay in registers waits in `place`.
+    for (u32 at = t.at + AHEAD; at < t.end; at += AHEAD) {
+        u32 local[AHEAD];
+        layout_count(p, c, t, at, local);
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (at + a >= t.end) continue;
+            const Entry e = entry_of(p, c, t, at + a);
+            if (e.index != IDLE) place[e.dp * stride + e.index] = local[a];
+        }
+    }
+    __syncthreads();
+    layout_scan(t);
+    if (t.start[t.slots] > p.g.rows_max) {
+        if (cluster_rank() != 0) return;
+        layout_nothing(p);
+        if (threadIdx.x == 0) fail(c, s, OVERFLOW, DISPATCH, 0, s->ep_round);
+        return;
+    }
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; a++) {
+        if (t.at + a < t.end) layout_place(p, c, t, t.at + a, first[a]);
+    }
+    for (u32 at = t.at + AHEAD; at < t.end; at++) {
+        const Entry e = entry_of(p, c, t, at);
+        layout_place(p, c, t, at, e.index != IDLE ? place[e.dp * stride + e.index] : IDLE);
+    }
+    layout_finish(p, c, t);
 }
 
 extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS)
     exchange_layout(const __grid_constant__ LayoutParams p) {
     extern __shared__ u32 shared[];
     __shared__ u32 first_step[RANKS_MAX + 1], tokens[RANKS_MAX], failed;
-    wait_for_previous();
     const Context* c = reinterpret_cast<const Context*>(p.context);
     State* s = reinterpret_cast<State*>(p.state);
-    const u32 cta = cluster_rank(), slots = min(c->slots, p.slots_max);
-    Tables t{};
-    t.slots = slots;
-    t.count = shared;
-    t.mine = t.count + LAYOUT_WARPS * slots;
-    t.rows = t.mine + slots;
-    t.start = t.rows + slots;
-    t.dense = t.start + slots + 1;
-    t.first_step = first_step;
-    t.tokens = tokens;
-    for (u32 i = threadIdx.x; i < LAYOUT_WARPS * slots; i += LAYOUT_THREADS) t.count[i] = 0;
-    if (cta == 0 && threadIdx.x < 32) layout_await(p, c, s);
-    if (threadIdx.x == 0) failed = *reinterpret_cast<volatile u32*>(&s->failed);
-    cluster_sync();
-    // All take the first CTA's word: the other half of this rank may fail at any time, on another stream.
-    if (load_cluster(&failed, 0) != NONE) {
-        if (cta == 0) layout_nothing(p);
-        cluster_sync();
-        return;
+    const u32 cta = cluster_rank(), slots = min(c->slots, p.slots_max), dp = c->dp;
+    for (u32 i = threadIdx.x; i < LAYOUT_WARPS * slots; i += LAYOUT_THREADS) shared[i] = 0;
+    wait_for_previous();
+    if (cta == 0 && threadIdx.x < 32) {
+        layout_await(p, c, s, tokens);
+        prefix(first_step, dp, [&](u32 d) { return (tokens[d] * p.g.top_k + 31) / 32; });
+        if (threadIdx.x == 0) failed = *reinterpret_cast<volatile u32*>(&s->failed);
     }
-    // Written by the first CTA just now: not to be taken from this one's cache.
-    for (u32 d = threadIdx.x; d < c->dp; d += LAYOUT_THREADS) tokens[d] = load_system_u32(p.plan + d * 4);
-    __syncthreads();
-    if (threadIdx.x < 32) prefix(first_step, c->dp, [&](u32 d) { return (tokens[d] * p.g.top_k + 31) / 32; });
-    __syncthreads();
-    const u32 warps = cluster_size() * LAYOUT_WARPS, share = (first_step[c->dp] + warps - 1) / warps;
-    t.at = min((cta * LAYOUT_WARPS + threadIdx.x / 32) * share, first_step[c->dp]);
-    t.end = min(t.at + share, first_step[c->dp]);
-    layout_count(p, c, t);
-    __syncthreads();
-    layout_scan(t);
-    if (t.start[slots] > p.g.rows_max) {
-        if (cta == 0) layout_nothing(p);
-        if (cta == 0 && threadIdx.x == 0) fail(c, s, OVERFLOW, DISPATCH, 0, s->ep_round);
+    cluster_sync();
+    let_next_start();
+    // All take the first CTA's word: the other half of this rank may fail at any time, on another stream.
+    const bool nothing = load_cluster(&failed, 0) != NONE;
+    const u32 steps = load_cluster(&first_step[dp], 0);
+    const u32 ctas = max(1, min(cluster_size(), (steps + 2 * LAYOUT_WARPS - 1) / (2 * LAYOUT_WARPS)));
+    // A CTA without a share is done; those that end count as arrived in what follows.
+    if (cta >= (nothing ? 1 : ctas)) return;
+    if (nothing) {
+        layout_nothing(p);
     } else {
-        layout_place(p, c, t);
-        layout_finish(p, c, t);
+        if (cta != 0) {
+            for (u32 d = threadIdx.x; d <= dp; d += LAYOUT_THREADS) {
+                first_step[d] = load_cluster(&first_step[d], 0);
+                if (d < dp) tokens[d] = load_cluster(&tokens[d], 0);
+            }
+            __syncthreads();
+        }
+        u32* mine = shared + LAYOUT_WARPS * slots;
+        const u32 share = (steps + ctas * LAYOUT_WARPS - 1) / (ctas * LAYOUT_WARPS);
+        const u32 at = min((cta * LAYOUT_WARPS + threadIdx.x / 32) * share, steps);
+        const Tables t{shared, mine, mine + slots, mine + 2 * slots, mine + 3 * slots + 1, first_step,
+                       tokens, slots, ctas, at, min(at + share, steps)};
+        layout_rows(p, c, s, t);
     }
     // A CTA's tables must outlive the reads of the others.
     cluster_sync();

@@ -2,7 +2,9 @@
 #include "exchange.cuh"
 
 constexpr u32 ROW_THREADS = 256;
-constexpr u32 REDUCE_THREADS = 128;
+constexpr u32 REDUCE_THREADS = 64;
+// Chunks of 8 values that a thread of reduce sums.
+constexpr u32 REDUCE_CHUNKS = 2;
 
 struct GatherParams {
     Geometry g;
@@ -40,65 +42,53 @@ __device__ __forceinline__ void gather_token(const GatherParams& p, u64 from, co
     }
 }
 
-// The scales of 32 tokens: a warp reads those of one K block side by side and scatters them.
-__device__ __forceinline__ void gather_scales(const GatherParams& p, u64 heap, const u32* place, u32 first, u32 tokens) {
-    const u32 token = first + (threadIdx.x & 31);
-    if (token >= tokens) return;
+// The scales of 32 tokens, in one K block for each warp: read side by side, scattered. A multiprocessor stores one
+// sector per cycle, so that this work is spread over many CTAs.
+__device__ __forceinline__ void gather_scales(const GatherParams& p, u64 heap, const u32* place, u32 token, u32 block) {
+    const float v = reinterpret_cast<const float*>(heap + p.g.scales_at)[u64(block) * p.g.tokens_max + token];
+    float* to = reinterpret_cast<float*>(p.scales) + u64(block) * p.rows_stride;
     const u32* places = place + token * p.g.top_k;
-    const float* from = reinterpret_cast<const float*>(heap + p.g.scales_at) + token;
-    float* to = reinterpret_cast<float*>(p.scales);
-    constexpr u32 AHEAD = 8, WARPS = ROW_THREADS / 32;
-    for (u32 block = threadIdx.x / 32; block < p.g.scale_blocks; block += AHEAD * WARPS) {
-        float v[AHEAD];
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            const u32 b = block + a * WARPS;
-            if (b < p.g.scale_blocks) v[a] = from[u64(b) * p.g.tokens_max];
-        }
-        for (u32 k = 0; k < p.g.top_k; k++) {
-            const u32 row = places[k];
-            if (row == IDLE) continue;
-#pragma unroll
-            for (u32 a = 0; a < AHEAD; a++) {
-                const u32 b = block + a * WARPS;
-                if (b < p.g.scale_blocks) to[u64(b) * p.rows_stride + row] = v[a];
-            }
-        }
+    for (u32 k = 0; k < p.g.top_k; k++) {
+        if (places[k] != IDLE) to[places[k]] = v;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) exchange_gather(const __grid_constant__ GatherParams p) {
     __shared__ u32 token_base[RANKS_MAX + 1], group_base[RANKS_MAX + 1];
-    wait_for_previous();
-    let_next_start();
     const Context* c = reinterpret_cast<const Context*>(p.context);
     const Plan* plan = reinterpret_cast<const Plan*>(p.plan);
     const u32 dp = c->dp;
+    let_next_start();
+    wait_for_previous();
     if (threadIdx.x <= dp) {
         token_base[threadIdx.x] = plan->token_base[threadIdx.x];
         group_base[threadIdx.x] = plan->group_base[threadIdx.x];
     }
     __syncthreads();
-    const u32 groups = p.g.scale_blocks ? group_base[dp] : 0, units = groups + token_base[dp];
+    // First the tokens, then their scales: groups of 32 tokens, and so many units in each as there are sets of K blocks.
+    constexpr u32 WARPS = ROW_THREADS / 32;
+    const u32 sets = (p.g.scale_blocks + WARPS - 1) / WARPS, tokens = token_base[dp];
+    const u32 units = tokens + group_base[dp] * sets;
     const u32* place = reinterpret_cast<const u32*>(p.place);
     const u32 stride = p.g.tokens_max * p.g.top_k;
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        if (unit < groups) {
-            const u32 d = find(group_base, dp, unit);
-            const u32 tokens = token_base[d + 1] - token_base[d];
-            gather_scales(p, c->dp_heap[d], place + d * stride, (unit - group_base[d]) * 32, tokens);
-        } else {
-            const u32 d = find(token_base, dp, unit - groups);
-            const u32 token = unit - groups - token_base[d];
+        if (unit < tokens) {
+            const u32 d = find(token_base, dp, unit), token = unit - token_base[d];
             const u64 from = c->dp_heap[d] + p.g.rows_at + u64(token) * p.g.row_bytes;
             gather_token(p, from, place + d * stride + token * p.g.top_k);
+        } else {
+            const u32 group = (unit - tokens) / sets, d = find(group_base, dp, group);
+            const u32 token = (group - group_base[d]) * 32 + threadIdx.x % 32;
+            const u32 block = (unit - tokens) % sets * WARPS + threadIdx.x / 32;
+            const bool there = token < token_base[d + 1] - token_base[d] && block < p.g.scale_blocks;
+            if (there) gather_scales(p, c->dp_heap[d], place + d * stride, token, block);
         }
     }
 }
 
 // Tells the DP peers that their rows are there, and waits for what this rank's own tokens need. By one CTA.
 __device__ void finish_round(const Context* c, State* s) {
-    if (!c->flags || s->failed != NONE) return;
+    if (s->failed != NONE) return;
     if (c->my_ep != IDLE) raise(c, COMBINE, s->ep_round, 0);
     if (c->my_dp != IDLE && threadIdx.x < 32) wait_all(c, s, COMBINE, s->dp_round, nullptr);
 }
@@ -115,14 +105,13 @@ struct CombineParams {
 
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) exchange_combine(const __grid_constant__ CombineParams p) {
     __shared__ u32 ticket;
-    wait_for_previous();
     const Context* c = reinterpret_cast<const Context*>(p.context);
     State* s = reinterpret_cast<State*>(p.state);
-    if (s->failed != NONE) return;
     const Push* push = reinterpret_cast<const Push*>(p.push);
     const u32 chunks = p.g.hidden / 8, keep = p.in_place ? c->my_dp : IDLE;
-    const bool alone = c->dp == 1 && keep == 0;
-    const u32 rows = alone ? 0 : reinterpret_cast<const Plan*>(p.plan)->rows;
+    const bool alone = c->dp == 1 && keep == 0, flags = c->flags;
+    wait_for_previous();
+    const u32 rows = alone || s->failed != NONE ? 0 : reinterpret_cast<const Plan*>(p.plan)->rows;
     for (u32 i = blockIdx.x; i < rows; i += gridDim.x) {
         const Push to = push[i];
         if (to.dp == keep) continue;
@@ -142,10 +131,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) exchange_combine(const
             }
         }
     }
+    if (!flags) return;
     // The last CTA speaks for all: each one's stores are fenced before its ticket is drawn.
     __syncthreads();
     if (threadIdx.x == 0) {
-        fence_system();
+        if (blockIdx.x < rows) fence_system();
         ticket = atomicAdd(&s->ticket, 1);
         fence_system();
     }
@@ -162,20 +152,23 @@ struct FinishParams {
 
 // For rounds whose results were pushed by another kernel, and for ranks without experts.
 extern "C" __global__ void __launch_bounds__(RANKS_MAX) exchange_finish(const __grid_constant__ FinishParams p) {
+    const Context* c = reinterpret_cast<const Context*>(p.context);
+    const bool flags = c->flags;
     wait_for_previous();
-    finish_round(reinterpret_cast<const Context*>(p.context), reinterpret_cast<State*>(p.state));
+    if (flags) finish_round(c, reinterpret_cast<State*>(p.state));
 }
 
 struct ReduceParams {
     Geometry g;
     u64 context;
     u64 state;
-    u64 weights;  // f32 [rows][top_k]
-    u64 place;
-    u64 local;    // bf16 [rows_max][hidden]: where rows for this rank itself stayed; 0: all were pushed
-    u64 shared;   // bf16 [rows][hidden]: added last; 0: none
-    u64 out;      // bf16 [rows][hidden]
-    u32 parts;    // CTAs of one row
+    u64 own;        // own heap
+    u64 weights;    // f32 [rows][top_k]
+    u64 own_place;
+    u64 local;      // bf16 [rows_max][hidden]: where rows for this rank itself stayed; 0: all were pushed
+    u64 shared;     // bf16 [rows][hidden]: added last; 0: none
+    u64 out;        // bf16 [rows][hidden]
+    u32 parts;      // CTAs of one row
 };
 
 __device__ __forceinline__ void add_scaled(float (&sum)[8], float weight, uint4 v) {
@@ -187,56 +180,76 @@ __device__ __forceinline__ void add_scaled(float (&sum)[8], float weight, uint4 
     }
 }
 
-// One row of one choice, 0 if there is none: another rank's in `combined`, this rank's own where it was computed.
-__device__ __forceinline__ u64 result_row(const ReduceParams& p, const Context* c, u32 slot, u32 entry) {
+// The result row of one entry, 0 if there is none: another rank's in `combined`, this rank's own where it was computed.
+__device__ __forceinline__ u64 result_row(const ReduceParams& p, const Context* c, u32 entry) {
+    const u32 slot = reinterpret_cast<const u32*>(p.own + p.g.slots_at)[entry];
+    const u32 place = p.local ? reinterpret_cast<const u32*>(p.own_place)[entry] : IDLE;
     if (slot == IDLE) return 0;
-    const u32 ep = slot / c->slots;
-    if (ep >= c->ep) return 0;
-    if (p.local && ep == c->my_ep) {
-        const u32* place = reinterpret_cast<const u32*>(p.place) + c->my_dp * p.g.tokens_max * p.g.top_k;
-        return p.local + u64(place[entry]) * p.g.hidden * 2;
+    if (place != IDLE) return p.local + u64(place) * p.g.hidden * 2;
+    u64 region = p.own + p.g.combined_at;
+    if (p.g.combined_stride) {
+        const u32 ep = slot / c->slots;
+        if (ep >= c->ep) return 0;
+        region += ep * p.g.combined_stride;
     }
-    return c->own + p.g.combined_at + ep * p.g.combined_stride + u64(entry) * p.g.hidden * 2;
+    return region + u64(entry) * p.g.hidden * 2;
+}
+
+// The terms of AHEAD choices from `first` on, for the thread's chunks.
+__device__ __forceinline__ void reduce_choices(const ReduceParams& p, const Context* c, u32 token, u32 first,
+                                               const u32 (&chunk)[REDUCE_CHUNKS], float (&sum)[REDUCE_CHUNKS][8]) {
+    constexpr u32 AHEAD = 8;
+    const u32 chunks = p.g.hidden / 8;
+    u64 row[AHEAD];
+    float weight[AHEAD];
+    uint4 v[REDUCE_CHUNKS][AHEAD];
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; a++) {
+        const u32 entry = token * p.g.top_k + first + a;
+        const bool real = first + a < p.g.top_k;
+        row[a] = real ? result_row(p, c, entry) : 0;
+        weight[a] = real ? reinterpret_cast<const float*>(p.weights)[entry] : 0;
+    }
+#pragma unroll
+    for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (row[a] && chunk[i] < chunks) v[i][a] = load_row(row[a] + chunk[i] * 16);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (row[a]) add_scaled(sum[i], weight[a], v[i][a]);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS) exchange_reduce(const __grid_constant__ ReduceParams p) {
-    wait_for_previous();
-    let_next_start();
     const Context* c = reinterpret_cast<const Context*>(p.context);
-    const u32 token = blockIdx.x / p.parts;
-    const u32 chunk = blockIdx.x % p.parts * REDUCE_THREADS + threadIdx.x;
-    if (chunk >= p.g.hidden / 8) return;
-    float sum[8] = {};
-    const bool failed = reinterpret_cast<const State*>(p.state)->failed != NONE;
-    const bool real = !failed && token < *reinterpret_cast<const u32*>(c->own + HEADER);
-    const u32* slots = reinterpret_cast<const u32*>(c->own + p.g.slots_at) + token * p.g.top_k;
-    const float* weights = reinterpret_cast<const float*>(p.weights) + token * p.g.top_k;
-    constexpr u32 AHEAD = 8;
-    for (u32 first = 0; real && first < p.g.top_k; first += AHEAD) {
-        uint4 v[AHEAD];
-        float weight[AHEAD];
-        u64 row[AHEAD];
+    const u32 token = blockIdx.x / p.parts, chunks = p.g.hidden / 8;
+    u32 chunk[REDUCE_CHUNKS];
+    float sum[REDUCE_CHUNKS][8] = {};
 #pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            const u32 k = first + a;
-            row[a] = k < p.g.top_k ? result_row(p, c, slots[k], token * p.g.top_k + k) : 0;
-            if (row[a]) weight[a] = weights[k];
-        }
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            if (row[a]) v[a] = load_row(row[a] + chunk * 16);
-        }
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            if (row[a]) add_scaled(sum, weight[a], v[a]);
-        }
+    for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
+        chunk[i] = (blockIdx.x % p.parts * REDUCE_CHUNKS + i) * REDUCE_THREADS + threadIdx.x;
     }
-    const u64 at = (u64(token) * p.g.hidden + chunk * 8) * 2;
-    if (real && p.shared) add_scaled(sum, 1.0f, load_row(p.shared + at));
-    uint4 out;
-    out.x = pack_bf16(sum[0], sum[1]);
-    out.y = pack_bf16(sum[2], sum[3]);
-    out.z = pack_bf16(sum[4], sum[5]);
-    out.w = pack_bf16(sum[6], sum[7]);
-    store_row(p.out + at, out);
+    let_next_start();
+    wait_for_previous();
+    const bool failed = reinterpret_cast<const State*>(p.state)->failed != NONE;
+    const bool real = token < *reinterpret_cast<const u32*>(p.own + HEADER) && !failed;
+    for (u32 first = 0; real && first < p.g.top_k; first += 8) reduce_choices(p, c, token, first, chunk, sum);
+#pragma unroll
+    for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
+        if (chunk[i] >= chunks) continue;
+        const u64 at = (u64(token) * p.g.hidden + chunk[i] * 8) * 2;
+        if (real && p.shared) add_scaled(sum[i], 1.0f, load_row(p.shared + at));
+        uint4 out;
+        out.x = pack_bf16(sum[i][0], sum[i][1]);
+        out.y = pack_bf16(sum[i][2], sum[i][3]);
+        out.z = pack_bf16(sum[i][4], sum[i][5]);
+        out.w = pack_bf16(sum[i][6], sum[i][7]);
+        store_row(p.out + at, out);
+    }
 }

@@ -28,7 +28,7 @@ use shape::Geometry;
 /// Bytes of `Context`, `State` and `Plan` in `exchange.cuh`.
 const CONTEXT_WORDS: usize = 9 + 2 * RANKS_MAX + RANKS_MAX;
 const STATE_WORDS: usize = 3;
-const PLAN_WORDS: usize = 3 * (RANKS_MAX + 1);
+const PLAN_WORDS: usize = 2 * (RANKS_MAX + 1) + 1;
 
 /// Rows and how they are kept.
 #[derive(Clone, Debug)]
@@ -67,6 +67,7 @@ pub struct Permuted {
     /// Where each row's result belongs (bf16 `[hidden]`), `[rows_max]`; 0 between segments.
     pub destination: Buffer<u64>,
     place: Buffer<u32>,
+    own_place: Buffer<u32>,
     push: Buffer<u64>,
     plan: Buffer<u32>,
 }
@@ -213,7 +214,9 @@ impl Exchange {
             dp: open_all(&self.device, &mut self.peers, &membership.dp, dp_bytes)?,
             ep: open_all(&self.device, &mut self.peers, &membership.ep, ep_bytes)?,
             own: self.heap.memory().address(),
-            flags: self.transport != Transport::Nccl,
+            // A rank alone waits for nobody: its kernels follow each other.
+            flags: self.transport == Transport::Peer
+                && members().any(|member| member.rank != membership.rank),
         };
         self.context.write(stream, &context.words())?;
         self.membership = Some(membership);
@@ -312,6 +315,7 @@ impl Permuted {
             source: device.alloc(shape.rows_max)?,
             destination: device.alloc(shape.rows_max)?,
             place: device.alloc(shape.dp_max * shape.tokens_max * shape.top_k)?,
+            own_place: device.alloc(shape.tokens_max * shape.top_k)?,
             push: device.alloc(shape.rows_max * 2)?,
             plan: device.alloc(PLAN_WORDS)?,
         })

@@ -11,7 +11,9 @@ pub(super) const SIGNAL_THREADS: u32 = 64;
 pub(super) const LAYOUT_THREADS: u32 = 512;
 pub(super) const LAYOUT_CTAS: u32 = 8;
 pub(super) const ROW_THREADS: u32 = 256;
-pub(super) const REDUCE_THREADS: u32 = 128;
+pub(super) const REDUCE_THREADS: u32 = 64;
+/// Values of a row that one block of reduce sums: two chunks of 8 a thread.
+pub(super) const REDUCE_WIDTH: usize = 2 * 8 * REDUCE_THREADS as usize;
 
 /// The source of the exchange's kernels.
 pub fn source() -> Source {
@@ -59,7 +61,7 @@ macro_rules! params {
 }
 
 params! {
-    SignalParams { context: u64, state: u64, tokens: u64, tokens_max: u32 }
+    SignalParams { context: u64, state: u64, own: u64, tokens: u64, tokens_max: u32 }
     LayoutParams {
         g: Geometry,
         context: u64,
@@ -71,6 +73,7 @@ params! {
         source: u64,
         destination: u64,
         push: u64,
+        own_place: u64,
         slots_max: u32,
     }
     GatherParams {
@@ -88,8 +91,9 @@ params! {
         g: Geometry,
         context: u64,
         state: u64,
+        own: u64,
         weights: u64,
-        place: u64,
+        own_place: u64,
         local: u64,
         shared: u64,
         out: u64,

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::params::{
     CombineParams, FinishParams, GatherParams, LAYOUT_CTAS, LAYOUT_THREADS, LayoutParams, REDUCE_THREADS,
-    ROW_THREADS, ReduceParams, SIGNAL_THREADS, SignalParams, layout_shared_bytes,
+    REDUCE_WIDTH, ROW_THREADS, ReduceParams, SIGNAL_THREADS, SignalParams, layout_shared_bytes,
 };
 use super::{Exchange, OwnResults, Reduce, Rows};
 use crate::cuda::{Buffer, CudaError, Launch, Stream};
@@ -26,6 +26,7 @@ impl Exchange {
         let params = SignalParams {
             context: self.context.address(),
             state: self.state.address(),
+            own: self.heap.memory().address(),
             tokens: tokens.address(),
             tokens_max: self.geometry.tokens_max,
         };
@@ -50,6 +51,7 @@ impl Exchange {
             source: permuted.source.address(),
             destination: permuted.destination.address(),
             push: permuted.push.address(),
+            own_place: permuted.own_place.address(),
             slots_max: self.shape.slots_max as u32,
         };
         let shared_bytes = layout_shared_bytes(self.shape.slots_max);
@@ -77,10 +79,9 @@ impl Exchange {
             scales,
             rows_stride: self.shape.rows_max as u32,
         };
-        // A CTA takes a token, or 32 tokens' scales.
-        let tokens = self.shape.dp_max * self.shape.tokens_max;
-        let units = tokens + self.shape.dp_max * self.shape.tokens_max.div_ceil(32);
-        let grid = self.grid(units, 5);
+        // A CTA takes a token, or eight K blocks of 32 tokens' scales.
+        let sets = self.shape.tokens_max.div_ceil(32) * self.shape.scale_blocks().div_ceil(8);
+        let grid = self.grid(self.shape.dp_max * (self.shape.tokens_max + sets), 5);
         // SAFETY: as in `layout`; every row that the tables name is below `rows_max`.
         unsafe { self.kernels.gather.launch(stream, &launch(grid, ROW_THREADS), &params) }
     }
@@ -143,14 +144,15 @@ impl Exchange {
             in_place.is_none_or(|results| results.len() >= self.shape.rows_max * hidden),
             "reduce: results"
         );
-        let place = in_place.map_or(0, |_| self.permuted().place.address());
-        let parts = (hidden / 8).div_ceil(REDUCE_THREADS as usize);
+        let own_place = in_place.map_or(0, |_| self.permuted().own_place.address());
+        let parts = hidden.div_ceil(REDUCE_WIDTH);
         let params = ReduceParams {
             g: self.geometry,
             context: self.context.address(),
             state: self.state.address(),
+            own: self.heap.memory().address(),
             weights: weights.address(),
-            place,
+            own_place,
             local: in_place.map_or(0, Buffer::address),
             shared: shared.map_or(0, Buffer::address),
             out: out.address(),
