@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 /// Shown under `helio --help`.
@@ -67,8 +68,8 @@ Examples:
   helio up
   helio up cluster.toml --detach && curl http://127.0.0.1:8000/v1/models
 
-Without a file: ./cluster.toml, or the default cluster where there is none (4 CPU devices,
-dp = ep = 4, the bundled model). Head and node agent are restarted when they die.
+Without a file: ./cluster.toml, or the default cluster where there is none (the bundled model,
+a rank on each GPU, or four on CPU devices where there is no GPU). Head and node agent are restarted when they die.
 Ctrl-C, SIGTERM or `helio down` stop everything.")]
 pub(crate) struct Up {
     /// The cluster to start.
@@ -130,17 +131,21 @@ pub(crate) struct Head {
 #[command(after_help = "\
 Examples:
   helio node --join 127.0.0.1:6379
-  helio node --join 10.0.0.1:6379 --devices cpu=8 --name b --token-file /etc/helio/token")]
+  helio node --join 10.0.0.1:6379 --devices cpu=8 --name b --token-file /etc/helio/token
+  helio node --join 10.0.0.1:6379 --devices cuda=4-7    GPUs 4 to 7 of those that CUDA_VISIBLE_DEVICES shows")]
 pub(crate) struct Node {
     /// Address of the head.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) join: String,
-    /// Devices to offer, as KIND=COUNT.
-    #[arg(long, default_value = "cpu=4", value_parser = parse_devices)]
-    pub(crate) devices: u32,
-    /// Threads of each device. Without it: the cores, divided evenly.
+    /// Devices to offer: cpu=COUNT, cuda=COUNT, cuda=FIRST-LAST, cuda (all GPUs), or auto (all GPUs, or cpu=4 without any).
+    #[arg(long, default_value = "auto", value_parser = parse_devices)]
+    pub(crate) devices: Offer,
+    /// Threads of each CPU device. Without it: the cores, divided evenly.
     #[arg(long)]
     pub(crate) threads: Option<u32>,
+    /// Devices to make of each GPU; more than one is for tests.
+    #[arg(long, value_name = "COUNT", default_value_t = 1, hide = true, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) ranks_per_gpu: u32,
     /// Name of this node. Without it: the host's name.
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -262,18 +267,40 @@ pub(crate) struct Check {
     pub(crate) file: Option<PathBuf>,
 }
 
-/// Reads `cpu=4`.
-fn parse_devices(text: &str) -> Result<u32, String> {
-    let (kind, count) = text.split_once('=').unwrap_or(("cpu", text));
-    match kind {
-        "cpu" => {}
-        "cuda" => return Err("CUDA ranks are not in this release: write cpu=COUNT".into()),
-        other => return Err(format!("unknown kind of device `{other}`: write cpu=COUNT")),
-    }
-    match count.parse() {
-        Ok(0) => Err("a node needs at least one device".into()),
-        Ok(count) => Ok(count),
-        Err(_) => Err(format!("`{count}` is no number: write cpu=4")),
+/// What a node offers to ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Offer {
+    /// All GPUs, or CPU devices where there is none.
+    Auto,
+    /// So many shares of the cores.
+    Cpu(u32),
+    /// All GPUs.
+    AllGpus,
+    /// GPUs with these ordinals, at least one.
+    Gpus(RangeInclusive<u32>),
+}
+
+/// Reads `cpu=4`, `cuda=2`, `cuda=4-7`, `cuda` or `auto`.
+fn parse_devices(text: &str) -> Result<Offer, String> {
+    let number = |text: &str| text.parse::<u32>().map_err(|_| format!("`{text}` is no number"));
+    let at_least_one = |count: u32| match count {
+        0 => Err("a node needs at least one device".to_string()),
+        count => Ok(count),
+    };
+    match text.split_once('=') {
+        None if text == "auto" => Ok(Offer::Auto),
+        None if text == "cuda" => Ok(Offer::AllGpus),
+        None => Ok(Offer::Cpu(at_least_one(number(text)?)?)),
+        Some(("cpu", count)) => Ok(Offer::Cpu(at_least_one(number(count)?)?)),
+        Some(("cuda", "auto")) => Ok(Offer::AllGpus),
+        Some(("cuda", which)) => match which.split_once('-') {
+            None => Ok(Offer::Gpus(0..=at_least_one(number(which)?)? - 1)),
+            Some((first, last)) => match (number(first)?, number(last)?) {
+                (first, last) if first <= last => Ok(Offer::Gpus(first..=last)),
+                (first, last) => Err(format!("{first} is above {last}: write cuda={last}-{first}")),
+            },
+        },
+        Some((other, _)) => Err(format!("unknown kind of device `{other}`: write cpu=COUNT or cuda=COUNT")),
     }
 }
 
@@ -300,10 +327,15 @@ mod tests {
 
     #[test]
     fn devices_are_kind_and_count() {
-        assert_eq!(parse_devices("cpu=8"), Ok(8));
-        assert_eq!(parse_devices("2"), Ok(2));
-        assert!(parse_devices("cuda=1").expect_err("cuda").contains("not in this release"));
-        assert!(parse_devices("cpu=0").is_err() && parse_devices("cpu=x").is_err());
+        assert_eq!(parse_devices("cpu=8"), Ok(Offer::Cpu(8)));
+        assert_eq!(parse_devices("2"), Ok(Offer::Cpu(2)));
+        assert_eq!(parse_devices("auto"), Ok(Offer::Auto));
+        assert_eq!(parse_devices("cuda"), Ok(Offer::AllGpus));
+        assert_eq!(parse_devices("cuda=2"), Ok(Offer::Gpus(0..=1)));
+        assert_eq!(parse_devices("cuda=4-7"), Ok(Offer::Gpus(4..=7)));
+        for bad in ["cpu=0", "cpu=x", "cuda=0", "cuda=", "cuda=3-1", "tpu=1", "gpu"] {
+            assert!(parse_devices(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How a command reaches a cluster: the address it was given, else that of the run directory, else the default.
 
 use crate::args::{self, with_port};
-use crate::config::{Config, DEFAULT_FILE, Token};
+use crate::config::{Config, Token};
 use crate::failure::{Failure, NO_CLUSTER};
 use crate::rundir::{RunDir, read_token};
 use anyhow::Result;
@@ -92,11 +92,10 @@ pub(crate) fn run_dir(given: Option<&Path>, file: Option<&Path>) -> Result<RunDi
         return RunDir::new(path);
     }
     if file.is_some() {
-        return RunDir::new(&Config::load(file)?.run_dir);
+        return RunDir::new(&Config::run_dir(file)?);
     }
     // A broken file here must not keep one from looking at a cluster that runs.
-    let configured = Path::new(DEFAULT_FILE).is_file().then(|| Config::load(None).ok()).flatten();
-    RunDir::new(&configured.map_or_else(|| PathBuf::from("run"), |config| config.run_dir))
+    RunDir::new(&Config::run_dir(None).unwrap_or_else(|_| PathBuf::from("run")))
 }
 
 /// An address to connect to for an address to listen on.

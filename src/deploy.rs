@@ -1,13 +1,13 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{Config, KvCache, PlacementStrategy, Policy, Token};
+use crate::config::{All2All, Config, Cuda, KvCache, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::{Deployment, INGRESS};
-use heliostat_actors::eplb::EplbArgs;
-use heliostat_actors::rank::{EngineArgs, KvCacheArgs, LinkArgs};
+use heliostat_actors::eplb::EplbConfig;
+use heliostat_actors::rank::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs};
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::Topology;
-use heliostat_engine::eplb::{Gate, Layout, MapShape, PlacementStrategy as Strategy, Policy as Planner};
+use heliostat_engine::eplb::{Gate, PlacementStrategy as Strategy, Policy as Planner};
 use heliostat_runtime::spec::{ActorSpec, Placement, RestartPolicy};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -20,7 +20,6 @@ const STAGE_AHEAD: u32 = 2;
 /// The deployment that a configuration describes. Reads the model's config.json and the initial layout.
 fn deployment(config: &Config) -> Result<Deployment> {
     let model = ModelConfig::from_dir(&config.model.path)?;
-    let topology = topology(config)?;
     let layout_file = config.eplb.initial_layout.as_deref();
     let initial_layout = layout_file
         .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
@@ -42,8 +41,8 @@ fn deployment(config: &Config) -> Result<Deployment> {
             secret: config.token.as_ref().map(|Token(text)| text.clone().into_bytes()),
             stage_ahead: STAGE_AHEAD,
         },
-        eplb: eplb(config, &model, &topology, strategy)?,
-        topology,
+        eplb: eplb(config, &model),
+        topology: topology(config)?,
         http: SocketAddr::new(config.serve.host, config.serve.port),
         body_bytes_max: config.serve.max_body_bytes.0,
         api_key: config.api_key.as_ref().map(|Token(text)| text.clone()),
@@ -82,6 +81,7 @@ fn engine(config: &Config) -> EngineArgs {
         kv_cache: match config.kv_cache {
             KvCache::Bytes(bytes) => KvCacheArgs::Bytes(bytes),
             KvCache::Blocks(blocks) => KvCacheArgs::Blocks(blocks),
+            KvCache::Utilization(thousandths) => KvCacheArgs::Utilization(thousandths),
         },
         max_num_seqs: config.engine.max_num_seqs,
         max_num_batched_tokens: config.engine.max_num_batched_tokens,
@@ -89,16 +89,30 @@ fn engine(config: &Config) -> EngineArgs {
         enable_prefix_caching: config.engine.enable_prefix_caching,
         max_waiting: config.serve.max_queued_requests,
         load_report_steps: LOAD_REPORT_STEPS.min(config.eplb.window_size),
-        cuda: heliostat_actors::rank::CudaArgs::default(),
+        cuda: config.cuda.as_ref().map_or_else(CudaArgs::default, cuda),
     }
 }
 
-fn eplb(config: &Config, model: &ModelConfig, topology: &Topology, strategy: Strategy) -> Result<EplbArgs> {
-    let experts = u32::try_from(model.moe.num_experts).context("the model has too many experts")?;
-    let shape = MapShape { experts, slots: experts + config.redundant_experts, ranks: config.parallel.ep };
+fn cuda(cuda: &Cuda) -> CudaArgs {
+    CudaArgs {
+        library_dirs: cuda.library_dirs.clone(),
+        kernel_cache: Some(cuda.kernel_cache.clone()),
+        exchange: match cuda.all2all {
+            All2All::Peer => ExchangeBackend::Peer,
+            All2All::Nccl => ExchangeBackend::Nccl,
+        },
+        graph_rows_max: cuda.graph_rows_max,
+        async_scheduling: cuda.async_scheduling,
+        ranks_per_gpu: cuda.ranks_per_gpu,
+    }
+}
+
+fn eplb(config: &Config, model: &ModelConfig) -> EplbConfig {
+    let experts = u32::try_from(model.moe.num_experts).unwrap_or(u32::MAX);
+    let (ranks, slots) = (config.parallel.ep, experts.saturating_add(config.redundant_experts));
     // Hierarchical balancing wants whole ranks and slots per node.
     let nodes = u32::try_from(config.nodes.len()).unwrap_or(1);
-    let even = shape.ranks.is_multiple_of(nodes) && shape.slots.is_multiple_of(nodes);
+    let even = ranks.is_multiple_of(nodes) && slots.is_multiple_of(nodes);
     let num_nodes = if even { nodes as usize } else { 1 };
     let policy = match config.eplb.policy {
         Policy::Deepseek => Planner::Deepseek { num_groups: model.moe.router.n_group, num_nodes },
@@ -106,9 +120,7 @@ fn eplb(config: &Config, model: &ModelConfig, topology: &Topology, strategy: Str
     };
     let values = 3 * model.hidden_size * model.moe.intermediate_size;
     let bytes_per_value = if model.fp8_blocks { 1 } else { 2 };
-    Ok(EplbArgs {
-        layout: Layout::initial(model.moe_layers(), shape.validate()?, strategy)?,
-        topology: topology.clone(),
+    EplbConfig {
         enabled: config.eplb.enable_eplb,
         window_size: config.eplb.window_size.into(),
         step_interval: config.eplb.step_interval.into(),
@@ -117,5 +129,5 @@ fn eplb(config: &Config, model: &ModelConfig, topology: &Topology, strategy: Str
         bytes_per_expert: (values * bytes_per_value) as u64,
         plan_timeout: Duration::from_secs_f64(config.eplb.plan_timeout_s),
         log_balancedness: config.eplb.log_balancedness,
-    })
+    }
 }

@@ -7,6 +7,7 @@ mod commands;
 mod config;
 mod deploy;
 mod failure;
+mod gpus;
 mod processes;
 mod rundir;
 mod show;

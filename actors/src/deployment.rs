@@ -14,7 +14,7 @@ use heliostat_engine::eplb::map::{Layout, MapError, MapShape, PlacementStrategy}
 use heliostat_runtime::actor::RemoteActor;
 use heliostat_runtime::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
 
-use crate::eplb::{Eplb, EplbArgs};
+use crate::eplb::{Eplb, EplbArgs, EplbConfig};
 use crate::ingress_actor::{IngressActor, IngressArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
 
@@ -50,7 +50,7 @@ pub struct Deployment {
     /// How the ranks talk.
     pub links: LinkArgs,
     /// Load balancing.
-    pub eplb: EplbArgs,
+    pub eplb: EplbConfig,
     /// Where HTTP is served.
     pub http: SocketAddr,
     /// Largest request body, bytes.
@@ -109,9 +109,7 @@ impl Deployment {
             spec.group = Some(GroupMember { group: GROUP.to_owned(), rank, size });
             specs.push(spec);
         }
-        let mut eplb = self.eplb.clone();
-        eplb.layout = layout;
-        eplb.topology = self.topology.clone();
+        let eplb = EplbArgs { layout, topology: self.topology.clone(), config: self.eplb.clone() };
         specs.push(ActorSpec { subscribe: vec![GROUP.into()], ..self.spec(EPLB, Eplb::TYPE, &eplb)? });
         let ingress = IngressArgs {
             model: self.model.clone(),

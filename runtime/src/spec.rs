@@ -141,6 +141,11 @@ impl Device {
     pub fn cpu(index: u32, threads: u32) -> Self {
         Self { index, kind: DeviceKind::Cpu { threads } }
     }
+
+    /// The GPU with that ordinal, as device `index`.
+    pub fn cuda(index: u32, ordinal: u32) -> Self {
+        Self { index, kind: DeviceKind::Cuda { ordinal } }
+    }
 }
 
 /// What a device is. Closed: the engine has a backend for each.
@@ -153,7 +158,7 @@ pub enum DeviceKind {
     },
     /// A CUDA device.
     Cuda {
-        /// Ordinal of the driver on that node.
+        /// Its number among those that the node agent's driver shows; workers inherit the agent's CUDA_VISIBLE_DEVICES.
         ordinal: u32,
     },
 }

@@ -23,7 +23,10 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     if let Some(supervisor) = args.supervised.supervised_by {
         end_with_supervisor(supervisor)?;
     }
-    let config = Config::load(args.file.as_deref())?;
+    let config = match args.supervised.supervised_by {
+        Some(_) => Config::load_counted(args.file.as_deref())?,
+        None => Config::load(args.file.as_deref())?,
+    };
     let run = match &args.run_dir {
         Some(dir) => run_dir(Some(dir), None)?,
         None => run_dir(Some(&config.run_dir), None)?,

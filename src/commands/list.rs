@@ -15,6 +15,6 @@ pub(crate) async fn run(args: &List) -> Result<()> {
         (Listed::Actors, true) => print_json(&status.actors),
         (Listed::Nodes, false) => print(&show::nodes(&status.nodes)),
         (Listed::Workers, false) => print(&show::workers(&status.workers)),
-        (Listed::Actors, false) => print(&show::actors(&status.actors)),
+        (Listed::Actors, false) => print(&show::actors(&status.actors, &status.nodes)),
     }
 }

@@ -1,19 +1,23 @@
 //! `helio node`: this machine's node agent.
 
 use super::up::family::end_with_supervisor;
-use crate::args::{self, with_port};
+use crate::args::{self, Offer, with_port};
 use crate::config::Token;
+use crate::gpus;
 use crate::rundir::read_token;
 use anyhow::{Context, Result};
 use heliostat_runtime::node::{self, NodeConfig};
 use heliostat_runtime::spec::Device;
 use heliostat_runtime::system::Secret;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Port of a head that was named without one.
 const DEFAULT_PORT: u16 = 6379;
+/// CPU devices of a node that is told nothing and has no GPU.
+const CPU_DEVICES: u32 = 4;
 
 /// Runs until SIGTERM, SIGINT or the head ends it.
 pub(crate) async fn run(args: &args::Node) -> Result<()> {
@@ -31,19 +35,59 @@ fn config(args: &args::Node) -> Result<NodeConfig> {
     let head = with_port(&args.join, DEFAULT_PORT);
     let name = args.name.clone().map_or_else(host_name, Ok)?;
     let ip = args.bind.map_or_else(|| local_address_towards(&head), Ok)?;
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let threads = args.threads.unwrap_or((cores / args.devices).max(1));
     let mut config = NodeConfig::new(name, head, &args.run_dir);
     config.bind = SocketAddr::new(ip, 0);
     config.worker_bind = ip;
     config.advertise.clone_from(&args.advertise);
-    config.devices = (0..args.devices).map(|index| Device::cpu(index, threads)).collect();
+    config.devices = devices(args)?;
     config.worker_command = vec![program()?.display().to_string(), "worker".into()];
     let token = args.token_file.as_deref().map(read_token).transpose()?;
     config.token = token.map(|Token(text)| Secret::new(text));
     config.timing.agent_grace = Duration::try_from_secs_f64(args.worker_grace).context("--worker-grace")?;
     config.timing.heartbeat = Duration::from_millis(args.heartbeat);
     Ok(config)
+}
+
+/// What the node offers; an error where it has not the GPUs that it is to offer.
+fn devices(args: &args::Node) -> Result<Vec<Device>> {
+    let (ordinals, found) = match &args.devices {
+        Offer::Cpu(count) => return Ok(cpu_devices(*count, args.threads)),
+        Offer::Auto => match gpus::usable(&[]) {
+            Ok(found) => (0..=found - 1, found),
+            Err(why) => {
+                tracing::info!("offers {CPU_DEVICES} CPU devices: no GPU can be used: {why}");
+                return Ok(cpu_devices(CPU_DEVICES, args.threads));
+            }
+        },
+        Offer::AllGpus => {
+            let found = gpus::count().map_err(no_gpu)?;
+            (0..=found - 1, found)
+        }
+        Offer::Gpus(ordinals) => (ordinals.clone(), gpus::count().map_err(no_gpu)?),
+    };
+    anyhow::ensure!(
+        *ordinals.end() < found,
+        "GPU {} is to be offered, and this machine shows {found}; lower --devices, or see whether CUDA_VISIBLE_DEVICES \
+         hides some",
+        ordinals.end(),
+    );
+    Ok(cuda_devices(ordinals, args.ranks_per_gpu))
+}
+
+fn no_gpu(why: String) -> anyhow::Error {
+    anyhow::anyhow!("no GPU can be offered: {why}; write --devices cpu=COUNT to do without")
+}
+
+fn cpu_devices(count: u32, threads: Option<u32>) -> Vec<Device> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let threads = threads.unwrap_or((cores / count).max(1));
+    (0..count).map(|index| Device::cpu(index, threads)).collect()
+}
+
+/// Every GPU once, then every GPU a second time: ranks share one only where there are more ranks than GPUs.
+fn cuda_devices(ordinals: RangeInclusive<u32>, ranks_per_gpu: u32) -> Vec<Device> {
+    let all = (0..ranks_per_gpu).flat_map(|_| ordinals.clone());
+    (0..).zip(all).map(|(index, ordinal)| Device::cuda(index, ordinal)).collect()
 }
 
 /// The path of this program; one that was replaced since it started is still reachable through /proc.
@@ -77,6 +121,7 @@ fn host_name() -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use heliostat_runtime::spec::DeviceKind;
 
     #[test]
     fn a_local_head_is_reached_from_loopback() {
@@ -85,5 +130,14 @@ mod tests {
             IpAddr::V4(Ipv4Addr::LOCALHOST)
         );
         assert!(local_address_towards("no.such.host.invalid:1").is_err());
+    }
+
+    #[test]
+    fn ranks_fill_all_gpus_before_they_share_one() {
+        let ordinals: Vec<DeviceKind> = cuda_devices(2..=3, 2).into_iter().map(|d| d.kind).collect();
+        let cuda = |ordinal| DeviceKind::Cuda { ordinal };
+        assert_eq!(ordinals, [cuda(2), cuda(3), cuda(2), cuda(3)]);
+        let indices: Vec<u32> = cuda_devices(2..=3, 2).into_iter().map(|d| d.index).collect();
+        assert_eq!(indices, [0, 1, 2, 3]);
     }
 }

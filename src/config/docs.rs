@@ -9,8 +9,9 @@ const INTRO: &str = "# cluster.toml
 
 <!-- Written by `helio reference > docs/configuration.md`; a test fails when it is out of date. -->
 
-Every key has a default: an empty file, or none, is the default cluster, which serves the bundled model on four CPU
-devices with `dp = ep = 4`. Unknown keys are refused. Relative paths start at the directory of the file.
+Every key has a default: an empty file, or none, is the default cluster, which serves the bundled model with one rank
+per GPU of this machine, or on four CPU devices where it has none. Unknown keys are refused. Relative paths start at the
+directory of the file.
 `helio check cluster.toml` reads the file and the model without starting anything.
 ";
 

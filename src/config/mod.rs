@@ -14,8 +14,9 @@ mod validate;
 
 pub(crate) use docs::reference_page;
 pub(crate) use error::ConfigError;
-pub(crate) use raw::{Engine, Eplb, PlacementStrategy, Policy, Serve, Supervision};
+pub(crate) use raw::{All2All, Eplb, PlacementStrategy, Policy, Serve, Supervision};
 
+use crate::gpus;
 use anyhow::{Context, Result};
 use error::Problem;
 use heliostat_engine::config::ModelConfig;
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use validate::Facts;
 
 /// The name of the file in the current directory that commands take without an argument.
-pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
+const DEFAULT_FILE: &str = "cluster.toml";
 
 /// A checked cluster: every path absolute, every default filled in.
 #[derive(Debug, Clone)]
@@ -42,7 +43,7 @@ pub(crate) struct Config {
     pub(crate) advertise: Option<String>,
     /// Where the head keeps its state.
     pub(crate) state: State,
-    /// At least one.
+    /// At least one, with devices of one kind.
     pub(crate) nodes: Vec<Node>,
     /// What is served.
     pub(crate) model: Model,
@@ -60,6 +61,8 @@ pub(crate) struct Config {
     pub(crate) kv_cache: KvCache,
     /// One rank's engine.
     pub(crate) engine: Engine,
+    /// What matters on GPUs only; None where ranks compute on CPUs.
+    pub(crate) cuda: Option<Cuda>,
     /// The HTTP server.
     pub(crate) serve: Serve,
     /// What HTTP clients must prove to know; None on loopback only.
@@ -104,10 +107,59 @@ pub(crate) struct Node {
     pub(crate) name: String,
     /// Where it is; None is this machine.
     pub(crate) host: Option<String>,
-    /// CPU devices that it offers, at least one.
-    pub(crate) devices: u32,
-    /// Threads of each, at least one.
-    pub(crate) threads: u32,
+    /// What it offers.
+    pub(crate) devices: Devices,
+}
+
+/// The devices of a node: at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Devices {
+    /// Shares of its cores.
+    Cpu {
+        /// How many.
+        count: u32,
+        /// Threads of each, at least one.
+        threads: u32,
+    },
+    /// GPUs.
+    Cuda {
+        /// Ordinal of the first; the others follow.
+        first: u32,
+        /// How many.
+        gpus: u32,
+        /// Devices that are made of each.
+        ranks_per_gpu: u32,
+    },
+}
+
+impl Devices {
+    /// How many ranks they carry.
+    pub(crate) fn count(self) -> u32 {
+        match self {
+            Self::Cpu { count, .. } => count,
+            Self::Cuda { gpus, ranks_per_gpu, .. } => gpus.saturating_mul(ranks_per_gpu),
+        }
+    }
+
+    /// As `helio node` takes them.
+    pub(crate) fn args(self) -> Vec<String> {
+        match self {
+            Self::Cpu { count, threads } => {
+                vec!["--devices".into(), format!("cpu={count}"), "--threads".into(), threads.to_string()]
+            }
+            Self::Cuda { first, gpus, ranks_per_gpu } => {
+                let which = match first {
+                    0 => format!("cuda={gpus}"),
+                    _ => format!("cuda={first}-{}", first + gpus.saturating_sub(1)),
+                };
+                let mut args = vec!["--devices".into(), which];
+                if ranks_per_gpu != 1 {
+                    args.extend(["--ranks-per-gpu".into(), ranks_per_gpu.to_string()]);
+                }
+                args
+            }
+        }
+    }
 }
 
 /// What is served.
@@ -139,28 +191,69 @@ pub(crate) enum KvCache {
     Bytes(u64),
     /// So many blocks.
     Blocks(u32),
+    /// What so many thousandths of a GPU's memory leave beside weights and buffers.
+    Utilization(u32),
+}
+
+/// Bounds of one rank's engine, in vLLM's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Engine {
+    /// Tokens per KV block.
+    pub(crate) block_size: u32,
+    /// Sequences that run at a time.
+    pub(crate) max_num_seqs: u32,
+    /// Tokens of one step.
+    pub(crate) max_num_batched_tokens: u32,
+    /// Whether KV blocks of equal prefixes are shared.
+    pub(crate) enable_prefix_caching: bool,
+}
+
+/// Ranks on GPUs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cuda {
+    /// Folders to search for NVIDIA's libraries first.
+    pub(crate) library_dirs: Vec<PathBuf>,
+    /// Where compiled kernels are kept.
+    pub(crate) kernel_cache: PathBuf,
+    /// How rows travel.
+    pub(crate) all2all: All2All,
+    /// Largest decode batch that runs as a graph; 0: none does.
+    pub(crate) graph_rows_max: u32,
+    /// Whether the next step is scheduled while the present one runs.
+    pub(crate) async_scheduling: bool,
+    /// Ranks that share a GPU.
+    pub(crate) ranks_per_gpu: u32,
 }
 
 impl Config {
     /// Loads the file, or `cluster.toml` of the current directory, or (where neither is there) the default cluster.
     pub(crate) fn load(file: Option<&Path>) -> Result<Self> {
-        let here = std::env::current_dir().context("cannot tell the current directory")?;
-        let path = match file {
-            Some(path) => Some(here.join(path)),
-            None => Some(here.join(DEFAULT_FILE)).filter(|path| path.is_file()),
-        };
-        let Some(path) = path else {
-            return Ok(Self::parse("", "the default cluster", &here)?);
-        };
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let shown = file.unwrap_or(Path::new(DEFAULT_FILE)).display().to_string();
-        let dir = path.parent().unwrap_or(&here);
-        Ok(Self::parse(&text, &shown, dir)?)
+        let source = Source::read(file)?;
+        Ok(Self::parse(&source.text, &source.shown, &source.dir, gpus_if_needed)?)
     }
 
-    /// Reads and checks `text`; `file` names it in errors and relative paths start at `dir`.
-    pub(crate) fn parse(text: &str, file: &str, dir: &Path) -> Result<Self, ConfigError> {
+    /// Loads a file whose GPUs were counted when it was written: a head must come back where a GPU was lost meanwhile.
+    pub(crate) fn load_counted(file: Option<&Path>) -> Result<Self> {
+        let source = Source::read(file)?;
+        Ok(Self::parse(&source.text, &source.shown, &source.dir, |_, _| None)?)
+    }
+
+    /// The run directory that the file names. Checks its form only: a file that was broken since must not keep one from
+    /// looking at a cluster that runs.
+    pub(crate) fn run_dir(file: Option<&Path>) -> Result<PathBuf> {
+        let Source { text, shown, dir } = Source::read(file)?;
+        let raw = read::read(&text).map_err(|problems| ConfigError { file: shown, text, problems })?;
+        Ok(dir.join(raw.cluster.run_dir))
+    }
+
+    /// Reads and checks `text`; `file` names it in errors and relative paths start at `dir`. `gpus` counts those of this
+    /// machine, or says None where it is not to be asked.
+    fn parse(
+        text: &str,
+        file: &str,
+        dir: &Path,
+        gpus: impl FnOnce(&raw::Raw, &Path) -> Option<Result<u32, String>>,
+    ) -> Result<Self, ConfigError> {
         let fail = |problems: Vec<Problem>| ConfigError { file: file.into(), text: text.into(), problems };
         let raw = read::read(text).map_err(fail)?;
         let secret = |path: &Option<PathBuf>| {
@@ -170,10 +263,52 @@ impl Config {
         let facts = Facts {
             dir: dir.to_path_buf(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+            gpus: gpus(&raw, dir),
+            user_cache: user_cache(),
             token_file: secret(&raw.cluster.token_file),
             api_key_file: secret(&raw.serve.api_key_file),
             model: ModelConfig::from_dir(&dir.join(&raw.model.path)).map_err(|e| e.to_string()),
         };
         validate::validate(raw, text, &facts).map_err(fail)
     }
+}
+
+/// A file that was found, or the default cluster.
+struct Source {
+    text: String,
+    /// Its name in errors.
+    shown: String,
+    /// Where relative paths start.
+    dir: PathBuf,
+}
+
+impl Source {
+    fn read(file: Option<&Path>) -> Result<Self> {
+        let here = std::env::current_dir().context("cannot tell the current directory")?;
+        let path = match file {
+            Some(path) => Some(here.join(path)),
+            None => Some(here.join(DEFAULT_FILE)).filter(|path| path.is_file()),
+        };
+        let Some(path) = path else {
+            return Ok(Self { text: String::new(), shown: "the default cluster".into(), dir: here });
+        };
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let shown = file.unwrap_or(Path::new(DEFAULT_FILE)).display().to_string();
+        Ok(Self { text, shown, dir: path.parent().map_or(here, Path::to_path_buf) })
+    }
+}
+
+/// Counts this machine's GPUs, unless nothing in the file depends on them: asking the driver takes a while.
+fn gpus_if_needed(raw: &raw::Raw, dir: &Path) -> Option<Result<u32, String>> {
+    validate::asks_for_gpus(raw).then(|| {
+        let dirs: Vec<PathBuf> = raw.devices.library_dirs.iter().map(|path| dir.join(path)).collect();
+        gpus::usable(&dirs)
+    })
+}
+
+/// This user's folder for what can be made again.
+fn user_cache() -> Option<PathBuf> {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
 }

@@ -18,12 +18,24 @@ words! {
 }
 
 words! {
-    /// What a rank computes on.
-    DeviceKind, "\"cpu\" or \"cuda\"" {
-        /// A share of this machine's cores.
+    /// What ranks compute on, as a user chooses it.
+    Device, "\"auto\", \"cpu\" or \"cuda\"" {
+        /// GPUs where this machine has such as can be used, else its cores.
+        Auto,
+        /// A share of a machine's cores.
         Cpu,
         /// An NVIDIA GPU.
         Cuda,
+    }
+}
+
+words! {
+    /// How rows travel between the GPUs of a group.
+    All2All, "\"peer\" or \"nccl\"" {
+        /// Peer memory over NVLink, by our own kernels.
+        Peer,
+        /// NCCL.
+        Nccl,
     }
 }
 
@@ -96,20 +108,35 @@ section! {
         name: Option<String> = None,
         /// Name or address of another machine. Without it the node is this machine.
         host: Option<String> = None,
-        /// How many devices it has; `auto` takes the number of `[devices]`.
+        /// How many devices it has (with CUDA: GPUs); `auto` takes the number of `[devices]`.
         devices: Count = Count::Auto,
-        /// What its devices are. CUDA ranks are not in this release.
-        kind: DeviceKind = DeviceKind::Cpu,
+        /// What its devices are. Without it: as in `[devices]`. All nodes of a cluster have the same.
+        device: Option<Device> = None,
     }
 }
 
 section! {
-    /// The devices of a node. A rank owns exactly one device.
+    /// The devices of a node. A rank is a process that owns exactly one device. GPUs are numbered as CUDA_VISIBLE_DEVICES
+    /// shows them to `helio`.
     Devices = "devices" {
+        /// What ranks compute on. `auto`: CUDA where this machine has a driver and a supported GPU (H100, H200), else CPU;
+        /// `helio check` says which.
+        device: Device = Device::Auto,
         /// How many CPU devices a node offers. They share its cores.
         cpu: u32 = 4,
         /// Threads of one CPU device; `auto` divides the cores evenly, at least one each.
         threads: Count = Count::Auto,
+        /// How many GPUs a node offers; `auto` takes all that this machine shows. For other machines it must be written.
+        cuda: Count = Count::Auto,
+        /// Ranks that share one GPU. More than one is for tests: they get in each other's way. Needs
+        /// `all2all_backend = "peer"`.
+        ranks_per_gpu: u32 = 1,
+        /// Folders, on every node, to search for NVIDIA's libraries (NVRTC, NCCL) before the loader's path and
+        /// /usr/local/cuda.
+        library_dirs: Vec<PathBuf> = Vec::new(),
+        /// Where compiled kernels are kept, on every node. Without it: `heliostat/kernels` in the user's cache directory
+        /// (XDG_CACHE_HOME, else ~/.cache), so that clusters share them.
+        kernel_cache: Option<PathBuf> = None,
     }
 }
 
@@ -136,6 +163,9 @@ section! {
         ep: Option<u32> = None,
         /// True: DP rank i and EP rank i share device i. False: experts have devices of their own.
         colocate: bool = true,
+        /// How rows travel between GPUs: `peer` (NVLink, our own kernels) or `nccl`. Only for CUDA devices. Without it:
+        /// `peer`.
+        all2all_backend: Option<All2All> = None,
         /// A rank that is silent for longer inside a step is treated as lost, in seconds.
         step_timeout_s: f64 = 30.0,
         /// Shared memory between each two ranks of one machine, per direction.
@@ -173,18 +203,29 @@ section! {
 section! {
     /// One rank's engine, under vLLM's names.
     Engine = "engine" {
-        /// Tokens per KV block.
-        block_size: u32 = 16,
-        /// KV blocks per DP rank. At most one of this and `kv_cache_memory_bytes`.
+        /// Tokens per KV block. Without it: 16 on CPU devices, 64 on CUDA devices, where nothing else is possible.
+        block_size: Option<u32> = None,
+        /// KV blocks per DP rank. At most one of this, `kv_cache_memory_bytes` and `gpu_memory_utilization`.
         num_gpu_blocks_override: Option<u32> = None,
-        /// Memory for KV blocks per DP rank. Without it (and without `num_gpu_blocks_override`): 128MiB.
+        /// Memory for KV blocks per DP rank. Without any of the three: 128MiB on CPU devices, `gpu_memory_utilization` on
+        /// CUDA devices.
         kv_cache_memory_bytes: Option<ByteSize> = None,
-        /// Most sequences of one rank that run at a time.
-        max_num_seqs: u32 = 64,
-        /// Most tokens of one step of one rank. At least `max_num_seqs`.
-        max_num_batched_tokens: u32 = 512,
+        /// Share of a GPU's memory that its ranks may use for weights, buffers and KV blocks together. Only for CUDA
+        /// devices. Without any of the three: 0.9.
+        gpu_memory_utilization: Option<f64> = None,
+        /// Most sequences of one rank that run at a time. Without it: 64 on CPU devices, 256 on CUDA devices.
+        max_num_seqs: Option<u32> = None,
+        /// Most tokens of one step of one rank. At least `max_num_seqs`. Without it: 512 on CPU devices, 8192 on CUDA
+        /// devices.
+        max_num_batched_tokens: Option<u32> = None,
         /// Reuse KV blocks of equal prefixes.
         enable_prefix_caching: bool = true,
+        /// Largest decode batch that runs as a CUDA graph; 0: none does. Only for CUDA devices. Without it: 256.
+        max_cudagraph_capture_size: Option<u32> = None,
+        /// Run without CUDA graphs, as `max_cudagraph_capture_size = 0`.
+        enforce_eager: bool = false,
+        /// Schedule the next step while the present one runs. Only for CUDA devices, where it is true without it.
+        async_scheduling: Option<bool> = None,
     }
 }
 

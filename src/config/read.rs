@@ -106,6 +106,16 @@ fn unknown_key(section: &SectionInfo, key: &Spanned<std::borrow::Cow<'_, str>>) 
     }
 }
 
+/// What to write instead of a backend of vLLM.
+const VLLM_ALL2ALL_HELP: &str =
+    "vLLM's backends are not here: write \"peer\" (NVLink, our own kernels) or \"nccl\"";
+
+/// Whether vLLM takes this as `all2all_backend`.
+fn is_vllm_all2all(word: &str) -> bool {
+    let families = ["naive", "pplx", "deepep", "allgather_reducescatter", "flashinfer", "mori", "nixl"];
+    families.iter().any(|family| word.starts_with(family))
+}
+
 /// serde's complaint about a value, with a suggestion where it lists what it expected.
 fn type_problem(e: &toml::de::Error) -> Problem {
     let message = e.message().trim().replace('\n', ", ");
@@ -115,6 +125,9 @@ fn type_problem(e: &toml::de::Error) -> Problem {
         .filter(|_| message.starts_with("unknown variant"))
         .and_then(|(written, expected)| nearest(written, expected.iter().copied()));
     let near = near.map(|near| format!("did you mean \"{near}\"?"));
+    let vllms =
+        words.first().filter(|written| message.starts_with("unknown variant") && is_vllm_all2all(written));
+    let near = near.or_else(|| vllms.map(|_| VLLM_ALL2ALL_HELP.into()));
     let problem = Problem::at(e.span(), message.replace("unknown variant", "unknown value"));
     match near {
         Some(near) => problem.help(near),

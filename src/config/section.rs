@@ -45,6 +45,7 @@ macro_rules! kinds { ($($ty:ty => $name:literal),* $(,)?) => { $(impl Kind for $
 kinds! {
     String => "string", PathBuf => "path", bool => "boolean", u16 => "integer", u32 => "integer", u64 => "integer",
     f64 => "number", SocketAddr => "\"address:port\"", IpAddr => "\"address\"", Vec<String> => "list of strings",
+    Vec<PathBuf> => "list of paths",
     Count => "integer or \"auto\"", ByteSize => "bytes, or a string such as \"256MiB\"",
 }
 impl<T: Kind> Kind for Option<T> {

@@ -1,5 +1,7 @@
 //! Every error of cluster.toml as its reader sees it.
 
+mod devices;
+
 use super::*;
 use std::fs;
 
@@ -13,17 +15,28 @@ fn model_dir() -> tempfile::TempDir {
     dir
 }
 
+/// Reads the text on a machine without GPUs.
 fn parse(text: &str) -> Result<Config, String> {
+    parse_with(text, Some(Err("there is no NVIDIA driver".into())))
+}
+
+/// Reads the text on a machine with these GPUs.
+fn parse_with(text: &str, gpus: Option<Result<u32, String>>) -> Result<Config, String> {
     let dir = model_dir();
     fs::write(dir.path().join("token"), "0123456789abcdef0123\n").expect("write");
     fs::write(dir.path().join("short"), "abc\n").expect("write");
-    Config::parse(text, "c.toml", dir.path())
+    Config::parse(text, "c.toml", dir.path(), |_, _| gpus)
         .map_err(|e| e.to_string().replace(&dir.path().display().to_string(), "DIR"))
 }
 
 #[track_caller]
 fn refused(text: &str, expected: &str) {
-    match parse(text) {
+    refused_with(text, Some(Err("there is no NVIDIA driver".into())), expected);
+}
+
+#[track_caller]
+fn refused_with(text: &str, gpus: Option<Result<u32, String>>, expected: &str) {
+    match parse_with(text, gpus) {
         Ok(_) => panic!("accepted:\n{text}"),
         Err(e) => assert_eq!(e.trim_end(), expected.trim_matches('\n'), "\ngot:\n{e}\n"),
     }
@@ -34,7 +47,7 @@ fn an_empty_file_is_the_default_cluster() {
     let config = parse("").expect("empty file");
     assert_eq!(config.parallel, Parallel { dp: 4, ep: 4, colocate: true });
     assert_eq!(config.nodes.len(), 1);
-    assert_eq!((config.nodes[0].name.as_str(), config.nodes[0].devices), ("node-0", 4));
+    assert_eq!((config.nodes[0].name.as_str(), config.nodes[0].devices.count()), ("node-0", 4));
     assert_eq!(config.bind.to_string(), "127.0.0.1:6379");
     assert_eq!((config.model.name.as_str(), config.model.max_model_len), ("sundial-20m", 2048));
     assert_eq!(config.redundant_experts, 4);
@@ -168,14 +181,6 @@ c.toml:2:8: there is no node `a`
   |
 2 | node = \"a\"
   |        ^^^ nodes are node-0",
-    );
-    refused(
-        "[[nodes]]\nkind = \"cuda\"\n",
-        "
-c.toml:2:8: CUDA ranks are not in this release
-  |
-2 | kind = \"cuda\"
-  |        ^^^^^^ write kind = \"cpu\"",
     );
 }
 
@@ -339,11 +344,12 @@ c.toml:2:13: weights always move in the background in this release
 fn the_effective_file_says_the_same_from_anywhere_and_holds_no_token() {
     let dir = model_dir();
     let text = "[cluster]\ntoken = \"0123456789abcdef\"\nrun_dir = \"r\"\n[parallel]\ndp = 2\n[[nodes]]\ndevices = 3\n";
-    let config = Config::parse(text, "c.toml", dir.path()).expect("valid");
+    let config = Config::parse(text, "c.toml", dir.path(), |_, _| None).expect("valid");
     assert!(!config.effective.contains("0123456789abcdef"), "{}", config.effective);
     fs::create_dir(dir.path().join("r")).expect("create");
     fs::write(dir.path().join("r/token"), "0123456789abcdef").expect("write");
-    let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere")).expect(&config.effective);
+    let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_, _| None)
+        .expect(&config.effective);
     assert_eq!(format!("{again:?}"), format!("{config:?}"));
 }
 
@@ -363,7 +369,7 @@ fn the_reference_page_is_up_to_date() {
 fn the_example_says_the_defaults() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("cluster.toml")).expect("cluster.toml");
-    let example = Config::parse(&text, "cluster.toml", root).expect("the example is valid");
-    let default = Config::parse("", "empty", root).expect("the default is valid");
+    let example = Config::parse(&text, "cluster.toml", root, |_, _| None).expect("the example is valid");
+    let default = Config::parse("", "empty", root, |_, _| None).expect("the default is valid");
     assert_eq!(format!("{example:?}"), format!("{default:?}"));
 }

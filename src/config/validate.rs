@@ -1,15 +1,19 @@
 //! `Raw` -> `Config`: what no single value shows, such as ranks against devices or slots against ranks.
 //!
-//! Pure: what lies outside of the file (the model's shape, the token file, the number of cores) comes in as `Facts`.
-//! Everything wrong is reported at once.
+//! Pure: what lies outside of the file (the model's shape, the token file, the number of cores and GPUs) comes in as
+//! `Facts`. Everything wrong is reported at once.
 
+mod devices;
+mod engine;
 mod network;
 
+pub(super) use devices::asks_for_gpus;
+
 use super::error::Problem;
-use super::raw::{DeviceKind, Raw};
+use super::raw::{Device, Raw};
 use super::read::locate;
-use super::section::ByteSize;
-use super::{Config, KvCache, Model, Node, Parallel};
+use super::section::Count;
+use super::{Config, Model, Node, Parallel};
 use heliostat_engine::config::ModelConfig;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +24,10 @@ pub(crate) struct Facts {
     pub(crate) dir: PathBuf,
     /// Cores of this machine.
     pub(crate) cores: u32,
+    /// GPUs of this machine, or why none can be used; None where it was not asked: what the file says is then believed.
+    pub(crate) gpus: Option<Result<u32, String>>,
+    /// This user's cache directory.
+    pub(crate) user_cache: Option<PathBuf>,
     /// Text of the token file; None where none is named.
     pub(crate) token_file: Option<Result<String, String>>,
     /// Text of the API key's file; None where none is named.
@@ -28,8 +36,12 @@ pub(crate) struct Facts {
     pub(crate) model: Result<ModelConfig, String>,
 }
 
-/// Memory for KV blocks where the file says nothing.
-const KV_CACHE_BYTES_DEFAULT: ByteSize = ByteSize(128 << 20);
+/// What all ranks of a cluster compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Cpu,
+    Cuda,
+}
 
 /// Checks everything and resolves what the file left open; `text` is the file that problems point into.
 pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Vec<Problem>> {
@@ -37,14 +49,16 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let token = check.token(&raw, facts);
     let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
     check.listeners(&raw, token.is_some());
-    let nodes = check.nodes(&raw, facts);
+    let kind = check.kind(&raw, facts);
+    let nodes = check.nodes(&raw, facts, kind);
     check.http_node(&raw, &nodes);
-    let devices = nodes.iter().map(|n| n.devices).sum();
-    let parallel = check.parallel(&raw, devices);
+    let parallel = check.parallel(&raw, &nodes, kind);
     let model = check.model(&raw, facts);
     let redundant_experts = check.redundant_experts(&raw, facts, parallel.ep);
     check.eplb(&raw, &facts.dir);
-    let kv_cache = check.engine(&raw, &model);
+    let engine = check.engine(&raw, kind);
+    let kv_cache = check.kv_cache(&raw, &engine, &model, kind);
+    let cuda = check.cuda(&raw, facts, kind);
     let state = check.state(&raw, &facts.dir);
     check.supervision(&raw);
     if !check.problems.is_empty() {
@@ -52,6 +66,8 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         return Err(check.problems);
     }
     let mut raw = absolute(raw, &facts.dir);
+    devices::write_out(&mut raw, &nodes, cuda.as_ref());
+    engine::write_out(&mut raw, &engine);
     raw.parallel.dp = Some(parallel.dp);
     raw.parallel.ep = Some(parallel.ep);
     raw.eplb.num_redundant_experts = Some(redundant_experts);
@@ -72,7 +88,8 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         ring_bytes: raw.parallel.ring_bytes.0,
         eplb: raw.eplb,
         kv_cache,
-        engine: raw.engine,
+        engine,
+        cuda,
         serve: raw.serve,
         api_key,
         supervision: raw.supervision,
@@ -87,6 +104,7 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
         cluster.token_file = Some(cluster.run_dir.join("token"));
     }
     raw.model.path = dir.join(&raw.model.path);
+    raw.devices.library_dirs.iter_mut().for_each(|path| *path = dir.join(&*path));
     for path in
         [&mut raw.state.dir, &mut raw.eplb.initial_layout, &mut raw.serve.api_key_file].into_iter().flatten()
     {
@@ -109,55 +127,6 @@ impl Check<'_> {
         }
     }
 
-    fn nodes(&mut self, raw: &Raw, facts: &Facts) -> Vec<Node> {
-        let written =
-            if raw.nodes.is_empty() { vec![super::raw::Node::default()] } else { raw.nodes.clone() };
-        let mut nodes: Vec<Node> = Vec::with_capacity(written.len());
-        for (i, node) in written.iter().enumerate() {
-            let name = node.name.clone().unwrap_or_else(|| format!("node-{i}"));
-            let key = |leaf: &str| format!("nodes.{i}.{leaf}");
-            self.require(
-                node.kind == DeviceKind::Cpu,
-                &key("kind"),
-                "CUDA ranks are not in this release",
-                "write kind = \"cpu\"",
-            );
-            self.require(
-                nodes.iter().all(|n| n.name != name),
-                &key("name"),
-                format!("two nodes are named `{name}`"),
-                "give each its own name",
-            );
-            let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-            let named = !name.is_empty() && name.chars().all(plain);
-            self.require(
-                named,
-                &key("name"),
-                format!("`{name}` is no name for a node"),
-                "use letters, digits, `-`, `_`, `.`",
-            );
-            let devices = node.devices.or(raw.devices.cpu);
-            let path = if node.devices == super::section::Count::Auto {
-                "devices.cpu".into()
-            } else {
-                key("devices")
-            };
-            self.require(devices > 0, &path, "a node needs at least one device", "write 1 or more");
-            nodes.push(Node { name, host: node.host.clone(), devices, threads: 0 });
-        }
-        // Nodes of one machine share its cores.
-        let here: u32 = nodes.iter().filter(|n| n.host.is_none()).map(|n| n.devices).sum();
-        let threads = raw.devices.threads.or((facts.cores / here.max(1)).max(1));
-        self.require(
-            threads > 0,
-            "devices.threads",
-            "a device needs at least one thread",
-            "write 1 or more, or \"auto\"",
-        );
-        nodes.iter_mut().for_each(|n| n.threads = threads);
-        nodes
-    }
-
     fn http_node(&mut self, raw: &Raw, nodes: &[Node]) {
         let Some(name) = &raw.serve.node else { return };
         let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
@@ -166,7 +135,8 @@ impl Check<'_> {
         self.require(known, "serve.node", format!("there is no node `{name}`"), help);
     }
 
-    fn parallel(&mut self, raw: &Raw, devices: u32) -> Parallel {
+    fn parallel(&mut self, raw: &Raw, nodes: &[Node], kind: Kind) -> Parallel {
+        let devices = nodes.iter().map(|n| n.devices.count()).sum::<u32>();
         let colocate = raw.parallel.colocate;
         let share = if colocate { devices } else { devices / 2 };
         let dp = raw.parallel.dp.unwrap_or(share);
@@ -187,12 +157,12 @@ impl Check<'_> {
         } else {
             format!("dp = {dp} and ep = {ep} with colocate = false need {needed} devices")
         };
-        self.require(
-            needed <= devices,
-            path,
-            format!("{what}, the nodes have {devices}"),
-            "lower dp and ep, or raise `cpu` in [devices]",
-        );
+        let fix = match (kind, raw.devices.device) {
+            (Kind::Cpu, _) => "lower dp and ep, or raise `cpu` in [devices]",
+            (Kind::Cuda, Device::Auto) => "lower dp and ep, or write device = \"cpu\" in [devices]",
+            (Kind::Cuda, Device::Cpu | Device::Cuda) => "lower dp and ep, or offer more GPUs",
+        };
+        self.require(needed <= devices, path, format!("{what}, the nodes have {devices}"), fix);
         self.positive("parallel.step_timeout_s", raw.parallel.step_timeout_s);
         Parallel { dp, ep, colocate }
     }
@@ -282,53 +252,6 @@ impl Check<'_> {
                 message,
                 "a JSON file with `physical_to_logical_map`",
             );
-        }
-    }
-
-    fn engine(&mut self, raw: &Raw, model: &Model) -> KvCache {
-        let engine = &raw.engine;
-        for (name, n) in [
-            ("block_size", engine.block_size),
-            ("max_num_seqs", engine.max_num_seqs),
-            ("max_num_batched_tokens", engine.max_num_batched_tokens),
-            ("num_gpu_blocks_override", engine.num_gpu_blocks_override.unwrap_or(1)),
-        ] {
-            self.require(
-                n > 0,
-                &format!("engine.{name}"),
-                format!("`{name}` must be at least 1"),
-                "leave it out for the default",
-            );
-        }
-        self.require(
-            engine.max_num_batched_tokens >= engine.max_num_seqs,
-            "engine.max_num_batched_tokens",
-            format!(
-                "`max_num_batched_tokens` = {} is below `max_num_seqs` = {}: a full batch could not decode",
-                engine.max_num_batched_tokens, engine.max_num_seqs
-            ),
-            format!("write {} or more", engine.max_num_seqs),
-        );
-        match (engine.num_gpu_blocks_override, engine.kv_cache_memory_bytes) {
-            (Some(_), Some(_)) => {
-                let message = "`num_gpu_blocks_override` and `kv_cache_memory_bytes` are both set";
-                self.require(false, "engine.num_gpu_blocks_override", message, "keep one of them");
-                KvCache::Bytes(0)
-            }
-            (Some(blocks), None) => {
-                let tokens = u64::from(blocks) * u64::from(engine.block_size);
-                self.require(
-                    tokens >= u64::from(model.max_model_len),
-                    "engine.num_gpu_blocks_override",
-                    format!(
-                        "{blocks} blocks of {} tokens hold {tokens} tokens, one sequence may have {}",
-                        engine.block_size, model.max_model_len
-                    ),
-                    "raise it, or lower `max_model_len` in [model]",
-                );
-                KvCache::Blocks(blocks)
-            }
-            (None, bytes) => KvCache::Bytes(bytes.unwrap_or(KV_CACHE_BYTES_DEFAULT).0),
         }
     }
 

@@ -5,6 +5,7 @@ use heliostat_runtime::cluster::status::{
     ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, WorkerStatus,
 };
 use heliostat_runtime::spec::{Device, DeviceKind};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// The whole cluster on one screen.
@@ -49,7 +50,7 @@ pub(crate) fn status(status: &ClusterStatus, terminal: Terminal) -> String {
             group.epoch
         );
     }
-    let _ = write!(text, "\n{}\n{}", nodes(&status.nodes), actors(&status.actors));
+    let _ = write!(text, "\n{}\n{}", nodes(&status.nodes), actors(&status.actors, &status.nodes));
     text
 }
 
@@ -86,8 +87,8 @@ pub(crate) fn workers(workers: &[WorkerStatus]) -> String {
     render(&table)
 }
 
-/// One line per actor.
-pub(crate) fn actors(actors: &[ActorStatus]) -> String {
+/// One line per actor; `nodes` say what their devices are.
+pub(crate) fn actors(actors: &[ActorStatus], nodes: &[NodeStatus]) -> String {
     let mut table = table(["actor", "type", "state", "node", "device", "pid", "restarts", "last death"]);
     for actor in actors {
         table.add_row([
@@ -95,7 +96,7 @@ pub(crate) fn actors(actors: &[ActorStatus]) -> String {
             actor.type_name.clone(),
             actor_state(&actor.state),
             or_dash(actor.node.as_ref()),
-            or_dash(actor.device),
+            or_dash(device(actor, nodes)),
             or_dash(actor.pid),
             actor.restarts.to_string(),
             or_dash(actor.last_death.as_ref()),
@@ -130,18 +131,35 @@ fn node_state(state: &NodeState) -> String {
     }
 }
 
-/// "4 cpu (2 threads each)".
+/// The device of an actor as "0" or "cuda:1": its index on the node, or the GPU's ordinal.
+fn device(actor: &ActorStatus, nodes: &[NodeStatus]) -> Option<String> {
+    let index = actor.device?;
+    let node = nodes.iter().find(|node| Some(&node.name) == actor.node.as_ref());
+    let device = node.and_then(|node| node.devices.iter().find(|d| d.device.index == index));
+    Some(match device.map(|d| &d.device.kind) {
+        Some(DeviceKind::Cuda { ordinal }) => format!("cuda:{ordinal}"),
+        Some(DeviceKind::Cpu { .. }) | None => index.to_string(),
+    })
+}
+
+/// "4 cpu (2 threads each)" or "2 cuda (GPUs 0, 1)".
 fn devices<'d>(devices: impl Iterator<Item = &'d Device>) -> String {
     let (mut cpu, mut cuda, mut threads) = (0, 0, 0);
+    let mut ordinals = BTreeSet::new();
     for device in devices {
         match device.kind {
             DeviceKind::Cpu { threads: n } => (cpu, threads) = (cpu + 1, n),
-            DeviceKind::Cuda { .. } => cuda += 1,
+            DeviceKind::Cuda { ordinal } => {
+                cuda += 1;
+                ordinals.insert(ordinal);
+            }
         }
     }
     let cpu = (cpu > 0)
         .then(|| format!("{cpu} cpu ({threads} thread{} each)", if threads == 1 { "" } else { "s" }));
-    let cuda = (cuda > 0).then(|| format!("{cuda} cuda"));
+    let gpus = ordinals.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    let cuda =
+        (cuda > 0).then(|| format!("{cuda} cuda (GPU{} {gpus})", if ordinals.len() == 1 { "" } else { "s" }));
     let all: Vec<String> = cpu.into_iter().chain(cuda).collect();
     if all.is_empty() { "none".into() } else { all.join(", ") }
 }
@@ -157,6 +175,16 @@ mod tests {
     use heliostat_runtime::cluster::status::{HeadStatus, StoreHealth};
     use heliostat_runtime::handle::Incarnation;
     use heliostat_runtime::spec::DeathCause;
+
+    #[test]
+    fn devices_are_counted_by_kind() {
+        let cpu = [Device::cpu(0, 2), Device::cpu(1, 2)];
+        assert_eq!(devices(cpu.iter()), "2 cpu (2 threads each)");
+        let cuda = [Device::cuda(0, 4), Device::cuda(1, 5), Device::cuda(2, 4)];
+        assert_eq!(devices(cuda.iter()), "3 cuda (GPUs 4, 5)");
+        assert_eq!(devices(cuda[..1].iter()), "1 cuda (GPU 4)");
+        assert_eq!(devices([].iter()), "none");
+    }
 
     #[test]
     fn a_cluster_in_trouble_says_which() {

@@ -28,6 +28,13 @@ pub struct EplbArgs {
     pub layout: Layout,
     /// Shape of the group.
     pub topology: Topology,
+    /// How to balance.
+    pub config: EplbConfig,
+}
+
+/// When and how the actor remaps.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct EplbConfig {
     /// Whether remaps start by themselves; on request they do anyway.
     pub enabled: bool,
     /// Steps whose loads count.
@@ -128,7 +135,7 @@ impl Core {
     /// A rank counted tokens.
     pub(super) fn on_load(&mut self, load: &StepLoad, wall_ms: u64, now: Duration) -> Option<Action> {
         let (layers, experts) = (self.layout.layers().len(), self.layout.shape().experts as usize);
-        let window_size = self.args.window_size;
+        let window_size = self.args.config.window_size;
         let window =
             self.windows.entry(load.dp).or_insert_with(|| LoadWindow::new(layers, experts, window_size));
         if !window.push(load.steps, &load.counts) {
@@ -137,7 +144,7 @@ impl Core {
         }
         let steps = self.steps_since_plan.entry(load.dp).or_default();
         *steps += load.steps;
-        if !self.args.enabled || *steps < self.args.step_interval {
+        if !self.args.config.enabled || *steps < self.args.config.step_interval {
             return None;
         }
         self.steps_since_plan.clear();
@@ -196,7 +203,7 @@ impl Core {
     /// The watchdog: abandons a plan that stands still, and forgets one that cannot even be abandoned.
     pub(super) fn on_tick(&mut self, now: Duration) -> Option<Action> {
         let open = self.open.as_mut()?;
-        if now.saturating_sub(open.progress_at) < self.args.plan_timeout {
+        if now.saturating_sub(open.progress_at) < self.args.config.plan_timeout {
             return None;
         }
         let epoch = open.plan.epoch;
@@ -204,7 +211,7 @@ impl Core {
             self.close("the ranks did not confirm that they dropped it", now);
             return None;
         }
-        let why = format!("no progress for {:?}", self.args.plan_timeout);
+        let why = format!("no progress for {:?}", self.args.config.plan_timeout);
         open.remap.error.get_or_insert(why);
         open.abandoned = true;
         open.progress_at = now;
@@ -235,15 +242,15 @@ impl Core {
         }
         let asked = Gate::open();
         let gate = match trigger {
-            Trigger::Interval => &self.args.gate,
+            Trigger::Interval => &self.args.config.gate,
             Trigger::Request => &asked,
         };
         let planned_before = !self.planned_loads.is_empty();
         if trigger == Trigger::Interval && planned_before && !gate.has_drifted(&self.planned_loads, &loads) {
             return Err(RebalanceRefused::NothingToMove);
         }
-        let bytes = self.args.bytes_per_expert;
-        let plan = propose(&self.args.policy, gate, &self.layout, &loads, self.epoch + 1, bytes)
+        let bytes = self.args.config.bytes_per_expert;
+        let plan = propose(&self.args.config.policy, gate, &self.layout, &loads, self.epoch + 1, bytes)
             .map_err(|why| RebalanceRefused::Policy { why: why.to_string() })?
             .plan;
         if plan.is_empty() {
@@ -320,15 +327,15 @@ impl Core {
         EplbStatus {
             map_epoch: self.progress.epoch,
             membership_epoch: self.membership,
-            enabled: self.args.enabled,
-            policy: match self.args.policy {
+            enabled: self.args.config.enabled,
+            policy: match self.args.config.policy {
                 Policy::Deepseek { .. } => "deepseek",
                 Policy::Incremental(_) => "incremental",
             }
             .to_owned(),
-            step_interval: self.args.step_interval,
+            step_interval: self.args.config.step_interval,
             window_steps: self.windows.values().map(LoadWindow::steps).max().unwrap_or(0),
-            window_size: self.args.window_size,
+            window_size: self.args.config.window_size,
             ranks: shape.ranks,
             ready: self.joined.len() as u32,
             size: self.args.topology.size() as u32,

@@ -15,14 +15,16 @@ fn core(enabled: bool) -> Core {
     Core::new(EplbArgs {
         layout: Layout::initial(2, SHAPE, PlacementStrategy::Linear).unwrap(),
         topology: Topology::new(2, 2, true).unwrap(),
-        enabled,
-        window_size: 100,
-        step_interval: 10,
-        policy: Policy::Deepseek { num_groups: 1, num_nodes: 1 },
-        gate: Gate::default(),
-        bytes_per_expert: 1000,
-        plan_timeout: Duration::from_secs(5),
-        log_balancedness: false,
+        config: EplbConfig {
+            enabled,
+            window_size: 100,
+            step_interval: 10,
+            policy: Policy::Deepseek { num_groups: 1, num_nodes: 1 },
+            gate: Gate::default(),
+            bytes_per_expert: 1000,
+            plan_timeout: Duration::from_secs(5),
+            log_balancedness: false,
+        },
     })
 }
 

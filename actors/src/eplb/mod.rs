@@ -15,7 +15,7 @@ use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::ActorAddr;
 
-pub use core::EplbArgs;
+pub use core::{EplbArgs, EplbConfig};
 pub use status::{Balancedness, EplbStatus, LayerStatus, Remap, Trigger};
 
 use crate::messages::{
@@ -62,7 +62,7 @@ impl Spawn for Eplb {
     type Args = EplbArgs;
 
     async fn create(args: EplbArgs, cx: ActorCx) -> Result<Self, CreateError> {
-        let log_balancedness = args.log_balancedness;
+        let log_balancedness = args.config.log_balancedness;
         Ok(Self { core: Core::new(args), cx, started: Instant::now(), log_balancedness })
     }
 }

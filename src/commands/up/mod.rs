@@ -10,7 +10,7 @@ mod watch;
 
 use crate::args;
 use crate::cluster::{Access, reachable};
-use crate::config::{Config, Node};
+use crate::config::{Config, Devices, Node};
 use crate::deploy;
 use crate::failure::{self, Failure, NOT_STARTED};
 use crate::rundir::{Lock, Owner, RunDir, tail};
@@ -265,8 +265,7 @@ fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
     let dir = run.path().join("nodes").join(&node.name);
     let mut args: Vec<String> = vec!["node".into(), "--join".into(), reachable(config.bind).to_string()];
     args.extend(["--name".into(), node.name.clone()]);
-    args.extend(["--devices".into(), format!("cpu={}", node.devices)]);
-    args.extend(["--threads".into(), node.threads.to_string()]);
+    args.extend(node.devices.args());
     args.extend(["--run-dir".into(), dir.display().to_string()]);
     args.extend(["--worker-grace".into(), config.supervision.worker_grace_s.to_string()]);
     args.extend(["--heartbeat".into(), config.supervision.heartbeat_ms.to_string()]);
@@ -279,7 +278,12 @@ fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
 /// What to run on another machine.
 fn by_hand(config: &Config, node: &Node) -> String {
     let token = if config.token.is_some() { " --token-file FILE" } else { "" };
-    format!("helio node --join {} --name {} --devices cpu={}{token}", config.bind, node.name, node.devices)
+    // Threads are those of this machine; the other one has its own cores.
+    let devices = match node.devices {
+        Devices::Cpu { count, .. } => format!("--devices cpu={count}"),
+        Devices::Cuda { .. } => node.devices.args().join(" "),
+    };
+    format!("helio node --join {} --name {} {devices}{token}", config.bind, node.name)
 }
 
 /// What a signal means.
