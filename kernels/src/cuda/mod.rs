@@ -8,6 +8,7 @@
 //! out of its reach, so such a mistake is a wrong result and never undefined behaviour on the host.
 
 pub mod activation;
+pub mod attention;
 pub mod norm;
 pub mod rope;
 pub mod router;
