@@ -1,7 +1,13 @@
 //! Dispatch and combine on CUDA devices against a host reference, to the last bit.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a failed setup is a failed test; the bench prints"
+)]
 
 #[path = "../cuda_support/mod.rs"]
 mod cuda_support;
+mod nccl;
 mod processes;
 mod protocol;
 mod reference;
@@ -14,7 +20,7 @@ use cuda_support::{assert_compiles, device, time_us};
 use heliostat_kernels::cuda::exchange::{ExchangeShape, OwnResults, RowFormat, source};
 use heliostat_kernels::cuda::{Device, Graph, Stream};
 use reference::{Input, Scenario};
-use world::{Rank, World};
+use world::{Path, Rank, World};
 
 /// One test at a time: ranks on streams wait for each other, and streams of other tests would share their queues.
 fn alone() -> MutexGuard<'static, ()> {
@@ -48,11 +54,11 @@ fn check_one_rank(shapes: &[Sizes]) {
         let scenario = Scenario::one(tokens_max, top_k, hidden, slots, format);
         let mut world = World::new(&device, &scenario, PATIENT);
         for (seed, tokens) in [(1, tokens_max), (2, tokens_max / 3), (3, 0), (4, 1)] {
-            let own = [OwnResults::InPlace, OwnResults::Pushed][seed as usize % 2];
-            world.ranks[0].own = own;
+            let path = Path::ALL[seed as usize % 3];
+            world.ranks[0].path = path;
             world.ranks[0].poison();
             let inputs = [Input::random(&scenario, seed, tokens)];
-            world.round(&inputs, &format!("{hidden} {top_k} {slots} {format:?} {tokens} {own:?}"));
+            world.round(&inputs, &format!("{hidden} {top_k} {slots} {format:?} {tokens} {path:?}"));
         }
     }
 }
@@ -103,9 +109,9 @@ fn bench() {
         let combine = |own| time_us(&stream, (9, 20), |s, _| rank.exchange.combine(s, &rank.results, own));
         let (stay, push) = (combine(OwnResults::InPlace), combine(OwnResults::Pushed));
         let reduce = time_us(&stream, (9, 20), |s, _| rank.reduce(s));
-        rank.own = OwnResults::Pushed;
+        rank.path = Path::Pushed;
         let pushed = time_us(&stream, (9, 20), |s, _| rank.reduce(s));
-        rank.own = OwnResults::InPlace;
+        rank.path = Path::InPlace;
         let round = time_us(&stream, (9, 20), |s, _| rank.round_without_experts(s));
         stream.synchronize().unwrap();
         rank.exchange.status().unwrap();

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use heliostat_kernels::cuda::exchange::{ExchangeFailure, Member, OwnResults, Phase, RowFormat};
+use heliostat_kernels::cuda::exchange::{ExchangeFailure, Member, Phase, RowFormat};
 use heliostat_kernels::cuda::{CudaError, Graph};
 
 use super::cuda_support::device;
 use super::reference::{Input, Scenario};
-use super::world::{Rank, World};
+use super::world::{Path, Rank, World};
 use super::{PATIENT, alone};
 
 /// Inputs of all DP ranks for one round: each with another number of tokens, sometimes none.
@@ -35,7 +35,7 @@ fn ranks_on_streams_match_the_reference() {
         let mut world = World::new(&device, &scenario, PATIENT);
         for round in 0..6 {
             for rank in &mut world.ranks {
-                rank.own = if round < 4 { OwnResults::InPlace } else { OwnResults::Pushed };
+                rank.path = Path::ALL[round as usize / 2];
                 rank.poison();
             }
             world.round(&inputs(&scenario, round), &format!("{scenario:?} round {round}"));

@@ -13,7 +13,7 @@ use super::reference::{Input, Layout, Scenario};
 const EXPERTS: &str = r#"
 #include "common.cuh"
 struct Params {
-    u64 rows, scales, start, count, results;
+    u64 rows, scales, start, count, results, destination;
     u32 hidden, stride, slots, first_slot, fp8;
 };
 extern "C" __global__ void experts(const __grid_constant__ Params p) {
@@ -32,7 +32,8 @@ extern "C" __global__ void experts(const __grid_constant__ Params p) {
                 seen = (bits & 255) + 3 * (bits >> 8);
             }
             const float y = float((seen + 37 * (p.first_slot + s)) & 255) / 16.0f;
-            ((bf16*)p.results)[u64(row) * p.hidden + h] = to_bf16(y);
+            bf16* to = p.destination ? (bf16*)((const u64*)p.destination)[row] : (bf16*)p.results + u64(row) * p.hidden;
+            to[h] = to_bf16(y);
         }
     }
 }
@@ -46,6 +47,7 @@ struct ExpertParams {
     start: u64,
     count: u64,
     results: u64,
+    destination: u64,
     hidden: u32,
     stride: u32,
     slots: u32,
@@ -56,6 +58,21 @@ struct ExpertParams {
 // SAFETY: the same fields as `Params` above.
 unsafe impl Params for ExpertParams {}
 
+/// How results get to their tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// Combine pushes those of other ranks.
+    InPlace,
+    /// Combine pushes all.
+    Pushed,
+    /// The experts' kernel pushes all.
+    Fused,
+}
+
+impl Path {
+    pub(crate) const ALL: [Self; 3] = [Self::InPlace, Self::Pushed, Self::Fused];
+}
+
 /// One rank with all that its rounds need.
 pub(crate) struct Rank {
     pub(crate) id: u32,
@@ -64,7 +81,7 @@ pub(crate) struct Rank {
     pub(crate) ep: Option<usize>,
     pub(crate) stream: Stream,
     pub(crate) exchange: Exchange,
-    pub(crate) own: OwnResults,
+    pub(crate) path: Path,
     pub(crate) results: Buffer<bf16>,
     pub(crate) out: Buffer<bf16>,
     tokens: Buffer<u32>,
@@ -85,7 +102,7 @@ impl Rank {
             ep,
             stream: device.stream(Priority::High).unwrap(),
             exchange: Exchange::new(device, *shape, transport, roles).unwrap(),
-            own: OwnResults::InPlace,
+            path: Path::InPlace,
             results: device.alloc(shape.rows_max * shape.hidden).unwrap(),
             out: device.alloc(shape.tokens_max * shape.hidden).unwrap(),
             tokens: device.alloc(1).unwrap(),
@@ -159,6 +176,7 @@ impl Rank {
             start: permuted.segment_start.address(),
             count: permuted.segment_rows.address(),
             results: self.results.address(),
+            destination: if self.path == Path::Fused { permuted.destination.address() } else { 0 },
             hidden: shape.hidden as u32,
             stride: shape.rows_max as u32,
             slots: self.scenario.slots as u32,
@@ -172,18 +190,30 @@ impl Rank {
 
     /// Queues one round.
     pub(crate) fn round(&self, stream: &Stream) -> Result<(), CudaError> {
+        let rows = self.scenario.shape.tokens_max;
         if self.dp.is_some() {
             self.exchange.signal(stream, &self.tokens)?;
         }
+        self.exchange.carry_rows(stream, rows)?;
         if self.ep.is_some() {
             self.exchange.layout(stream)?;
             self.exchange.gather(stream)?;
             self.run_experts(stream)?;
-            self.exchange.combine(stream, &self.results, self.own)?;
-        } else {
-            self.exchange.finish(stream)?;
         }
+        let own = self.own_results();
+        match (self.ep, self.path) {
+            (Some(_), Path::InPlace | Path::Pushed) => self.exchange.combine(stream, &self.results, own)?,
+            (Some(_), Path::Fused) | (None, _) => self.exchange.finish(stream)?,
+        }
+        self.exchange.carry_results(stream, rows, own)?;
         if self.dp.is_some() { self.reduce(stream) } else { Ok(()) }
+    }
+
+    pub(crate) fn own_results(&self) -> OwnResults {
+        match self.path {
+            Path::InPlace => OwnResults::InPlace,
+            Path::Pushed | Path::Fused => OwnResults::Pushed,
+        }
     }
 
     /// Queues one round that computes nothing: for ranks with tokens and experts.
@@ -191,7 +221,7 @@ impl Rank {
         self.signal(stream)?;
         self.exchange.layout(stream)?;
         self.exchange.gather(stream)?;
-        self.exchange.combine(stream, &self.results, self.own)?;
+        self.exchange.combine(stream, &self.results, self.own_results())?;
         self.reduce(stream)
     }
 
@@ -200,7 +230,7 @@ impl Rank {
     }
 
     pub(crate) fn reduce(&self, stream: &Stream) -> Result<(), CudaError> {
-        let in_place = self.ep.is_some() && self.own == OwnResults::InPlace;
+        let in_place = self.ep.is_some() && self.path == Path::InPlace;
         let reduce = Reduce {
             rows: self.scenario.shape.tokens_max,
             weights: &self.weights,
@@ -240,13 +270,6 @@ impl Rank {
         assert_eq!(permuted.segment_start.download(stream).unwrap(), layout.start, "{what}");
         assert_eq!(permuted.segment_rows.download(stream).unwrap(), layout.rows, "{what}");
         let source = permuted.source.download(stream).unwrap();
-        let packed = |at: &Option<(usize, usize, usize)>| match *at {
-            Some((dp, token, choice)) => token as u64 | (dp as u64) << 32 | (choice as u64) << 48,
-            None => u64::MAX,
-        };
-        let want: Vec<u64> = layout.source.iter().map(packed).collect();
-        assert_eq!(source[..want.len()], want, "{what}");
-        let destination = permuted.destination.download(stream).unwrap();
         let (rows, scales) = match &permuted.rows {
             Rows::Fp8 { codes, scales } => {
                 (codes.download(stream).unwrap(), scales.download(stream).unwrap())
@@ -255,8 +278,9 @@ impl Rank {
         };
         let bytes = inputs[0].rows.len() / shape.tokens_max;
         for (row, at) in layout.source.iter().enumerate() {
-            assert_eq!(destination[row] == 0, at.is_none(), "{what}: row {row}");
-            let Some((dp, token, _)) = *at else { continue };
+            let Some((dp, token, choice)) = *at else { continue };
+            let packed = token as u64 | (dp as u64) << 32 | (choice as u64) << 48;
+            assert_eq!(source[row], packed, "{what}: row {row} of {dp} {token} {choice}");
             let want = &inputs[dp].rows[token * bytes..][..bytes];
             assert_eq!(&rows[row * bytes..][..bytes], want, "{what}: row {row} of {dp} {token}");
             let of = |all: &[f32], stride: usize, at: usize| -> Vec<u32> {

@@ -28,6 +28,8 @@ extern "C" __global__ void __launch_bounds__(RANKS_MAX) exchange_signal(const __
 // The layout kernel is one cluster: its CTAs share the entries (DP rank, token, choice), in this order, 32 to a step.
 constexpr u32 LAYOUT_THREADS = 512;
 constexpr u32 LAYOUT_WARPS = LAYOUT_THREADS / 32;
+// Below this, another CTA costs more than it does.
+constexpr u32 STEPS_PER_CTA = 8;
 
 struct LayoutParams {
     Geometry g;
@@ -37,8 +39,8 @@ struct LayoutParams {
     u64 place;          // u32 [dp][tokens_max][top_k]: the permuted row of an entry, IDLE if it is not for this rank
     u64 segment_start;  // u32 [slots_max + 1]
     u64 segment_rows;   // u32 [slots_max]
-    u64 source;         // u64 [rows_max]: token | DP rank << 32 | choice << 48, all ones between segments
-    u64 destination;    // u64 [rows_max]: address of the owner's combined row, 0 between segments
+    u64 source;         // u64 [rows_max]: token | DP rank << 32 | choice << 48
+    u64 destination;    // u64 [rows_max]: address of the owner's combined row
     u64 push;           // Push [rows_max]: the real rows, without gaps
     u64 own_place;      // u32 [tokens_max][top_k]: what `place` has of this rank's own tokens
     u32 slots_max;
@@ -226,16 +228,9 @@ __device__ __forceinline__ void layout_place(const LayoutParams& p, const Contex
     __syncwarp();
 }
 
-// Everything beside the entries: segments, the gaps between them, the plan.
+// Everything beside the entries: segments and the plan.
 __device__ __forceinline__ void layout_finish(const LayoutParams& p, const Context* c, const Tables& t) {
-    const u32 cta = cluster_rank();
-    for (u32 i = cta * LAYOUT_THREADS + threadIdx.x; i < t.slots * 128; i += t.ctas * LAYOUT_THREADS) {
-        const u32 row = t.start[i / 128] + t.rows[i / 128] + i % 128;
-        if (row >= t.start[i / 128 + 1]) continue;
-        reinterpret_cast<u64*>(p.source)[row] = ~0ull;
-        reinterpret_cast<u64*>(p.destination)[row] = 0;
-    }
-    if (cta != 0) return;
+    if (cluster_rank() != 0) return;
     // Slots that this membership does not have are empty segments at the end.
     for (u32 s = threadIdx.x; s <= p.slots_max; s += LAYOUT_THREADS) {
         reinterpret_cast<u32*>(p.segment_start)[s] = t.start[min(s, t.slots)];
@@ -303,7 +298,8 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS)
     // All take the first CTA's word: the other half of this rank may fail at any time, on another stream.
     const bool nothing = load_cluster(&failed, 0) != NONE;
     const u32 steps = load_cluster(&first_step[dp], 0);
-    const u32 ctas = max(1, min(cluster_size(), (steps + 2 * LAYOUT_WARPS - 1) / (2 * LAYOUT_WARPS)));
+    // More CTAs have more room for their scattered stores, and more to tell each other.
+    const u32 ctas = max(1, min(cluster_size(), (steps + STEPS_PER_CTA - 1) / STEPS_PER_CTA));
     // A CTA without a share is done; those that end count as arrived in what follows.
     if (cta >= (nothing ? 1 : ctas)) return;
     if (nothing) {

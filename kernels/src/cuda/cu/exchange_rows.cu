@@ -239,12 +239,18 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS) exchange_reduce(con
     wait_for_previous();
     const bool failed = reinterpret_cast<const State*>(p.state)->failed != NONE;
     const bool real = token < *reinterpret_cast<const u32*>(p.own + HEADER) && !failed;
+    const bool add = real && p.shared;
+    uint4 extra[REDUCE_CHUNKS];
+#pragma unroll
+    for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
+        if (add && chunk[i] < chunks) extra[i] = load_row(p.shared + (u64(token) * p.g.hidden + chunk[i] * 8) * 2);
+    }
     for (u32 first = 0; real && first < p.g.top_k; first += 8) reduce_choices(p, c, token, first, chunk, sum);
 #pragma unroll
     for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
         if (chunk[i] >= chunks) continue;
         const u64 at = (u64(token) * p.g.hidden + chunk[i] * 8) * 2;
-        if (real && p.shared) add_scaled(sum[i], 1.0f, load_row(p.shared + at));
+        if (add) add_scaled(sum[i], 1.0f, extra[i]);
         uint4 out;
         out.x = pack_bf16(sum[i][0], sum[i][1]);
         out.y = pack_bf16(sum[i][2], sum[i][3]);

@@ -3,10 +3,12 @@
 //! It moves rows and never computes experts. A round is one MoE layer, and every rank queues the same rounds, whatever
 //! its number of tokens: DP ranks [`Exchange::signal`] once rows and routing are in their heap, EP ranks
 //! [`Exchange::layout`] and [`Exchange::gather`], compute, and [`Exchange::combine`]; DP ranks [`Exchange::reduce`] last.
+//! By NCCL, all ranks also [`Exchange::carry_rows`] and [`Exchange::carry_results`] in between.
 //! Nothing in a round needs the host, so rounds can be recorded; recordings survive changes of the membership. The
 //! protocol and why its buffers never race is told in `cu/exchange.cuh`; `engine::ep` is its CPU spec.
 
 mod members;
+mod mirror;
 mod params;
 mod rounds;
 mod shape;
@@ -20,6 +22,7 @@ pub use params::source;
 pub use shape::{ExchangeShape, RANKS_MAX, Roles, RowFormat, SEGMENT_ALIGN, SLOTS_MAX, Transport};
 
 use super::heap::{Heap, HeapHandle, PeerHeap};
+use super::nccl::Nccl;
 use super::{Buffer, CudaError, Device, Stream};
 use members::{ContextWords, Control};
 use params::Kernels;
@@ -62,9 +65,9 @@ pub struct Permuted {
     pub segment_start: Buffer<u32>,
     /// Real rows of each slot, `[slots_max]`.
     pub segment_rows: Buffer<u32>,
-    /// Where each row is from, `[rows_max]`: token, DP index << 32, choice << 48; all ones between segments.
+    /// Where each row is from, `[rows_max]`: token, DP index << 32, choice << 48. Stale between segments.
     pub source: Buffer<u64>,
-    /// Where each row's result belongs (bf16 `[hidden]`), `[rows_max]`; 0 between segments.
+    /// Where each row's result belongs (bf16 `[hidden]`), `[rows_max]`. Stale between segments: nothing may be written there.
     pub destination: Buffer<u64>,
     place: Buffer<u32>,
     own_place: Buffer<u32>,
@@ -111,6 +114,9 @@ pub struct Exchange {
     control: Arc<Control>,
     kernels: Kernels,
     peers: Vec<PeerHeap>,
+    /// By NCCL, on an EP rank: `[dp_max][mirror_bytes]`.
+    mirrors: Option<Buffer<u8>>,
+    nccl: Option<Nccl>,
     membership: Option<Membership>,
 }
 
@@ -131,6 +137,8 @@ impl Exchange {
         shape.assert_valid();
         let geometry = shape.geometry(transport);
         let heap = Heap::new(device, shape.heap_bytes(transport, roles.tokens))?;
+        let mirrored = transport == Transport::Nccl && roles.experts;
+        let mirrors = mirrored.then(|| device.alloc(shape.dp_max * shape.mirror_bytes())).transpose()?;
         Ok(Self {
             outgoing: roles.tokens.then(|| outgoing(&shape, &geometry, heap.memory())),
             permuted: roles.experts.then(|| Permuted::new(device, &shape)).transpose()?,
@@ -140,6 +148,8 @@ impl Exchange {
             kernels: Kernels::load(device)?,
             device: device.clone(),
             peers: Vec::new(),
+            mirrors,
+            nccl: None,
             membership: None,
             shape,
             transport,
@@ -204,19 +214,16 @@ impl Exchange {
     /// If the membership does not fit the shape or the epoch does not grow.
     pub fn connect(&mut self, stream: &Stream, membership: Membership) -> Result<(), CudaError> {
         self.assert_fits(&membership);
-        let members = || membership.dp.iter().chain(&membership.ep).flatten();
-        self.peers.retain(|peer| members().any(|member| member.heap == peer.handle()));
-        let dp_bytes = self.shape.heap_bytes(self.transport, true);
-        let ep_bytes = self.shape.heap_bytes(self.transport, false);
+        let (dp, ep) = self.heaps(&membership)?;
+        let alone = membership.ranks() == [membership.rank];
         let context = ContextWords {
             control: &self.control,
             membership: &membership,
-            dp: open_all(&self.device, &mut self.peers, &membership.dp, dp_bytes)?,
-            ep: open_all(&self.device, &mut self.peers, &membership.ep, ep_bytes)?,
+            dp,
+            ep,
             own: self.heap.memory().address(),
             // A rank alone waits for nobody: its kernels follow each other.
-            flags: self.transport == Transport::Peer
-                && members().any(|member| member.rank != membership.rank),
+            flags: self.transport == Transport::Peer && !alone,
         };
         self.context.write(stream, &context.words())?;
         self.membership = Some(membership);
@@ -234,6 +241,20 @@ impl Exchange {
         let before = self.membership.as_ref().expect("connected");
         let membership = Membership { epoch, ..before.clone() };
         self.connect(stream, membership)
+    }
+
+    /// Where the kernels find the heaps of DP and EP ranks.
+    fn heaps(&mut self, membership: &Membership) -> Result<(Vec<u64>, Vec<u64>), CudaError> {
+        let Membership { dp, ep, .. } = membership;
+        if self.transport == Transport::Nccl {
+            return Ok(((0..dp.len()).map(|index| self.mirror(index)).collect(), vec![0; ep.len()]));
+        }
+        let members = || dp.iter().chain(ep).flatten();
+        self.peers.retain(|peer| members().any(|member| member.heap == peer.handle()));
+        let bytes = |tokens| self.shape.heap_bytes(self.transport, tokens);
+        let (dp_bytes, ep_bytes) = (bytes(true), bytes(false));
+        let dp = open_all(&self.device, &mut self.peers, dp, dp_bytes)?;
+        Ok((dp, open_all(&self.device, &mut self.peers, ep, ep_bytes)?))
     }
 
     fn restart(&self, stream: &Stream) -> Result<(), CudaError> {

@@ -58,6 +58,8 @@ pub const SLOTS_MAX: usize = 512;
 pub const SEGMENT_ALIGN: usize = 128;
 /// Flags and header at the front of each heap.
 const FRONT_BYTES: usize = 8192;
+/// The header, as in `exchange.cuh`.
+pub(super) const HEADER_AT: usize = 4096;
 
 /// Places of a heap in bytes; the first fields of most kernels' params.
 #[repr(C)]
@@ -120,6 +122,11 @@ impl ExchangeShape {
     /// Bytes of one region of combined rows.
     pub(super) fn combined_bytes(&self) -> usize {
         self.tokens_max * self.top_k * self.hidden * 2
+    }
+
+    /// Bytes of a DP rank's heap as NCCL mirrors it on an EP rank.
+    pub(super) fn mirror_bytes(&self) -> usize {
+        self.geometry(Transport::Nccl).combined_at as usize + self.combined_bytes().next_multiple_of(256)
     }
 
     pub(super) fn geometry(&self, transport: Transport) -> Geometry {
