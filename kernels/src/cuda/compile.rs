@@ -12,6 +12,7 @@ use super::library::preload;
 
 /// The headers that sources may include, by name.
 const HEADERS: &[(&str, &str)] = &[
+    ("cluster_row.cuh", include_str!("cu/cluster_row.cuh")),
     ("common.cuh", include_str!("cu/common.cuh")),
     ("exchange.cuh", include_str!("cu/exchange.cuh")),
     ("gemm_ptx.cuh", include_str!("cu/gemm_ptx.cuh")),

@@ -180,8 +180,8 @@ impl Norm {
         let wide = is_wide(&[width, x_stride], &[params.residual, params.x, params.gamma, y, codes]);
         // Few elements per thread hide latency worst, many registers fill the chip first.
         let (kernel, pieces) = match width {
-            ..=4096 => (0, 1),
-            ..=8192 => (1, 2),
+            0..=4096 => (0, 1),
+            4097..=8192 => (1, 2),
             _ => (2, 4),
         };
         let block = (width.div_ceil(8).div_ceil(pieces) as u32).next_multiple_of(32);

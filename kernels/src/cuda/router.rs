@@ -11,6 +11,9 @@ use crate::cpu::router::{GroupScore, Groups, Scoring};
 /// Most experts: sixteen for each lane.
 const EXPERTS_MAX: usize = 512;
 
+/// Most words of a slot table: blocks keep it in shared memory.
+const TABLE_WORDS_MAX: usize = 32 << 10;
+
 /// Tokens of a block: a warp each.
 const ROWS_PER_BLOCK: u32 = 2;
 
@@ -88,6 +91,7 @@ struct RouterParams {
     top_groups: u32,
     flags: u32,
     scale: f32,
+    table_words: u32,
 }
 
 // SAFETY: the fields of `RouterParams` in cu/router.cu.
@@ -166,8 +170,11 @@ impl Routing {
         assert!(args.positions.len() >= rows, "routing: {} positions", args.positions.len());
         assert!(args.bias.is_none_or(|bias| bias.len() == rule.experts), "routing: length of the bias");
         assert!(args.loads.is_none_or(|loads| loads.len() == rule.experts), "routing: length of the loads");
-        let table = args.slot_table.map_or(usize::MAX, Buffer::len);
-        assert!(table > 2 * rule.experts, "routing: a slot table of {table}");
+        let table = args.slot_table.map_or(2 * rule.experts + 1, Buffer::len);
+        assert!(
+            (2 * rule.experts + 1..=TABLE_WORDS_MAX).contains(&table),
+            "routing: a slot table of {table}"
+        );
         assert!(args.ids.len() >= chosen && args.slots.len() >= chosen, "routing: room for ids and slots");
         assert!(args.weights.len() >= chosen, "routing: room for weights");
         let params = RouterParams {
@@ -187,10 +194,12 @@ impl Routing {
             top_groups: rule.groups.map_or(0, |groups| groups.top as u32),
             flags: rule.flags(),
             scale: rule.scale,
+            table_words: args.slot_table.map_or(0, Buffer::len) as u32,
         };
         let per_lane = rule.experts.div_ceil(32).next_power_of_two();
         let grid = (rows as u32).div_ceil(ROWS_PER_BLOCK);
-        let launch = Launch { dependent: true, ..Launch::new(grid, 32 * ROWS_PER_BLOCK) };
+        let shared_bytes = params.table_words * size_of::<u32>() as u32;
+        let launch = Launch { shared_bytes, dependent: true, ..Launch::new(grid, 32 * ROWS_PER_BLOCK) };
         // SAFETY: the lengths were checked above; the slot table's content is the word of whoever wrote it.
         unsafe { self.kernels[per_lane.ilog2() as usize].launch(stream, &launch, &params) }
     }

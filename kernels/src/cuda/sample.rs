@@ -5,10 +5,9 @@
 
 use super::{Buffer, CudaError, Device, Kernel, Launch, Params, Source, Stream};
 
-/// Blocks that draw from one row together, warps of a block, and segments of a row: one per warp.
+/// Blocks that draw from one row together, and their threads.
 const BLOCKS: u32 = 8;
-const WARPS: u32 = 16;
-const SEGMENTS: usize = (BLOCKS * WARPS) as usize;
+const THREADS: u32 = 512;
 
 /// Shared memory that a block may take for its part of a row.
 const SHARED_BYTES_MAX: usize = 200 << 10;
@@ -126,7 +125,7 @@ struct SampleParams {
     top_logprobs: u64,
     stride: u64,
     vocab: u32,
-    segment: u32,
+    chunk: u32,
     top_max: u32,
     wide: u32,
 }
@@ -169,7 +168,7 @@ impl Sampling {
     /// The launch failed.
     ///
     /// # Panics
-    /// If the lengths do not fit, or the vocabulary is beyond 409600.
+    /// If the lengths do not fit, or the vocabulary is beyond 405504.
     pub fn sample(&self, stream: &Stream, args: &SampleArgs<'_>) -> Result<(), CudaError> {
         let SampleArgs { rows, vocab, logits, stride, params, tokens, status, logprobs } = *args;
         assert!(vocab > 0 && vocab <= stride, "sample: rows of {vocab} every {stride} logits");
@@ -181,8 +180,8 @@ impl Sampling {
         assert!(logprobs.len() >= rows && ranks.len() >= rows, "sample: room for {rows} log-probabilities");
         let named = rows * top_max;
         assert!(top_tokens.len() >= named && top_logprobs.len() >= named, "sample: room for {named} names");
-        let segment = vocab.div_ceil(SEGMENTS).next_multiple_of(4);
-        let shared_bytes = WARPS as usize * segment * size_of::<f32>();
+        let chunk = vocab.div_ceil((BLOCKS * THREADS) as usize) | 1;
+        let shared_bytes = THREADS as usize * chunk * size_of::<f32>();
         assert!(shared_bytes <= SHARED_BYTES_MAX, "sample: a vocabulary of {vocab}");
         let wide = vocab.is_multiple_of(4) && stride.is_multiple_of(4) && logits.address().is_multiple_of(16);
         let params = SampleParams {
@@ -196,7 +195,7 @@ impl Sampling {
             top_logprobs: top_logprobs.address(),
             stride: stride as u64,
             vocab: vocab as u32,
-            segment: segment as u32,
+            chunk: chunk as u32,
             top_max: top_max as u32,
             wide: u32::from(wide),
         };
@@ -204,7 +203,7 @@ impl Sampling {
             shared_bytes: shared_bytes as u32,
             cluster: BLOCKS,
             dependent: true,
-            ..Launch::new(rows as u32 * BLOCKS, 32 * WARPS)
+            ..Launch::new(rows as u32 * BLOCKS, THREADS)
         };
         // SAFETY: the lengths were checked above; no parameter of a row leads beyond them.
         unsafe { self.sample.launch(stream, &launch, &params) }

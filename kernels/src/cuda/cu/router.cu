@@ -8,7 +8,7 @@ struct RouterParams {
     const u32* positions;
     // Added for the choice only, f32 [experts]; null: none.
     const float* bias;
-    // Slots by expert: experts + 1 starts, then the slots; those of e lie between starts e and e + 1. Null: slot = expert.
+    // Slots by expert: experts + 1 starts, then the slots; those of e lie between starts e and e + 1. Empty: slot = expert.
     const u32* slot_table;
     // Outputs [rows][top_k]; idle rows: NONE and weight 0.
     u32* ids;
@@ -26,6 +26,8 @@ struct RouterParams {
     u32 top_groups;
     u32 flags;
     float scale;
+    // Words of the slot table.
+    u32 table_words;
 };
 
 constexpr u32 SOFTMAX = 1, TOP_TWO = 2, NORMALIZE = 4;
@@ -78,11 +80,12 @@ __device__ __forceinline__ u32 best_groups(const RouterParams& p, const float* c
     u32 lane = threadIdx.x & 31, size = p.experts / p.groups, share = 32;
     while (32 / share < p.groups) share /= 2;
     // `share` lanes look through a group, each from another element on so that they meet no bank twice.
-    u32 group = lane / share, part = lane % share;
+    u32 group = lane / share, part = lane % share, turn = group * share % size;
     float best = TAKEN, second = TAKEN;
     if (group < p.groups) {
         for (u32 i = part; i < size; i += share) {
-            float x = choice[group * size + (i + group * share) % size];
+            u32 at = i + turn < size ? i + turn : i + turn - size;
+            float x = choice[group * size + at];
             second = fmaxf(second, fminf(best, x));
             best = fmaxf(best, x);
         }
@@ -134,31 +137,39 @@ __device__ __forceinline__ void scores_of(const RouterParams& p, const float* lo
 
 template <int PER_LANE>
 __device__ __forceinline__ void route(const RouterParams& p) {
-    __shared__ float shared_choice[2][32 * PER_LANE];
-    float* shared = shared_choice[threadIdx.x / 32];
+    extern __shared__ u32 table[];
+    __shared__ float shared_scores[2][32 * PER_LANE], shared_choice[2][32 * PER_LANE];
+    float *all_scores = shared_scores[threadIdx.x / 32], *all_choice = shared_choice[threadIdx.x / 32];
     u32 lane = threadIdx.x & 31, row = blockIdx.x * 2 + threadIdx.x / 32;
+    float scores[PER_LANE], choice[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        u32 expert = lane + 32 * i;
+        choice[i] = p.bias && expert < p.experts ? p.bias[expert] : 0.0f;
+    }
     wait_for_previous();
     let_next_start();
-    if (row >= p.rows) return;
-    u64 out = u64(row) * p.top_k + lane;
-    if (p.positions[row] == IDLE) {
-        if (lane < p.top_k) p.ids[out] = p.slots[out] = NONE, p.weights[out] = 0.0f;
-        return;
+    // The table is needed last: it comes in while the choice is made.
+    for (u32 i = threadIdx.x; i < p.table_words; i += blockDim.x) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(table + i)), "l"(p.slot_table + i)
+                     : "memory");
     }
-    float scores[PER_LANE], choice[PER_LANE];
+    bool is_row = row < p.rows;
+    row = is_row ? row : 0;
+    bool idle = p.positions[row] == IDLE;
+    // Idle rows choose too, and are told apart at the end: a branch here would wait for their positions.
     scores_of<PER_LANE>(p, p.logits + u64(row) * p.experts, scores);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         u32 expert = lane + 32 * i;
-        float bias = p.bias && expert < p.experts ? p.bias[expert] : 0.0f;
         // The maximum also turns NaN into a number, so that a broken model still chooses different experts.
-        choice[i] = expert < p.experts ? fmaxf(scores[i] + bias, LOWEST) : TAKEN;
+        choice[i] = expert < p.experts ? fmaxf(scores[i] + choice[i], LOWEST) : TAKEN;
+        all_scores[expert] = scores[i];
+        all_choice[expert] = choice[i];
     }
+    __syncwarp();
     if (p.groups) {
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) shared[lane + 32 * i] = choice[i];
-        __syncwarp();
-        u32 kept = best_groups(p, shared);
+        u32 kept = best_groups(p, all_choice);
         float per_group = float(p.groups) / float(p.experts);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
@@ -167,7 +178,6 @@ __device__ __forceinline__ void route(const RouterParams& p) {
         }
     }
     u32 id = 0;
-    float weight = 0.0f, sum = 0.0f;
     for (u32 k = 0; k < p.top_k; k++) {
         float best = choice[0];
         u32 index = lane;
@@ -176,21 +186,24 @@ __device__ __forceinline__ void route(const RouterParams& p) {
             if (choice[i] > best) best = choice[i], index = lane + 32 * i;
         }
         u32 winner = warp_best(best, index);
-        float mine = 0.0f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            if (winner == lane + 32 * i) choice[i] = TAKEN, mine = scores[i];
+            if (winner == lane + 32 * i) choice[i] = TAKEN;
         }
-        float score = __shfl_sync(0xffffffffu, mine, winner & 31);
-        sum += score;
-        if (lane == k) id = winner, weight = score;
+        if (lane == k) id = winner;
     }
-    if (lane >= p.top_k) return;
+    float weight = all_scores[id], sum = 0.0f;
+    for (u32 k = 0; k < p.top_k; k++) sum += __shfl_sync(0xffffffffu, weight, k);
     if (p.flags & NORMALIZE) weight /= sum + 1e-20f;
-    p.ids[out] = id;
-    p.weights[out] = weight * p.scale;
-    p.slots[out] = p.slot_table ? slot_for(p.slot_table, p.experts, id, p.salt + row) : id;
-    if (p.loads) atomicAdd(p.loads + id, 1u);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    if (!is_row || lane >= p.top_k) return;
+    u64 out = u64(row) * p.top_k + lane;
+    u32 slot = p.table_words ? slot_for(table, p.experts, id, p.salt + row) : id;
+    p.ids[out] = idle ? NONE : id;
+    p.slots[out] = idle ? NONE : slot;
+    p.weights[out] = idle ? 0.0f : weight * p.scale;
+    if (p.loads && !idle) atomicAdd(p.loads + id, 1u);
 }
 
 #define ROUTE(PER_LANE)                                                                                           \

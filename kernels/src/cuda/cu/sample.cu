@@ -1,8 +1,10 @@
 // Draws tokens from rows of logits, and says how likely they were.
 //
-// A cluster of eight blocks draws from one row and keeps it in shared memory; each of its 128 warps owns a segment of
-// neighbouring tokens. Thresholds of top-k and top-p are found by search over the bits of the weights, so nothing is
-// sorted; all sums are f64 in an order that only the vocabulary decides.
+// A cluster of eight blocks draws from one row and keeps it in shared memory. Each of its 128 warps owns a segment of
+// neighbouring tokens, each lane a chunk of neighbours in it. Thresholds of top-k and top-p are found by search over the
+// bits of the weights, so nothing is sorted. All sums have an order that only the row decides: f32 within a lane where
+// they are compared, f64 beyond.
+#include "cluster_row.cuh"
 #include "rows.cuh"
 
 struct SampleRow {
@@ -34,8 +36,8 @@ struct SampleParams {
     float* top_logprobs;
     u64 stride;
     u32 vocab;
-    // Tokens of a segment, a multiple of 4.
-    u32 segment;
+    // Tokens of a lane: odd, so that lanes meet in no bank.
+    u32 chunk;
     u32 top_max;
     // Rows may be read 16 bytes at a time.
     u32 wide;
@@ -44,88 +46,9 @@ struct SampleParams {
 constexpr u32 DRAW = 1, LOGPROB = 2;
 constexpr u32 OK = 0, NOT_FINITE = 1, NOTHING_LEFT = 2;
 constexpr float TEMPERATURE_MIN = 1e-5f;
-constexpr u32 BLOCKS = 8, WARPS = 16, SEGMENTS = BLOCKS * WARPS;
 constexpr float LEAST = __builtin_bit_cast(float, 0xff800000u);
 // Bits of weight 1, the largest.
 constexpr u32 ONE = 0x3f800000u;
-
-// What a warp knows of its row.
-struct Warp {
-    // Its segment.
-    float* x;
-    u32 length;
-    // Its first token and its place among the segments.
-    u32 first;
-    u32 segment;
-    u32 lane;
-    // Two sets of three numbers of every warp, used in turn.
-    u64 (*slots)[SEGMENTS][3];
-    u32 turn;
-};
-
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Tells all warps of the cluster N numbers of this one. Returns where those of all are; good until the call after the next.
-template <int N>
-__device__ __forceinline__ const u64 (*share(Warp& w, const u64 (&mine)[N]))[3] {
-    u64(*slots)[3] = w.slots[w.turn & 1];
-    w.turn++;
-    if (w.lane < BLOCKS) {
-        u32 to;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(slots[w.segment])), "r"(w.lane));
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(to + 8 * i), "l"(mine[i]) : "memory");
-        }
-    }
-    cluster_barrier();
-    return slots;
-}
-
-__device__ __forceinline__ u64 bits_of(double x) { return __double_as_longlong(x); }
-__device__ __forceinline__ double double_of(u64 bits) { return __longlong_as_double(bits); }
-
-__device__ __forceinline__ double sum_of_lanes(double x) {
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
-__device__ __forceinline__ u64 max_of_lanes(u64 x) {
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) {
-        u64 other = __shfl_xor_sync(0xffffffffu, x, step);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-
-// Sums over the row.
-template <int N>
-__device__ __forceinline__ void row_sum(Warp& w, double (&sums)[N]) {
-    u64 mine[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) mine[i] = bits_of(sum_of_lanes(sums[i]));
-    auto slots = share(w, mine);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        double sum = 0.0;
-#pragma unroll
-        for (int j = 0; j < SEGMENTS / 32; j++) sum += double_of(slots[w.lane * (SEGMENTS / 32) + j][i]);
-        sums[i] = sum_of_lanes(sum);
-    }
-}
-
-__device__ __forceinline__ u64 row_max(Warp& w, u64 key) {
-    u64 mine[1] = {max_of_lanes(key)};
-    auto slots = share(w, mine);
-    key = 0;
-    for (u32 i = w.lane; i < SEGMENTS; i += 32) key = slots[i][0] > key ? slots[i][0] : key;
-    return max_of_lanes(key);
-}
-
 // Better logits are larger, of equal ones the smaller token.
 __device__ __forceinline__ u64 key_of(float logit, u32 token) {
     u32 bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);
@@ -140,40 +63,57 @@ __device__ __forceinline__ float logit_of(u64 key) {
     return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// Brings the segment into shared memory; behind the vocabulary lies LEAST. Returns whether all logits are usable.
-__device__ __forceinline__ bool load_segment(const Warp& w, const float* logits, u32 vocab, bool wide) {
+// Brings the segment into shared memory, LEAST behind the vocabulary. Returns the best key that this lane saw, or all
+// ones where it saw a logit that cannot be used.
+__device__ __forceinline__ u64 load_segment(const Lane& l, const float* logits, u32 vocab, bool wide) {
+    float* to = l.x - l.lane * l.chunk;
+    u32 start = l.first - l.lane * l.chunk, length = 32 * l.chunk, best = start;
+    float most = LEAST;
     bool usable = true;
+    auto see = [&](float x, u32 token) {
+        usable = usable && x < -LEAST;
+        if (x > most) most = x, best = token;
+    };
     if (wide) {
 #pragma unroll 4
-        for (u32 i = 4 * w.lane; i < w.length; i += 128) {
+        for (u32 i = 4 * l.lane; i < length; i += 128) {
             float4 x = make_float4(LEAST, LEAST, LEAST, LEAST);
-            if (w.first + i < vocab) x = *reinterpret_cast<const float4*>(logits + w.first + i);
-            *reinterpret_cast<float4*>(w.x + i) = x;
-            usable = usable && x.x < -LEAST && x.y < -LEAST && x.z < -LEAST && x.w < -LEAST;
+            if (start + i < vocab) x = *reinterpret_cast<const float4*>(logits + start + i);
+            *reinterpret_cast<float4*>(to + i) = x;
+            see(x.x, start + i);
+            see(x.y, start + i + 1);
+            see(x.z, start + i + 2);
+            see(x.w, start + i + 3);
         }
     } else {
 #pragma unroll 4
-        for (u32 i = w.lane; i < w.length; i += 32) {
-            float x = w.first + i < vocab ? logits[w.first + i] : LEAST;
-            w.x[i] = x;
-            usable = usable && x < -LEAST;
+        for (u32 i = l.lane; i < length; i += 32) {
+            float x = start + i < vocab ? logits[start + i] : LEAST;
+            to[i] = x;
+            see(x, start + i);
         }
     }
     __syncwarp();
-    return usable;
+    return usable ? key_of(most, best) : ~0ull;
+}
+
+// The best key of a chunk below `last`; 0 for none.
+__device__ __forceinline__ u64 best_below(const Lane& l, u32 vocab, u64 last) {
+    u64 best = 0;
+    for (u32 i = 0; i < l.chunk && l.first + i < vocab; i++) {
+        u64 key = key_of(l.x[i], l.first + i);
+        if (key < last && key > best) best = key;
+    }
+    return best;
 }
 
 // The `top` most likely tokens, one by one.
-__device__ __forceinline__ void name_top(Warp& w, const SampleParams& p, u32 row, u32 top, float most, double log_sum) {
-    u64 last = ~0ull;
+__device__ __forceinline__ void name_top(Lane& l, const SampleParams& p, u32 row, u32 top, float most, double log_sum) {
+    u64 last = ~0ull, best = top ? best_below(l, p.vocab, last) : 0;
     for (u32 n = 0; n < top; n++) {
-        u64 best = 0;
-        for (u32 i = w.lane; i < w.length; i += 32) {
-            u64 key = key_of(w.x[i], w.first + i);
-            if (w.first + i < p.vocab && key < last && key > best) best = key;
-        }
-        last = row_max(w, best);
-        if (w.segment == 0 && w.lane == 0) {
+        last = row_max(l, best);
+        if (last && best == last) best = best_below(l, p.vocab, last);
+        if (l.segment == 0 && l.lane == 0) {
             u64 at = u64(row) * p.top_max + n;
             p.top_tokens[at] = last ? token_of(last) : NONE;
             p.top_logprobs[at] = last ? float(double(logit_of(last)) - double(most) - log_sum) : LEAST;
@@ -181,157 +121,205 @@ __device__ __forceinline__ void name_top(Warp& w, const SampleParams& p, u32 row
     }
 }
 
+// Sums, for each of seven ascending thresholds, of the weights from it to `high`; or their number.
+template <bool COUNT>
+__device__ __forceinline__ void add_weights(const u32* weights, u32 stride, u32 number, const u32 (&from)[7], u32 high,
+                                            float (&sums)[7]) {
+#pragma unroll 4
+    for (u32 i = 0; i < number; i++) {
+        u32 bits = weights[i * stride];
+        float weight = bits < high ? (COUNT ? 1.0f : __uint_as_float(bits)) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < 7; j++) {
+            if (bits >= from[j]) sums[j] += weight;
+        }
+    }
+}
+
+// Sets the weights in `low..high` aside. Returns whether there was room.
+__device__ __forceinline__ bool list_weights(const Lane& l, u32 low, u32 high, u32& number) {
+    u32 mine = 0;
+    for (u32 i = 0; i < l.chunk; i++) {
+        u32 bits = __float_as_uint(l.x[i]);
+        mine += bits >= low && bits < high;
+    }
+    u32 at = mine;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(0xffffffffu, at, step);
+        if (l.lane >= step) at += other;
+    }
+    number = __shfl_sync(0xffffffffu, at, 31);
+    if (number > LIST) return false;
+    at -= mine;
+    for (u32 i = 0; i < l.chunk; i++) {
+        u32 bits = __float_as_uint(l.x[i]);
+        if (bits >= low && bits < high) l.list[at++] = bits;
+    }
+    for (u32 i = number + l.lane; i < LIST; i += 32) l.list[i] = 0;
+    __syncwarp();
+    return true;
+}
+
 // Keeps the best tokens until their number, or their weight, reaches `target`; the weight of the others becomes 0.
 // Of equal weights those of the smaller tokens are kept.
 template <bool COUNT>
-__device__ __forceinline__ void keep_best(Warp& w, double target) {
+__device__ __forceinline__ void keep_best(Lane& l, double target) {
     // At least `target` lies at and above `low`, less at and above `high`, namely `above`.
-    u32 low = 1, high = ONE + 1;
+    u32 low = 1, high = ONE + 1, listed = 0;
     double above = 0.0;
-    while (high - low > 1) {
-        u32 span = high - low;
-        u32 t1 = low + max(1u, span / 4), t2 = low + max(1u, span / 2), t3 = low + max(1u, u32(u64(span) * 3 / 4));
-        double sums[3] = {};
-        for (u32 i = w.lane; i < w.length; i += 32) {
-            float weight = w.x[i];
-            u32 bits = __float_as_uint(weight);
-            if (bits < t1 || bits >= high) continue;
-            double one = COUNT ? 1.0 : double(weight);
-            if (bits >= t3) sums[0] += one;
-            else if (bits >= t2) sums[1] += one;
-            else sums[2] += one;
-        }
-        row_sum(w, sums);
-        double at3 = above + sums[0], at2 = at3 + sums[1], at1 = at2 + sums[2];
-        if (at3 >= target) {
-            low = t3;
-        } else if (at2 >= target) {
-            low = t2, high = t3, above = at3;
-        } else if (at1 >= target) {
-            low = t1, high = t2, above = at2;
+    bool is_listed = false;
+    for (u32 round = 0; high - low > 1; round++) {
+        u32 span = high - low, from[7];
+        float sums[7] = {};
+#pragma unroll
+        for (u32 j = 0; j < 7; j++) from[j] = low + min(max(span / 8, 1u) * (j + 1), span - 1);
+        if (round >= 3 && !is_listed) is_listed = list_weights(l, low, high, listed);
+        if (is_listed) {
+            add_weights<COUNT>(l.list + l.lane, 32, (listed + 31) / 32, from, high, sums);
         } else {
-            high = t1, above = at1;
+            add_weights<COUNT>(reinterpret_cast<const u32*>(l.x), 1, l.chunk, from, high, sums);
         }
+        double at[ITEMS] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], 0.0};
+        row_sums(l, at);
+        u32 below = low;
+        high = from[0];
+        double next = above + at[0];
+#pragma unroll
+        for (u32 j = 0; j < 7; j++) {
+            if (above + at[j] >= target) {
+                below = from[j];
+                high = j < 6 ? from[j < 6 ? j + 1 : 6] : low + span;
+                next = j < 6 ? above + at[j < 6 ? j + 1 : 6] : above;
+            }
+        }
+        low = below;
+        above = next;
     }
     double one = COUNT ? 1.0 : double(__uint_as_float(low));
-    u32 wanted = max(1u, u32(ceil((target - above) / one)));
-    u32 ties = 0;
-    for (u32 i = w.lane; i < w.length; i += 32) ties += __float_as_uint(w.x[i]) == low;
-    u64 mine[1] = {__reduce_add_sync(0xffffffffu, ties)};
-    auto slots = share(w, mine);
-    u32 before = 0;
-    for (u32 i = w.lane; i < w.segment; i += 32) before += u32(slots[i][0]);
-    before = __reduce_add_sync(0xffffffffu, before);
-    for (u32 start = 0; start < w.length; start += 32) {
-        u32 i = start + w.lane, bits = i < w.length ? __float_as_uint(w.x[i]) : 0;
-        u32 mask = __ballot_sync(0xffffffffu, bits == low), rank = before + __popc(mask & ((1u << w.lane) - 1));
-        if (i < w.length && (bits < low || (bits == low && rank >= wanted))) w.x[i] = 0.0f;
-        before += __popc(mask);
-    }
-    __syncwarp();
-}
-
-// Inclusive sums over the lanes.
-__device__ __forceinline__ double scan_lanes(double x, u32 lane) {
+    double missing = ceil((target - above) / one);
+    u32 wanted = missing > 1.0 ? u32(missing) : 1, mine = 0;
+    for (u32 i = 0; i < l.chunk; i++) mine += __float_as_uint(l.x[i]) == low;
+    u32 rank = mine;
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2) {
-        double other = __shfl_up_sync(0xffffffffu, x, step);
-        if (lane >= step) x += other;
+        u32 other = __shfl_up_sync(0xffffffffu, rank, step);
+        if (l.lane >= step) rank += other;
     }
-    return x;
+    const u64* numbers = share(l, __shfl_sync(0xffffffffu, rank, 31));
+    u32 before = 0;
+#pragma unroll
+    for (u32 j = 0; j < SEGMENTS; j += 32) before += l.lane + j < l.segment ? u32(numbers[l.lane + j]) : 0;
+    rank += __reduce_add_sync(0xffffffffu, before) - mine;
+    for (u32 i = 0; i < l.chunk; i++) {
+        u32 bits = __float_as_uint(l.x[i]);
+        if (bits < low || (bits == low && rank++ >= wanted)) l.x[i] = 0.0f;
+    }
 }
 
-// The token at `uniform` of the total weight, in order of tokens; all warps know it.
-__device__ __forceinline__ u32 pick(Warp& w, double uniform) {
+__device__ __forceinline__ double sum_of_chunk(const Lane& l) {
     double sum = 0.0;
-    for (u32 i = w.lane; i < w.length; i += 32) sum += double(w.x[i]);
-    u64 mine[1] = {bits_of(sum_of_lanes(sum))};
-    auto slots = share(w, mine);
-    constexpr u32 SHARE = SEGMENTS / 32;
-    double parts[SHARE], part = 0.0;
+#pragma unroll 4
+    for (u32 i = 0; i < l.chunk; i++) sum += double(l.x[i]);
+    return sum;
+}
+
+// The token at `uniform` of the total weight, in order of tokens: only one lane of the cluster returns it, plus 1, all
+// others 0. Where rounding finds none, the last with any weight.
+__device__ __forceinline__ u32 pick(Lane& l, double uniform) {
+    double mine = sum_of_chunk(l), through_lane = scan_lanes(mine, l.lane);
+    const u64* numbers = share(l, bits_of(__shfl_sync(0xffffffffu, through_lane, 31)));
+    constexpr u32 EACH = SEGMENTS / 32;
+    double parts[EACH], part = 0.0;
     u32 last = 0;
 #pragma unroll
-    for (u32 j = 0; j < SHARE; j++) {
-        parts[j] = double_of(slots[w.lane * SHARE + j][0]);
+    for (u32 j = 0; j < EACH; j++) {
+        parts[j] = double_of(numbers[l.lane * EACH + j]);
         part += parts[j];
-        if (parts[j] > 0.0) last = w.lane * SHARE + j;
+        if (parts[j] > 0.0) last = l.lane * EACH + j;
     }
-    double through = scan_lanes(part, w.lane);
-    double target = uniform * __shfl_sync(0xffffffffu, through, 31), before = through - part;
-    // The first segment that ends beyond the target; only rounding finds none, and takes the last with any weight.
+    double through = scan_lanes(part, l.lane), before = through - part;
+    double target = uniform * __shfl_sync(0xffffffffu, through, 31), left = 0.0;
     u32 found = NONE;
-    double left = 0.0;
 #pragma unroll
-    for (u32 j = 0; j < SHARE; j++) {
-        if (found == NONE && before + parts[j] > target) found = w.lane * SHARE + j, left = target - before;
+    for (u32 j = 0; j < EACH; j++) {
+        if (found == NONE && parts[j] > 0.0 && before + parts[j] > target) {
+            found = l.lane * EACH + j;
+            left = target - before;
+        }
         before += parts[j];
     }
     u32 segment = __reduce_min_sync(0xffffffffu, found);
-    left = __shfl_sync(0xffffffffu, left, segment / SHARE & 31);
-    if (segment == NONE) segment = __reduce_max_sync(0xffffffffu, last), left = __longlong_as_double(0x7ff0000000000000ll);
-    u32 token = 0;
-    if (segment == w.segment) {
-        for (u32 start = 0; start < w.length; start += 32) {
-            u32 i = start + w.lane;
-            float weight = i < w.length ? w.x[i] : 0.0f;
-            double sums = scan_lanes(double(weight), w.lane);
-            u32 some = __ballot_sync(0xffffffffu, weight > 0.0f);
-            u32 beyond = __ballot_sync(0xffffffffu, weight > 0.0f && sums > left);
-            if (some) token = w.first + start + 31 - __clz(some);
-            if (beyond) {
-                token = w.first + start + __ffs(beyond) - 1;
-                break;
-            }
-            left -= __shfl_sync(0xffffffffu, sums, 31);
-        }
+    left = __shfl_sync(0xffffffffu, left, segment / EACH & 31);
+    if (segment == NONE) {
+        segment = __reduce_max_sync(0xffffffffu, last);
+        left = through_lane * 2.0 + 1.0;
     }
-    return u32(row_max(w, token));
+    if (segment != l.segment) return 0;
+    u32 some = __ballot_sync(0xffffffffu, mine > 0.0);
+    u32 beyond = __ballot_sync(0xffffffffu, mine > 0.0 && through_lane > left);
+    u32 owner = beyond ? __ffs(beyond) - 1 : 31 - __clz(some);
+    if (l.lane != owner) return 0;
+    double sum = through_lane - mine;
+    u32 token = 0;
+    for (u32 i = 0; i < l.chunk; i++) {
+        if (l.x[i] == 0.0f) continue;
+        token = l.first + i + 1;
+        sum += double(l.x[i]);
+        if (sum > left) break;
+    }
+    return token;
 }
 
-// Weights of all tokens relative to the most likely one, then the filters, then the draw.
-__device__ __forceinline__ u32 draw(Warp& w, const SampleRow& r, float most) {
-    for (u32 i = w.lane; i < w.length; i += 32) {
-        float weight = expf((w.x[i] - most) / r.temperature);
-        w.x[i] = weight >= r.min_p ? weight : 0.0f;
+// Weights of all tokens relative to the most likely one, then the filters, then the draw: as `pick` returns it.
+__device__ __forceinline__ u32 draw(Lane& l, const SampleRow& r, float most) {
+    float inverse = 1.0f / r.temperature;
+    u32 count = 0;
+#pragma unroll 4
+    for (u32 i = 0; i < l.chunk; i++) {
+        float weight = expf((l.x[i] - most) * inverse);
+        weight = weight >= r.min_p ? weight : 0.0f;
+        l.x[i] = weight;
+        count += weight > 0.0f;
     }
     __syncwarp();
     if (r.top_k > 0) {
-        double count[1] = {};
-        for (u32 i = w.lane; i < w.length; i += 32) count[0] += w.x[i] > 0.0f ? 1.0 : 0.0;
-        row_sum(w, count);
-        if (double(r.top_k) < count[0]) keep_best<true>(w, double(r.top_k));
+        double candidates = row_sum(l, double(count));
+        if (double(r.top_k) < candidates) keep_best<true>(l, double(r.top_k));
     }
-    if (r.top_p < 1.0f) {
-        double total[1] = {};
-        for (u32 i = w.lane; i < w.length; i += 32) total[0] += double(w.x[i]);
-        row_sum(w, total);
-        keep_best<false>(w, double(r.top_p) * total[0]);
-    }
-    return pick(w, r.uniform);
+    if (r.top_p < 1.0f) keep_best<false>(l, double(r.top_p) * row_sum(l, sum_of_chunk(l)));
+    return pick(l, r.uniform);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-    sample(const __grid_constant__ SampleParams p) {
-    extern __shared__ __align__(16) float row_part[];
-    __shared__ u64 slots[2][SEGMENTS][3];
+// Tokens of the row that are better than this one.
+__device__ __forceinline__ u32 better_than(Lane& l, const float* logits, u32 vocab, float logit, u32 token) {
+    u32 start = l.first - l.lane * l.chunk, better = 0;
+#pragma unroll 4
+    for (u32 i = l.lane; i < 32 * l.chunk; i += 32) {
+        u32 other = start + i;
+        float x = other < vocab ? logits[other] : LEAST;
+        better += x > logit || (x == logit && other < token);
+    }
+    return u32(row_sum(l, double(better)));
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) sample(const __grid_constant__ SampleParams p) {
+    extern __shared__ __align__(16) float segments[];
+    __shared__ Slots slots[2];
+    __shared__ u32 lists[WARPS][LIST];
     wait_for_previous();
     let_next_start();
-    u32 row = blockIdx.x / BLOCKS, warp = threadIdx.x / 32;
+    u32 row = blockIdx.x / BLOCKS, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     SampleRow r = p.rows[row];
     if (!(r.flags & DRAW)) return;
     const float* logits = p.logits + row * p.stride;
-    Warp w = {row_part + warp * p.segment, p.segment, 0, blockIdx.x % BLOCKS * WARPS + warp, threadIdx.x & 31, slots, 0};
-    w.first = w.segment * p.segment;
-    bool writes = w.segment == 0 && w.lane == 0;
+    u32 segment = blockIdx.x % BLOCKS * WARPS + warp;
+    Lane l = {segments + threadIdx.x * p.chunk, p.chunk, (segment * 32 + lane) * p.chunk, segment, lane, slots, 0,
+              lists[warp]};
+    bool writes = segment == 0 && lane == 0;
     // Nobody may write to a block that has not begun.
     cluster_barrier();
-    bool usable = load_segment(w, logits, p.vocab, p.wide);
-    u64 key = usable ? 0 : ~0ull;
-    for (u32 i = w.lane; usable && i < w.length; i += 32) {
-        u64 other = key_of(w.x[i], w.first + i);
-        key = other > key ? other : key;
-    }
-    key = row_max(w, key);
+    u64 key = row_max(l, load_segment(l, logits, p.vocab, p.wide));
     float most = logit_of(key);
     u32 token = token_of(key);
     if (key == ~0ull || most == LEAST) {
@@ -341,29 +329,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
         }
         return;
     }
+    if (writes) p.status[row] = OK;
+    bool asked = r.flags & LOGPROB, greedy = r.temperature < TEMPERATURE_MIN;
     double log_sum = 0.0;
-    if (r.flags & LOGPROB) {
-        double sum[1] = {};
-        for (u32 i = w.lane; i < w.length; i += 32) sum[0] += double(expf(w.x[i] - most));
-        row_sum(w, sum);
-        log_sum = log(sum[0]);
-        name_top(w, p, row, min(r.top, p.top_max), most, log_sum);
+    if (asked) {
+        double sum = 0.0;
+#pragma unroll 4
+        for (u32 i = 0; i < l.chunk; i++) sum += double(expf(l.x[i] - most));
+        log_sum = log(row_sum(l, sum));
+        name_top(l, p, row, min(r.top, p.top_max), most, log_sum);
     }
-    if (r.temperature >= TEMPERATURE_MIN) token = draw(w, r, most);
-    if (writes) {
-        p.status[row] = OK;
-        p.tokens[row] = token;
-    }
-    if (!(r.flags & LOGPROB)) return;
+    u32 drawn = greedy ? (writes ? token + 1 : 0) : draw(l, r, most);
+    if (drawn) p.tokens[row] = drawn - 1;
+    if (!asked) return;
+    u32 best = token;
+    if (!greedy) token = u32(row_max(l, drawn)) - 1;
     float logit = logits[token];
-    double better[1] = {};
-    for (u32 i = w.lane; i < w.length; i += 32) {
-        u32 other = w.first + i;
-        if (other < p.vocab) better[0] += key_of(logits[other], other) > key_of(logit, token) ? 1.0 : 0.0;
-    }
-    row_sum(w, better);
+    u32 rank = token == best ? 1 : better_than(l, logits, p.vocab, logit, token) + 1;
     if (writes) {
-        p.ranks[row] = u32(better[0]) + 1;
+        p.ranks[row] = rank;
         p.logprobs[row] = float(double(logit) - double(most) - log_sum);
     }
 }
