@@ -479,9 +479,11 @@ fn bench() {
 fn tune() {
     let Some((device, stream)) = open() else { return };
     for case in cases() {
-        let bench = Bench::new(&device, &stream, case, 256);
+        let bench = Bench::new(&device, &stream, case, 4096);
         let mut plans = plans();
-        plans.extend([1, 4, 8].map(|splits| Plan { splits, pair: 1, columns: 64 }));
+        if case.n == 256 {
+            plans.push(Plan { splits: 8, pair: 1, columns: 64 });
+        }
         for plan in plans {
             let matrices = bench.matrices(&device, Some(plan));
             for always in [false, true] {
@@ -489,7 +491,7 @@ fn tune() {
                     continue;
                 }
                 let gemm = Gemm::new(&device).in_registers(always);
-                let us = [8, 64, 128, 256].map(|rows| bench.time_us(&gemm, &stream, &matrices, rows));
+                let us = [8, 64, 128, 256, 4096].map(|rows| bench.time_us(&gemm, &stream, &matrices, rows));
                 let Plan { splits, pair, columns } = plan;
                 println!("{:16} s{splits} p{pair} c{columns} {always:5} {us:6.1?}", case.name);
             }

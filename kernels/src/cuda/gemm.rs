@@ -122,6 +122,7 @@ struct FastParams {
     matrices: u32,
     y_is_f32: u32,
     y_vectors: u32,
+    tile_rows: u32,
 }
 
 // SAFETY: the fields of `Params` in cu/gemm_tiles.cuh.
@@ -254,24 +255,26 @@ impl Gemm {
     }
 
     fn run_fast(&self, stream: &Stream, w: &Matrix, fast: &Fast, job: &Job<'_>) -> Result<(), CudaError> {
-        let row_tiles = job.rows.div_ceil(TILE_ROWS as usize);
-        let tiles = row_tiles * w.n.div_ceil(fast.plan.columns as usize) * w.matrices;
+        let Plan { columns, pair, .. } = fast.plan;
+        let tiles = |rows: u32, columns: u32| {
+            job.rows.div_ceil(rows as usize) * w.n.div_ceil(columns as usize) * w.matrices
+        };
         let (many, rows_per_matrix) = match &job.segments {
-            None => (tiles >= self.sm_count as usize, job.rows),
+            None => (tiles(TILE_ROWS, columns) >= self.sm_count as usize, job.rows),
             Some(segments) => (segments.rows_typical >= MANY_ROWS, segments.rows_typical),
         };
         let in_registers = self.in_registers.unwrap_or(many);
         let form = if in_registers { &fast.in_registers } else { &fast.in_cluster };
         let clusters = self.clusters(form);
-        let grid = match job.segments {
-            Some(_) => clusters,
-            None => {
-                let pairs =
-                    row_tiles * w.n.div_ceil((fast.plan.columns * fast.plan.pair) as usize) * w.matrices;
-                clusters.min(pairs as u32)
-            }
-        };
         let mut params = job.fast_params(w, fast)?;
+        let mut grid = clusters;
+        if job.segments.is_none() {
+            // Where multiprocessors would idle, lower tiles occupy twice as many.
+            if tiles(TILE_ROWS / 2, columns * pair) <= clusters as usize {
+                params.tile_rows = TILE_ROWS / 2;
+            }
+            grid = grid.min(tiles(params.tile_rows, columns * pair) as u32);
+        }
         let read_once = rows_per_matrix <= TILE_ROWS as usize;
         params.w_policy = if read_once { EVICT_FIRST } else { EVICT_NORMAL };
         let launch = Launch {
@@ -412,6 +415,7 @@ impl Job<'_> {
             matrices: self.matrices(w),
             y_is_f32,
             y_vectors: u32::from(y_vectors),
+            tile_rows: TILE_ROWS,
         })
     }
 

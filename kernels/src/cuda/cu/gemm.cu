@@ -1,7 +1,7 @@
 // Matrix products y[t][n] = sum_k x[t][k] w[n][k] on Hopper's tensor cores. The text of gemm_tiles.cuh stands before it.
 //
 // One warp feeds a ring of stages (128 bytes of K each) through the copy engine, two warpgroups multiply: each owns 64
-// of a tile's 128 rows. A tile is COLUMNS wide. K is cut into SPLIT slices, a number that depends on N and K alone:
+// of a tile's rows, or half of its columns where it has no more than 64 rows. A tile is COLUMNS wide. K is cut into SPLIT slices, a number that depends on N and K alone:
 //  - with few rows, the SPLIT CTAs of a cluster take a slice each and add their sums in shared memory, in order;
 //  - with many (IN_REGISTERS), one CTA takes all slices one after the other and adds their sums in the same order.
 // So the bits of a row depend on nothing but the row and the weights. PAIR CTAs of a cluster share rows of x and take
@@ -101,6 +101,52 @@ struct Producer {
     }
 };
 
+// What of a tile a warpgroup owns: 64 rows from `row` on, and columns from `column` on.
+struct Part {
+    u32 row, column;
+};
+
+// The scales of a row of blocks of weights. A lane holds one of 32; the next 32 are on their way.
+struct WeightScales {
+    const float* scales;
+    u32 blocks, batch;
+    float now, next;
+
+    __device__ __forceinline__ WeightScales(const float* scales, u32 blocks, u32 first, u32 lane)
+        : scales(scales), blocks(blocks), batch(first / 32 * 32) {
+        now = fetch(batch + lane);
+        next = fetch(batch + 32 + lane);
+    }
+
+    __device__ __forceinline__ float fetch(u32 block) { return block < blocks ? __ldg(scales + block) : 0.0f; }
+
+    // Steps must come in order.
+    __device__ __forceinline__ float at(u32 step, u32 lane) {
+        if (step - batch == 32) {
+            batch = step;
+            now = next;
+            next = fetch(batch + 32 + lane);
+        }
+        return __shfl_sync(0xffffffffu, now, step - batch);
+    }
+};
+
+// sum += product, of which a thread has two rows with a scale each.
+template <u32 COUNT>
+__device__ __forceinline__ void add_scaled(float (&sum)[COUNT], const float (&product)[COUNT], const float (&scales)[2]) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) sum[i] = fmaf(product[i], scales[i / 2 % 2], sum[i]);
+}
+
+// Warpgroup `group` waits until the other one has passed it the turn to multiply.
+__device__ __forceinline__ void await_turn(u32 group) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(1 + group), "n"(CONSUMERS) : "memory");
+}
+
+__device__ __forceinline__ void pass_turn(u32 group) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(2 - group), "n"(CONSUMERS) : "memory");
+}
+
 struct Consumer {
     const Params& p;
     const Shared& s;
@@ -118,24 +164,27 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void multiply(float (&d)[ACCUMULATORS], bool add) {
-        u64 x = operand(s.x + ring.stage * X_BYTES + group * GROUP_ROWS * STEP_BYTES);
-        u64 w = operand(s.w + ring.stage * W_BYTES);
+    // d (+)= the product over quarters FROM..TO of a step.
+    template <u32 FROM, u32 TO, u32 COUNT>
+    __device__ __forceinline__ void multiply(float (&d)[COUNT], const Part& part, bool add) {
+        u64 x = operand(s.x + ring.stage * X_BYTES + part.row * STEP_BYTES);
+        u64 w = operand(s.w + ring.stage * W_BYTES + part.column * STEP_BYTES);
         product_fence();
 #pragma unroll
-        for (u32 i = 0; i < STEP_BYTES / 32; ++i) product<FP8>(d, x + 2 * i, w + 2 * i, add || i > 0);
+        for (u32 i = FROM; i < TO; ++i) product<FP8>(d, x + 2 * i, w + 2 * i, add || i > FROM);
         product_commit();
     }
 
+    __device__ __forceinline__ void await_stage() { barrier_wait(s.full + ring.stage * 8, ring.phase); }
+
     // The sum over bf16 steps, all of it in the tensor cores. One step is multiplied while the next is awaited.
-    __device__ __forceinline__ void sum_bf16(float (&sum)[ACCUMULATORS], Range steps) {
-#pragma unroll
-        for (u32 i = 0; i < ACCUMULATORS; ++i) sum[i] = 0.0f;
+    template <u32 COUNT>
+    __device__ __forceinline__ void sum_bf16(float (&sum)[COUNT], const Part& part, Range steps) {
         product_fence(sum);
         u32 last = 0;
         for (u32 step = steps.begin; step < steps.end; ++step, ring.advance(STAGES)) {
-            barrier_wait(s.full + ring.stage * 8, ring.phase);
-            multiply(sum, true);
+            await_stage();
+            multiply<0, 4>(sum, part, true);
             if (step > steps.begin) {
                 product_wait<1>();
                 release(last);
@@ -147,70 +196,64 @@ struct Consumer {
         product_fence(sum);
     }
 
-    // The sum over FP8 steps: each is 128 of K under one scale of x and one of w, and is added in f32.
-    __device__ __forceinline__ void sum_fp8(float (&sum)[ACCUMULATORS], Range steps, const float* w_scales) {
-        float part[ACCUMULATORS];
-#pragma unroll
-        for (u32 i = 0; i < ACCUMULATORS; ++i) sum[i] = 0.0f;
-        u32 blocks = (p.k + STEP_ELEMENTS - 1) / STEP_ELEMENTS;
-        // A lane holds one of 32 scales; the next 32 are on their way.
-        auto fetch = [&](u32 first) { return first + lane < blocks ? __ldg(w_scales + first + lane) : 0.0f; };
-        u32 batch = steps.begin / 32 * 32;
-        float now = fetch(batch), next = fetch(batch + 32);
+    // The scales of a step for a thread's two rows.
+    __device__ __forceinline__ void scale(float (&scales)[2], const Part& part, WeightScales& w_scales, u32 step) {
+        float w_scale = w_scales.at(step, lane);
+        u32 at = s.x_scales + ring.stage * X_SCALE_BYTES + (part.row + warp * 16 + lane / 4) * 4;
+        scales[0] = load_shared(at) * w_scale;
+        scales[1] = load_shared(at + 32) * w_scale;
+    }
+
+    // The sum over FP8 steps: each is 128 of K under one scale of x and one of w, and is added in f32. Where both
+    // warpgroups have rows of their own they take turns, so that one adds while the other multiplies.
+    template <u32 COUNT>
+    __device__ __forceinline__ void sum_fp8(float (&sum)[COUNT], const Part& part, Range steps, WeightScales w_scales) {
+        constexpr bool TURNS = COUNT == 64;
+        float product[COUNT], scales[2];
         for (u32 step = steps.begin; step < steps.end; ++step, ring.advance(STAGES)) {
-            if (step - batch == 32) {
-                batch = step;
-                now = next;
-                next = fetch(batch + 32);
+            await_stage();
+            if constexpr (TURNS) await_turn(group);
+            product_fence(product);
+            multiply<0, 2>(product, part, false);
+            multiply<2, 4>(product, part, true);
+            scale(scales, part, w_scales, step);
+            if constexpr (TURNS) {
+                product_wait<1>();
+                pass_turn(group);
             }
-            float w_scale = __shfl_sync(0xffffffffu, now, step - batch);
-            barrier_wait(s.full + ring.stage * 8, ring.phase);
-            product_fence(part);
-            multiply(part, false);
-            u32 scales = s.x_scales + ring.stage * X_SCALE_BYTES + (group * GROUP_ROWS + warp * 16 + lane / 4) * 4;
-            float upper, lower;
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(upper) : "r"(scales));
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(lower) : "r"(scales + 32));
-            upper *= w_scale;
-            lower *= w_scale;
             product_wait<0>();
-            product_fence(part);
+            product_fence(product);
             release(ring.stage);
-#pragma unroll
-            for (u32 i = 0; i < ACCUMULATORS; i += 4) {
-                sum[i] = fmaf(part[i], upper, sum[i]);
-                sum[i + 1] = fmaf(part[i + 1], upper, sum[i + 1]);
-                sum[i + 2] = fmaf(part[i + 2], lower, sum[i + 2]);
-                sum[i + 3] = fmaf(part[i + 3], lower, sum[i + 3]);
-            }
+            add_scaled(sum, product, scales);
         }
     }
 
     // Sends every CTA its columns of this slice's sums and adds the slices of its own, in order.
-    __device__ __forceinline__ void reduce(const float (&sum)[ACCUMULATORS], float (&out)[FOURS_OWN * 4]) {
-        constexpr u32 HALF = REDUCE_BYTES / 2;
+    template <u32 COUNT>
+    __device__ __forceinline__ void reduce(const float (&sum)[COUNT], float (&out)[COUNT / CLUSTER_SPLIT]) {
+        // A thread's sums come in fours: two columns of two rows, eight rows apart.
+        constexpr u32 FOURS = COUNT / 4, OWN = FOURS / CLUSTER_SPLIT;
+        static_assert(OWN > 0 && FOURS % CLUSTER_SPLIT == 0, "columns divide among the CTAs of a cluster");
         u32 slice = rank / PAIR, thread = warp * 32 + lane;
-        u32 mine = s.reduce + group * HALF, reduced = s.reduced + group * 8;
-        if (thread == 0) barrier_expect(reduced, HALF);
+        u32 mine = s.reduce + group * (REDUCE_BYTES / 2), reduced = s.reduced + group * 8;
         barrier_wait(s.reusable + group * 8, reduce_phase ^ 1);
 #pragma unroll
         for (u32 i = 0; i < FOURS; ++i) {
-            u32 to = i / FOURS_OWN * PAIR + pair;
-            u32 at = mine + ((slice * FOURS_OWN + i % FOURS_OWN) * 128 + thread) * 16;
-            store_peer(peer_address(at, to), sum + i * 4, peer_address(reduced, to));
+            u32 at = mine + ((slice * OWN + i % OWN) * 128 + thread) * 16;
+            store_peer(peer_address(at, i / OWN * PAIR + pair), sum + i * 4);
         }
-        barrier_wait(reduced, reduce_phase);
+        cluster_fence();
+        __syncwarp();
+        if (lane < CLUSTER_SPLIT) barrier_arrive_peer(peer_address(reduced, lane * PAIR + pair));
+        barrier_wait_cluster(reduced, reduce_phase);
 #pragma unroll
-        for (u32 i = 0; i < FOURS_OWN * 4; ++i) out[i] = 0.0f;
+        for (u32 i = 0; i < OWN * 4; ++i) out[i] = 0.0f;
 #pragma unroll
         for (u32 from = 0; from < CLUSTER_SPLIT; ++from) {
 #pragma unroll
-            for (u32 i = 0; i < FOURS_OWN; ++i) {
+            for (u32 i = 0; i < OWN; ++i) {
                 float v[4];
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-                             : "r"(mine + ((from * FOURS_OWN + i) * 128 + thread) * 16)
-                             : "memory");
+                load_shared(v, mine + ((from * OWN + i) * 128 + thread) * 16);
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) out[i * 4 + j] += v[j];
             }
@@ -257,9 +300,10 @@ struct Consumer {
         }
     }
 
-    // Writes COUNT / 4 neighbouring eights of columns, from `column` on.
-    template <u32 COUNT> __device__ __forceinline__ void store(const Tile& tile, u32 column, const float (&out)[COUNT]) {
-        u32 row = group * GROUP_ROWS + warp * 16 + lane / 4;
+    // Writes COUNT / 4 neighbouring eights of columns of 64 rows.
+    template <u32 COUNT>
+    __device__ __forceinline__ void store(const Tile& tile, const Part& part, const float (&out)[COUNT]) {
+        u32 row = part.row + warp * 16 + lane / 4, column = tile.column + part.column;
         if (COUNT % 16 == 0 && !p.y_is_f32 && p.y_vectors && column + COUNT * 2 <= p.n) {
 #pragma unroll
             for (u32 i = 0; i + 16 <= COUNT; i += 16) {
@@ -285,14 +329,43 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void slice_sum(float (&sum)[ACCUMULATORS], const Tile& tile, u32 slice) {
+    template <u32 COUNT>
+    __device__ __forceinline__ void slice_sum(float (&sum)[COUNT], const Tile& tile, const Part& part, u32 slice) {
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) sum[i] = 0.0f;
         Range steps = slice_steps(p.k, slice);
         if constexpr (FP8) {
             u32 blocks = (p.k + 127) / 128;
             u64 row = u64(tile.matrix) * ((p.n + 127) / 128) + min(tile.column, p.n - 1) / 128;
-            sum_fp8(sum, steps, (const float*)p.w_scales + row * blocks);
+            WeightScales w_scales((const float*)p.w_scales + row * blocks, blocks, steps.begin, lane);
+            sum_fp8(sum, part, steps, w_scales);
         } else {
-            sum_bf16(sum, steps);
+            sum_bf16(sum, part, steps);
+        }
+    }
+
+    // Computes COUNT / 2 columns of 64 rows.
+    template <u32 COUNT> __device__ __forceinline__ void compute(const Tile& tile, Part part, u32 first_slice) {
+        float sum[COUNT];
+        if constexpr (CLUSTER_SPLIT > 1) {
+            slice_sum(sum, tile, part, first_slice);
+            float out[COUNT / CLUSTER_SPLIT];
+            reduce(sum, out);
+            part.column += first_slice * (COUNT / CLUSTER_SPLIT) * 2;
+            store(tile, part, out);
+        } else if constexpr (SPLIT > 1) {
+            float out[COUNT];
+#pragma unroll
+            for (u32 i = 0; i < COUNT; ++i) out[i] = 0.0f;
+            for (u32 slice = 0; slice < SPLIT; ++slice) {
+                slice_sum(sum, tile, part, slice);
+#pragma unroll
+                for (u32 i = 0; i < COUNT; ++i) out[i] += sum[i];
+            }
+            store(tile, part, out);
+        } else {
+            slice_sum(sum, tile, part, 0);
+            store(tile, part, sum);
         }
     }
 
@@ -305,31 +378,18 @@ struct Consumer {
     }
 
     __device__ void run(u32 first_slice) {
+        // The first turn is warpgroup 0's.
+        if (FP8 && COLUMNS == 128 && group == 1) pass_turn(group);
         Schedule schedule(p, pair);
         for (Tile tile; schedule.next(tile);) {
-            if (tile.count <= group * GROUP_ROWS) {
-                skip(own_steps(p.k, first_slice));
-                continue;
-            }
-            float sum[ACCUMULATORS];
-            if constexpr (CLUSTER_SPLIT > 1) {
-                slice_sum(sum, tile, first_slice);
-                float out[FOURS_OWN * 4];
-                reduce(sum, out);
-                store(tile, tile.column + first_slice * FOURS_OWN * 8, out);
-            } else if constexpr (SPLIT > 1) {
-                float out[ACCUMULATORS];
-#pragma unroll
-                for (u32 i = 0; i < ACCUMULATORS; ++i) out[i] = 0.0f;
-                for (u32 slice = 0; slice < SPLIT; ++slice) {
-                    slice_sum(sum, tile, slice);
-#pragma unroll
-                    for (u32 i = 0; i < ACCUMULATORS; ++i) out[i] += sum[i];
-                }
-                store(tile, tile.column, out);
+            if (tile.count > GROUP_ROWS) {
+                compute<COLUMNS / 2>(tile, {group * GROUP_ROWS, 0}, first_slice);
+            } else if constexpr (COLUMNS == 128) {
+                compute<COLUMNS / 4>(tile, {0, group * (COLUMNS / 2)}, first_slice);
+            } else if (group == 0) {
+                compute<COLUMNS / 2>(tile, {0, 0}, first_slice);
             } else {
-                slice_sum(sum, tile, 0);
-                store(tile, tile.column, sum);
+                skip(own_steps(p.k, first_slice));
             }
         }
     }
@@ -346,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_const
             barrier_init(s.empty + i * 8, CONSUMERS / 32 * PAIR);
         }
         for (u32 i = 0; i < 2; ++i) {
-            barrier_init(s.reduced + i * 8, 1);
+            barrier_init(s.reduced + i * 8, 4 * CLUSTER_SPLIT);
             barrier_init(s.reusable + i * 8, 4 * CLUSTER_SPLIT);
         }
         barrier_init_fence();

@@ -29,10 +29,14 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// `barrier` is an address of the cluster's shared memory (see `peer_address`).
+// `barrier` is an address of the cluster's shared memory (see `peer_address`). Orders what the copy engine and the
+// tensor cores read before; for what threads wrote see `cluster_fence`.
 __device__ __forceinline__ void barrier_arrive_peer(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+
+// What the thread wrote is seen by whoever in the cluster sees its next arrival. Takes about half a microsecond.
+__device__ __forceinline__ void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -40,6 +44,19 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, 0x989680;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// The same, for arrivals of threads of the cluster after a `cluster_fence`.
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred p;\n"
         "again:\n"
@@ -68,13 +85,24 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Stores 16 bytes in a CTA of the cluster and counts them at its barrier.
-__device__ __forceinline__ void store_peer(u32 address, const float* v, u32 barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     address),
-                 "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-                 "r"(__float_as_uint(v[3])), "r"(barrier)
+// Stores 16 bytes in the shared memory of a CTA of the cluster.
+__device__ __forceinline__ void store_peer(u32 address, const float* v) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                 "f"(v[3])
                  : "memory");
+}
+
+__device__ __forceinline__ void load_shared(float (&v)[4], u32 address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ float load_shared(u32 address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void map_prefetch(const TensorMap& map) {

@@ -19,14 +19,10 @@ constexpr u32 THREADS = CONSUMERS + 128;
 constexpr u32 X_BYTES = ROWS * STEP_BYTES;
 constexpr u32 W_BYTES = COLUMNS * STEP_BYTES;
 constexpr u32 X_SCALE_BYTES = FP8 ? ROWS * 4 : 0;
-constexpr u32 ACCUMULATORS = COLUMNS / 2;
-// A thread's accumulators come in fours: two columns of two rows, eight rows apart.
-constexpr u32 FOURS = ACCUMULATORS / 4;
-constexpr u32 FOURS_OWN = FOURS / CLUSTER_SPLIT;
 constexpr u32 REDUCE_BYTES = CLUSTER_SPLIT > 1 ? ROWS * COLUMNS * 4 : 0;
 // m-tiles that are neighbours in time, so that their weights are still in the second-level cache.
 constexpr u32 NEIGHBOURS = 16;
-static_assert(FOURS % CLUSTER_SPLIT == 0 && CLUSTER <= 8, "columns divide among the CTAs of a cluster");
+static_assert(CLUSTER <= 8, "CTAs of a cluster");
 
 struct Params {
     TensorMap x;        // [rows][heads][K], boxes of 32 rows
@@ -40,11 +36,12 @@ struct Params {
     u32 rows, n, k;
     u32 matrices; // heads, or slots where grouped
     u32 y_is_f32, y_vectors;
+    u32 tile_rows; // 64 or 128
 };
 
 struct Tile {
     u32 matrix, head;
-    u32 row, count; // first row of x and y; valid rows from there on, at most ROWS
+    u32 row, count; // first row of x and y; valid rows from there on, at most p.tile_rows
     u32 column;     // first column, of this CTA
 };
 
@@ -66,7 +63,7 @@ struct Schedule {
         bool there = mine < p.matrices;
         start = there ? ((const u32*)p.segment_start)[mine] : 0;
         rows = there ? ((const u32*)p.segment_rows)[mine] : 0;
-        end = (rows + ROWS - 1) / ROWS * pairs;
+        end = (rows + p.tile_rows - 1) / p.tile_rows * pairs;
 #pragma unroll
         for (u32 step = 1; step < 32; step <<= 1) {
             u32 lower = __shfl_up_sync(0xffffffffu, end, step);
@@ -86,16 +83,16 @@ struct Schedule {
             }
             u32 lane = __ffs(found) - 1;
             u32 count = __shfl_sync(0xffffffffu, rows, lane);
-            u32 tiles = (count + ROWS - 1) / ROWS;
+            u32 tiles = (count + p.tile_rows - 1) / p.tile_rows;
             u32 local = index - (before + __shfl_sync(0xffffffffu, end, lane) - tiles * pairs);
             m = local % tiles;
             n = local / tiles;
             tile.matrix = ((const u32*)p.pool_of_slot)[slot + lane];
             tile.head = 0;
-            tile.row = __shfl_sync(0xffffffffu, start, lane) + m * ROWS;
-            tile.count = min(ROWS, count - m * ROWS);
+            tile.row = __shfl_sync(0xffffffffu, start, lane) + m * p.tile_rows;
+            tile.count = min(p.tile_rows, count - m * p.tile_rows);
         } else {
-            u32 tiles = (p.rows + ROWS - 1) / ROWS;
+            u32 tiles = (p.rows + p.tile_rows - 1) / p.tile_rows;
             u32 head = index / (tiles * pairs), local = index % (tiles * pairs);
             if (head >= p.matrices) return false;
             u32 first = local / (NEIGHBOURS * pairs) * NEIGHBOURS;
@@ -104,8 +101,8 @@ struct Schedule {
             m = first + local % high;
             n = local / high;
             tile.matrix = tile.head = head;
-            tile.row = m * ROWS;
-            tile.count = min(ROWS, p.rows - m * ROWS);
+            tile.row = m * p.tile_rows;
+            tile.count = min(p.tile_rows, p.rows - m * p.tile_rows);
         }
         tile.column = (n * PAIR + pair) * COLUMNS;
         index += gridDim.x / CLUSTER;

@@ -260,15 +260,19 @@ pub fn sources() -> Vec<Source> {
         for kind in [Kind::Dense, Kind::Pool] {
             sources.push(plain_source(stored, kind));
             for (splits, pair) in [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)] {
-                for columns in [64, 128] {
-                    let plan = Plan { splits, pair, columns };
-                    sources.push(fast_source(stored, kind, plan, true));
-                    if splits > 1 {
-                        sources.push(fast_source(stored, kind, plan, false));
-                    }
+                let plan = Plan { splits, pair, columns: 128 };
+                sources.push(fast_source(stored, kind, plan, true));
+                if splits > 1 {
+                    sources.push(fast_source(stored, kind, plan, false));
                 }
             }
         }
+    }
+    let narrow = Plan { splits: 8, pair: 1, columns: 64 };
+    for (stored, in_registers) in
+        [(StoredAs::Bf16, true), (StoredAs::Bf16, false), (StoredAs::Fp8, true), (StoredAs::Fp8, false)]
+    {
+        sources.push(fast_source(stored, Kind::Dense, narrow, in_registers));
     }
     sources
 }
