@@ -1,5 +1,6 @@
 //! The product: DP and EP ranks, EPLB, router and ingress. The only room where runtime and engine meet.
 
+pub mod bench;
 pub mod deployment;
 pub mod eplb;
 pub mod ingress;

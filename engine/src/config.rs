@@ -148,6 +148,17 @@ impl ModelConfig {
         family::read(&Fields::new(&file, &object))
     }
 
+    /// Reads the text of a config.json that `name` names in errors.
+    ///
+    /// # Errors
+    /// Those of [`ModelConfig::from_dir`].
+    pub fn from_json(name: &str, text: &str) -> Result<Self, ConfigError> {
+        let file = Path::new(name);
+        let object = serde_json::from_str(text)
+            .map_err(|source| ConfigError::Json { file: file.to_owned(), source })?;
+        family::read(&Fields::new(file, &object))
+    }
+
     /// Number of MoE layers. MoE layers count from 0 in the order of the decoder layers.
     pub fn moe_layers(&self) -> usize {
         self.moe_layer_of.iter().flatten().count()

@@ -41,7 +41,8 @@ struct Prompt {
 
 fn device() -> Option<Device> {
     let nvrtc = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/nvrtc/nvidia/cu13/lib");
-    let options = DeviceOptions { library_dirs: vec![nvrtc], kernel_cache: Some(std::env::temp_dir().join("kernels")) };
+    let options =
+        DeviceOptions { library_dirs: vec![nvrtc], kernel_cache: Some(std::env::temp_dir().join("kernels")) };
     match Device::open_with(0, options) {
         Ok(device) => Some(device),
         Err(why @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
@@ -97,16 +98,19 @@ impl Rig {
             transport: Transport::Local,
             timeout: Duration::from_secs(5),
             stage_ahead: 2,
+            fold: None,
         };
         let mut rank =
-            CudaRank::load(device, &config, &options, Weights::Checkpoint(&checkpoint), &mut |_, _| ()).unwrap();
+            CudaRank::load(device, &config, &options, Weights::Checkpoint(&checkpoint), &mut |_, _| ())
+                .unwrap();
         let store = ExpertStore::Cuda(rank.pool().unwrap().clone());
         let slots = SharedSlots::new(Slots::new(config.moe_layers(), shape.slots as usize));
-        rank.connect(1, &[rank.handle()], &layout).unwrap();
+        rank.connect(1, &[rank.handle()]).unwrap();
         let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         let reference = serde_json::from_str(&reference).unwrap();
-        let mut rig = Self { name, rank, slots, store, checkpoint, layout: layout.clone(), reference, epoch: 1 };
+        let mut rig =
+            Self { name, rank, slots, store, checkpoint, layout: layout.clone(), reference, epoch: 1 };
         for moe_layer in 0..config.moe_layers() {
             rig.place(moe_layer, layout.layer(moe_layer).clone());
         }
@@ -176,7 +180,8 @@ struct Share {
 }
 
 fn calc_diff(x: &[f32], y: &[f32]) -> f64 {
-    let dot = |x: &[f32], y: &[f32]| -> f64 { x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum() };
+    let dot =
+        |x: &[f32], y: &[f32]| -> f64 { x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum() };
     1.0 - 2.0 * dot(x, y) / (dot(x, x) + dot(y, y))
 }
 
@@ -216,7 +221,8 @@ fn on_cpu(dir: &Path, sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
             logits: LogitRows::All,
         };
         let positions = (0..tokens.len() as u32).collect();
-        let logits = model.forward(&Batch { tokens, positions, seqs: vec![seq] }, &mut kv, &mut experts).unwrap();
+        let logits =
+            model.forward(&Batch { tokens, positions, seqs: vec![seq] }, &mut kv, &mut experts).unwrap();
         rows.extend(logits.rows.chunks_exact(logits.vocab).skip(prompt.len() - 1).map(<[f32]>::to_vec));
     }
     rows
@@ -242,7 +248,8 @@ fn logits_are_those_of_the_cpu_and_of_transformers() {
             prompts.iter().map(|prompt| (prompt.prompt_ids.clone(), prompt.greedy_ids.clone())).collect();
         let wanted = on_cpu(&dir, &sequences);
         assert_eq!(got.len(), wanted.len());
-        let mut diffs: Vec<f64> = got.iter().zip(&wanted).map(|(got, wanted)| calc_diff(got, wanted)).collect();
+        let mut diffs: Vec<f64> =
+            got.iter().zip(&wanted).map(|(got, wanted)| calc_diff(got, wanted)).collect();
         diffs.sort_by(f64::total_cmp);
         first.sort_by(f64::total_cmp);
         let (median, worst) = (diffs[diffs.len() / 2], diffs[diffs.len() - 1]);
@@ -271,7 +278,11 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
         let prompt = prompts.iter().max_by_key(|prompt| prompt.len()).unwrap().clone();
         let forced = [3, 1, 4, 1, 5];
         let wanted = eager.forced(&prompt, &forced, &[0, 1, 2, 3]);
-        assert_eq!(bits(&recorded.forced(&prompt, &forced, &[7, 5, 9, 2])), bits(&wanted), "{name}: recording");
+        assert_eq!(
+            bits(&recorded.forced(&prompt, &forced, &[7, 5, 9, 2])),
+            bits(&wanted),
+            "{name}: recording"
+        );
         // In chunks, beside other sequences.
         let other = Share { tokens: prompts[0].clone(), context: 0, table: vec![20, 21, 22, 23] };
         for chunk in [1, 5, 64] {
@@ -291,7 +302,8 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
                 let mut map: Vec<u32> = rotated.collect();
                 // Whatever the rotation missed goes to the last slots.
                 for expert in (0..shape.experts).filter(|expert| !map.contains(expert)).collect::<Vec<_>>() {
-                    let doubled = map.iter().position(|e| map.iter().filter(|x| *x == e).count() > 1).unwrap();
+                    let doubled =
+                        map.iter().position(|e| map.iter().filter(|x| *x == e).count() > 1).unwrap();
                     map[doubled] = expert;
                 }
                 rig.place(moe_layer, ExpertMap::new(shape, map).unwrap());
@@ -300,8 +312,12 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
             assert_eq!(bits(&rig.forced(&prompt, &forced, &table)), bits(&wanted), "{name}: another map");
         }
         eager.epoch += 1;
-        eager.rank.connect(eager.epoch, &[eager.rank.handle()], &eager.layout.clone()).unwrap();
-        assert_eq!(bits(&eager.forced(&prompt, &forced, &[0, 1, 2, 3])), bits(&wanted), "{name}: a new epoch");
+        eager.rank.connect(eager.epoch, &[eager.rank.handle()]).unwrap();
+        assert_eq!(
+            bits(&eager.forced(&prompt, &forced, &[0, 1, 2, 3])),
+            bits(&wanted),
+            "{name}: a new epoch"
+        );
     }
 }
 
@@ -343,7 +359,8 @@ fn steps_scheduled_ahead_draw_the_same() {
     let Some(device) = device() else { return };
     let dir = root().join("models/sundial-20m");
     let mut rig = Rig::load(&device, &dir, 64);
-    let prompts: Vec<Vec<u32>> = rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
+    let prompts: Vec<Vec<u32>> =
+        rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
     let requests = |rig: &Rig| -> Vec<Request> {
         let make = |index: usize| Request {
             id: RequestId(index as u128 + 1),

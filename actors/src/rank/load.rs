@@ -156,6 +156,7 @@ fn load_cuda(
         },
         timeout: args.links.timeout,
         stage_ahead: args.links.stage_ahead as usize,
+        fold: None,
     };
     CudaRank::load(&device, config, &options, Weights::Checkpoint(checkpoint), progress)
 }

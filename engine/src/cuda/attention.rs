@@ -70,6 +70,7 @@ impl Dp {
         let width = weights.first.n();
         let first = dense(&buffers.wide, width);
         let out = |data, stride| Output::Bf16 { data, stride };
+        stream.label("qkv_a");
         ops.gemm.dense(
             stream,
             &weights.first,
@@ -80,14 +81,17 @@ impl Dp {
         let (query, x) = match &weights.query {
             Query::Full(query) => (query, buffers.normed.operand(query.stored(), query.k())),
             Query::LowRank { norm, b } => {
+                stream.label("q_a norm");
                 let (input, out) = (NormInput::Rows(first), buffers.inner.out(&[b.stored()]));
                 ops.norm.run(stream, &NormArgs { rows, input, gamma: norm, eps: NORM_EPS, out })?;
                 (b, buffers.inner.operand(b.stored(), b.k()))
             }
         };
+        stream.label("q_b");
         ops.gemm.dense(stream, query, x, rows, out(&buffers.query, heads * head))?;
         let fresh_at = width - latent - rope;
         let fresh = buffers.wide.slice(fresh_at..buffers.wide.len());
+        stream.label("rope and append");
         ops.rope.mla(
             stream,
             &MlaRopeArgs {
@@ -105,10 +109,13 @@ impl Dp {
         )?;
         let view = |data, width| HeadsView { data, row_stride: heads * width, head_stride: width };
         let absorbed = view(&buffers.absorbed, latent + rope);
+        stream.label("W_UK");
         ops.gemm.heads(stream, &weights.key_up, view(&buffers.query, head), rows, absorbed)?;
         let AttentionKernel::Mla(kernel) = &self.attention else { unreachable!("latent attention") };
         let (query, out, meta) = (&buffers.absorbed, &buffers.attended, self.inputs.meta());
+        stream.label("MLA");
         kernel.run(stream, &MlaArgs { rows, query, cache, meta, out })?;
+        stream.label("W_UV");
         let values = Activations::bf16(&buffers.inner);
         ops.gemm.heads(stream, &weights.value_up, view(&buffers.attended, latent), rows, view(values, v))?;
         self.project(stream, &weights.output, values, rows)
@@ -125,10 +132,12 @@ impl Dp {
         let GqaConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim } = *config;
         let first = &weights.query_key_value;
         let (width, query, key) = (first.n(), heads * head_dim, kv_heads * head_dim);
+        stream.label("qkv");
         let x = buffers.normed.operand(first.stored(), first.k());
         ops.gemm.dense(stream, first, x, rows, Output::Bf16 { data: &buffers.wide, stride: width })?;
         let part = |from: usize| buffers.wide.slice(from..buffers.wide.len());
         let (key_part, value_part) = (part(query), part(query + key));
+        stream.label("rope and append");
         ops.rope.gqa(
             stream,
             &GqaRopeArgs {
@@ -150,6 +159,7 @@ impl Dp {
         )?;
         let AttentionKernel::Gqa(kernel) = &self.attention else { unreachable!("grouped-query attention") };
         let (query, out, meta) = (&buffers.query, &buffers.attended, self.inputs.meta());
+        stream.label("GQA");
         kernel.run(stream, &GqaArgs { rows, query, keys, values, meta, out })?;
         self.project(stream, &weights.output, &buffers.attended, rows)
     }
@@ -163,6 +173,7 @@ impl Dp {
         rows: usize,
     ) -> Result<(), CudaError> {
         let (ops, buffers, width) = (&self.ops, &self.buffers, output.k());
+        stream.label("o_proj");
         let x = match output.stored() {
             StoredAs::Bf16 => Operand::Bf16 { data: values, stride: width },
             StoredAs::Fp8 => {

@@ -32,12 +32,14 @@ impl CudaModel {
         own: Option<(&Dp, &MoeWeights)>,
         rows: usize,
     ) -> Result<(), CudaError> {
+        stream.label("router");
         if let Some((dp, weights)) = own {
             self.route(stream, (dp, weights), rows)?;
             self.exchange.signal(stream, dp.inputs.count())?;
         }
         let shared = match own {
             Some((dp, MoeWeights { shared: Some(shared), .. })) => {
+                stream.label("shared expert");
                 dp.mlp(stream, shared, &dp.buffers.shared, rows)?;
                 Some(&dp.buffers.shared)
             }
@@ -47,6 +49,7 @@ impl CudaModel {
             Some(ep) => {
                 self.experts(stream, ep, moe_layer, rows)?;
                 let results = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
+                stream.label("combine");
                 self.exchange.combine(stream, &ep.results, results)?;
                 Some(&ep.results)
             }
@@ -57,6 +60,7 @@ impl CudaModel {
         };
         match own {
             Some((dp, _)) => {
+                stream.label("reduce");
                 let (weights, out) = (&dp.buffers.weights, &dp.buffers.branch);
                 self.exchange.reduce(stream, &Reduce { rows, weights, in_place, shared, out })
             }
@@ -95,6 +99,7 @@ impl CudaModel {
 
     /// Runs the local experts over the rows that all ranks sent them.
     fn experts(&self, stream: &Stream, ep: &Ep, moe_layer: usize, rows: usize) -> Result<(), CudaError> {
+        stream.label("dispatch");
         self.exchange.layout(stream)?;
         self.exchange.gather(stream)?;
         let permuted = self.exchange.permuted();
@@ -110,8 +115,10 @@ impl CudaModel {
         };
         let x = operand_of(&permuted.rows, hidden, rows_max);
         let gate_up = Output::Bf16 { data: &ep.gate_up_out, stride: 2 * width };
+        stream.label("experts gate_up");
         ep.gemm.grouped(stream, &ep.gate_up, x, segments, gate_up)?;
         let stored = ep.down.stored();
+        stream.label("experts silu");
         ep.activation.silu_mul(
             stream,
             &ActivationArgs {
@@ -126,6 +133,7 @@ impl CudaModel {
             },
         )?;
         let out = Output::Bf16 { data: &ep.results, stride: hidden };
+        stream.label("experts down");
         ep.gemm.grouped(stream, &ep.down, ep.inner.operand(stored, width), segments, out)
     }
 }

@@ -10,6 +10,7 @@ use heliostat_kernels::cuda::exchange::{
     Exchange, ExchangeShape, Roles, RowFormat, SEGMENT_ALIGN, Transport,
 };
 use heliostat_kernels::cuda::gemm::{Gemm, Kind, Matrix};
+use heliostat_kernels::cuda::synthetic::{Distribution, Synthetic};
 use heliostat_kernels::cuda::{CudaError, Device, Priority, StoredAs};
 
 use super::buffers::{Activations, Buffers};
@@ -23,8 +24,8 @@ use super::source::{LoadError, WeightSource};
 use super::tables::Tables;
 use crate::checkpoint::{Checkpoint, Reader};
 use crate::config::{Attention, ModelConfig};
-use crate::ep::{ExpertWeights, SharedSlots, Slot, Topology};
-use crate::eplb::map::{Layout, MapShape};
+use crate::ep::Topology;
+use crate::eplb::map::MapShape;
 use crate::model::load_expert;
 
 /// Tokens of a KV block on a GPU.
@@ -70,6 +71,15 @@ pub struct CudaOptions {
     pub timeout: Duration,
     /// Layers whose new experts may wait beside the old ones.
     pub stage_ahead: usize,
+    /// For measurements: slots per rank onto which all experts fold, expert e onto slot e modulo the slots of all ranks.
+    pub fold: Option<usize>,
+}
+
+impl CudaOptions {
+    /// Slots of one EP rank, per layer.
+    fn local_slots(&self) -> usize {
+        self.fold.unwrap_or(self.map.slots_per_rank() as usize)
+    }
 }
 
 /// Where weights come from.
@@ -105,7 +115,7 @@ impl CudaRank {
         };
         let stored = experts_stored(config, weights)?;
         let exchange = exchange(device, config, options, stored)?;
-        let tables = Tables::new(device, config.moe_layers(), options.map)?;
+        let tables = Tables::new(device, config.moe_layers(), options.map, options.local_slots())?;
         let ep = role.ep.map(|_| load_ep(device, config, options, &exchange, stored)).transpose()?;
         let dp = role.dp.map(|_| load_dp(device, (config, options), source, &exchange)).transpose()?;
         let model = CudaModel { config: Arc::clone(config), dp, ep, exchange, tables };
@@ -120,6 +130,7 @@ impl CudaRank {
             rank: options.rank,
             timeout: options.timeout,
             num_blocks: 0,
+            local_slots: options.local_slots(),
         };
         rank.make_kv(device, options)?;
         rank.record(options.graph_rows_max)?;
@@ -174,28 +185,46 @@ impl CudaRank {
         Ok(())
     }
 
-    /// Fills `slots` with made-up experts.
+    /// For measurements, with [`CudaOptions::fold`]: makes up experts and KV blocks, and folds the map.
     ///
     /// # Errors
     /// The device failed.
     ///
     /// # Panics
-    /// If the pool has too few places.
-    pub fn fill_synthetic(&self, layout: &Layout, slots: &SharedSlots) -> Result<(), LoadError> {
-        let Some(ep) = &self.model.ep else { return Ok(()) };
-        let mut source = WeightSource::synthetic(ep.gate_up.stack().data().device(), &self.stream, true)?;
-        source.fill(ep.gate_up.stack())?;
-        source.fill(ep.down.stack())?;
-        let own = self.topology.role(self.rank).ep.unwrap_or(0);
-        for (moe_layer, map) in layout.layers().iter().enumerate() {
-            let mut contents = Vec::new();
-            for (slot, &logical) in map.experts_of_rank(own as u32).iter().enumerate() {
-                let pooled = ep.pool.take().expect("the pool was made for the layout");
-                contents.push((slot, Slot { logical, weights: ExpertWeights::Cuda(Arc::new(pooled)) }));
-            }
-            slots.replace(moe_layer, contents).map_err(|why| LoadError::Unsupported(why.to_string()))?;
+    /// Without `fold`.
+    pub fn make_up(&mut self, fold: usize) -> Result<(), CudaError> {
+        assert_eq!(fold, self.local_slots, "the rank was loaded for another number of slots");
+        let slots = fold * self.topology.ep;
+        let stream = &self.stream;
+        if let Some(ep) = &self.model.ep {
+            let device = ep.gate_up.stack().data().device();
+            let mut source = WeightSource::synthetic(device, stream, true)?;
+            source.fill(ep.gate_up.stack())?;
+            source.fill(ep.down.stack())?;
         }
-        Ok(self.stream.synchronize()?)
+        if let Some(dp) = &self.model.dp {
+            let synthetic = Synthetic::new(dp.embedding.device())?;
+            let what = |seed| Distribution { seed, mean: 0.0, deviation: 1.0 };
+            for (layer, kv) in (0..).zip(&dp.kv) {
+                match kv {
+                    Kv::Latent(cache) => synthetic.bf16(stream, cache, what(layer))?,
+                    Kv::KeysValues(keys, values) => {
+                        synthetic.bf16(stream, keys, what(layer))?;
+                        synthetic.bf16(stream, values, what(layer + 1000))?;
+                    }
+                }
+            }
+        }
+        for moe_layer in 0..self.model.config.moe_layers() {
+            let places: Vec<u32> = (0..fold).map(|slot| (moe_layer * fold + slot) as u32).collect();
+            self.model.tables.fold(
+                &self.stream,
+                moe_layer,
+                (self.model.config.moe.num_experts, slots),
+                &places,
+            )?;
+        }
+        self.stream.synchronize()
     }
 }
 
@@ -250,7 +279,7 @@ fn exchange(
     stored: StoredAs,
 ) -> Result<Exchange, CudaError> {
     let Topology { dp, ep, .. } = options.topology;
-    let (top_k, slots) = (config.moe.top_k, options.map.slots_per_rank() as usize);
+    let (top_k, slots) = (config.moe.top_k, options.local_slots());
     let tokens_max = options.rows_max.next_multiple_of(4);
     let shape = ExchangeShape {
         tokens_max,
@@ -279,7 +308,7 @@ fn load_ep(
     stored: StoredAs,
 ) -> Result<Ep, CudaError> {
     let (hidden, width) = (config.hidden_size, config.moe.intermediate_size);
-    let slots = options.map.slots_per_rank() as usize;
+    let slots = options.local_slots();
     let places = slots * (config.moe_layers() + options.stage_ahead.max(1));
     let pool = ExpertPool::new(device, PoolShape { places, hidden, width, stored })?;
     let rows_max = exchange.shape().rows_max;

@@ -141,6 +141,7 @@ impl CudaModel {
 
     fn layers(&self, stream: &Stream, dp: &Dp, rows: usize) -> Result<(), CudaError> {
         let (ops, buffers, eps) = (&dp.ops, &dp.buffers, self.config.rms_norm_eps);
+        stream.label("embed");
         ops.sampling.next_tokens(stream, &dp.inputs.next_tokens(rows, dp.draws.drawn()))?;
         ops.norm.embed(
             stream,
@@ -156,16 +157,21 @@ impl CudaModel {
         dp.plan_attention(stream, rows)?;
         let experts = self.experts_stored();
         for (number, (layer, kv)) in dp.layers.iter().zip(&dp.kv).enumerate() {
+            stream.label("norms");
             let branch = (number > 0).then_some(&buffers.branch);
             let out = buffers.normed.out(&layer.attention.inputs());
             let input = NormInput::Residual { residual: &buffers.residual, branch };
             ops.norm.run(stream, &NormArgs { rows, input, gamma: &layer.input_norm, eps, out })?;
             dp.attention(stream, &layer.attention, kv, rows)?;
+            stream.label("norms");
             let input = NormInput::Residual { residual: &buffers.residual, branch: Some(&buffers.branch) };
             let out = dp.moe_input.out(&layer.feed_forward.inputs(experts));
             ops.norm.run(stream, &NormArgs { rows, input, gamma: &layer.post_attention_norm, eps, out })?;
             match &layer.feed_forward {
-                FeedForward::Dense(mlp) => dp.mlp(stream, mlp, &buffers.branch, rows)?,
+                FeedForward::Dense(mlp) => {
+                    stream.label("dense MLP");
+                    dp.mlp(stream, mlp, &buffers.branch, rows)?;
+                }
                 FeedForward::Moe(moe) => self.moe(stream, moe.moe_layer, Some((dp, moe)), rows)?,
             }
         }
@@ -187,6 +193,7 @@ impl Dp {
             return Ok(());
         }
         let (ops, buffers, head) = (&self.ops, &self.buffers, &self.head);
+        stream.label("LM head and draws");
         let input = NormInput::Selected {
             residual: &buffers.residual,
             branch: Some(&buffers.branch),

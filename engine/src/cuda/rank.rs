@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use heliostat_kernels::cuda::exchange::{AbortHandle, ExchangeFailure, Member, Membership};
 use heliostat_kernels::cuda::heap::HeapHandle;
-use heliostat_kernels::cuda::{CudaError, Event, Graph, Pinned, Stream};
+use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Stream};
 
 use super::inputs::STEPS_MAX;
 use super::model::CudaModel;
@@ -33,6 +33,8 @@ pub struct CudaRank {
     pub(super) timeout: Duration,
     pub(super) loads: Loads,
     pub(super) num_blocks: usize,
+    /// Slots of one EP rank, per layer.
+    pub(super) local_slots: usize,
 }
 
 /// A step on the device.
@@ -120,7 +122,7 @@ impl CudaRank {
     ///
     /// # Errors
     /// A peer's memory cannot be reached, or the device is lost.
-    pub fn connect(&mut self, epoch: u64, handles: &[HeapHandle], layout: &Layout) -> Result<(), CudaError> {
+    pub fn connect(&mut self, epoch: u64, handles: &[HeapHandle]) -> Result<(), CudaError> {
         self.in_flight.clear();
         self.stream.synchronize()?;
         let member = |rank: usize| Some(Member { rank: rank as u32, heap: handles[rank] });
@@ -130,7 +132,7 @@ impl CudaRank {
             rank: self.rank as u32,
             dp: (0..dp).map(|dp| member(self.topology.rank_of_dp(dp))).collect(),
             ep: (0..ep).map(|ep| member(self.topology.rank_of_ep(ep))).collect(),
-            slots: layout.shape().slots_per_rank() as usize,
+            slots: self.local_slots,
             timeout: self.timeout,
         };
         self.model.exchange.connect(&self.stream, membership)
@@ -207,6 +209,20 @@ impl CudaRank {
         let done = stream.record()?;
         self.in_flight.push_back(Launched { step: Arc::clone(step), copy, done, logits });
         Ok(())
+    }
+
+    /// Computes `step` once more with every kernel timed on its own, no step being in flight.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn profile(&mut self, step: &Step) -> Result<Vec<KernelTime>, CudaError> {
+        let wanted = step.device_draws().count() + step.host_rows().count();
+        let (rows, logit_rows, _) = self.shape_of(step, wanted);
+        if let Some(dp) = &mut self.model.dp {
+            dp.inputs.send(&self.stream, 0, step, (rows, logit_rows))?;
+            dp.draws.send(&self.stream, 0, step, logit_rows)?;
+        }
+        self.stream.profile(|stream| self.model.step(stream, rows, logit_rows))
     }
 
     /// Rows that a step is computed as, rows of logits, and the recording to use.

@@ -50,12 +50,30 @@ pub(super) struct Tables {
 
 impl Tables {
     /// Empty tables of `moe_layers` layers.
-    pub(super) fn new(device: &Device, moe_layers: usize, shape: MapShape) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        device: &Device,
+        moe_layers: usize,
+        shape: MapShape,
+        local: usize,
+    ) -> Result<Self, CudaError> {
         let words = shape.experts as usize + 1 + shape.slots as usize;
-        let local = shape.slots_per_rank() as usize;
         let buffers = |words: usize| (0..moe_layers).map(|_| device.alloc::<u32>(words)).collect();
         let (slots, places): (Result<Vec<_>, _>, Result<Vec<_>, _>) = (buffers(words), buffers(local));
         Ok(Self { slots: slots?, places: places?, mail: Mail::new(device, words.max(local))? })
+    }
+
+    /// Queues a map that no layout describes: expert e on slot e modulo `slots`.
+    pub(super) fn fold(
+        &mut self,
+        stream: &Stream,
+        moe_layer: usize,
+        (experts, slots): (usize, usize),
+        places: &[u32],
+    ) -> Result<(), CudaError> {
+        let starts = 0..=experts as u32;
+        let table: Vec<u32> = starts.chain((0..experts).map(|expert| (expert % slots) as u32)).collect();
+        self.mail.send(stream, &table, &self.slots[moe_layer])?;
+        self.mail.send(stream, places, &self.places[moe_layer])
     }
 
     /// Queues the map of one layer; `places`: where the local slots' weights lie, on a rank with experts.

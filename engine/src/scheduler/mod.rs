@@ -115,6 +115,26 @@ impl Scheduler {
         Ok(())
     }
 
+    /// For measurements: takes a request as if all of its tokens but the last had been computed here. False when there is
+    /// no room for it; it then waits like any other.
+    ///
+    /// # Errors
+    /// Those of [`Scheduler::add`].
+    pub fn add_computed(&mut self, request: Request) -> Result<bool, Refused> {
+        let id = request.id;
+        self.add(request)?;
+        let turn = self.turns[&id];
+        let mut sequence = self.waiting.remove(&turn).expect("it was just added");
+        let admitted = sequence.admit(&mut self.pool, self.config.block_size, false);
+        if admitted {
+            sequence.assume_computed();
+            self.running.insert(turn, sequence);
+        } else {
+            self.waiting.insert(turn, sequence);
+        }
+        Ok(admitted)
+    }
+
     /// Forgets a sequence and frees its blocks at once; false when it is not here. Safe while steps with it are in
     /// flight: they may still write to its blocks, but who gets them comes in later steps, and what those in flight draw
     /// for it is dropped.

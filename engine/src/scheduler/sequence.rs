@@ -114,6 +114,13 @@ impl Sequence {
         true
     }
 
+    /// Counts all tokens but the last as computed.
+    pub(super) fn assume_computed(&mut self) {
+        self.computed = self.tokens.len() - 1;
+        self.scheduled = self.computed;
+        self.cached_tokens = Some(self.computed);
+    }
+
     /// Takes the block that the last token, known or pending, needs, if any. Returns false when none is idle.
     pub(super) fn grow(&mut self, pool: &mut BlockPool, block_size: usize) -> bool {
         // A draw that was pending when its steps were forgotten may have left a block too many.

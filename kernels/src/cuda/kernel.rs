@@ -47,7 +47,7 @@ impl Module {
             sys::cuModuleGetFunction(&mut function, self.0.0, c_name.as_ptr())
         })?;
         let shared = Arc::new(AtomicU32::new(SHARED_BYTES_DEFAULT));
-        Ok(Kernel { function, shared_bytes: shared, _module: self.clone() })
+        Ok(Kernel { name: name.into(), function, shared_bytes: shared, _module: self.clone() })
     }
 }
 
@@ -89,6 +89,7 @@ impl Launch {
 /// An entry point. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Kernel {
+    name: Arc<str>,
     function: sys::CUfunction,
     /// What it was allowed so far.
     shared_bytes: Arc<AtomicU32>,
@@ -121,7 +122,8 @@ impl Kernel {
         stream.device().bind()?;
         self.allow_shared(launch.shared_bytes)?;
         let mut attributes = [attribute_cluster(launch.cluster), attribute_dependent()];
-        let chosen = match (launch.cluster > 1, launch.dependent) {
+        let profiling = stream.is_profiling();
+        let chosen = match (launch.cluster > 1, launch.dependent && !profiling) {
             (true, true) => &mut attributes[..],
             (true, false) => &mut attributes[..1],
             (false, true) => &mut attributes[1..],
@@ -140,10 +142,15 @@ impl Kernel {
             numAttrs: chosen.len() as u32,
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        let before = profiling.then(|| stream.record()).transpose()?;
         // SAFETY: configuration and argument live through the call, which copies them; the rest is the caller's word.
         check("cuLaunchKernelEx", unsafe {
             sys::cuLaunchKernelEx(&config, self.function, arguments.as_mut_ptr(), std::ptr::null_mut())
-        })
+        })?;
+        if let Some(before) = before {
+            stream.note(Arc::clone(&self.name), before, stream.record()?);
+        }
+        Ok(())
     }
 
     fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {

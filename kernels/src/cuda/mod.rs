@@ -9,7 +9,6 @@
 
 pub mod activation;
 pub mod attention;
-pub mod nccl;
 pub mod norm;
 pub mod rope;
 pub mod router;
@@ -24,6 +23,7 @@ pub mod exchange;
 pub mod gemm;
 mod graph;
 pub mod heap;
+pub mod nccl;
 mod kernel;
 mod library;
 mod memory;
@@ -38,5 +38,5 @@ pub use graph::Graph;
 pub use kernel::{Kernel, Launch, Module, Params};
 pub use memory::{Buffer, Element, Pinned};
 pub use stack::{StoredAs, WeightStack};
-pub use stream::{Event, Priority, Stream};
+pub use stream::{Event, KernelTime, Priority, Stream};
 pub use tensor_map::{Swizzle, TensorMap, TiledLayout, TmaElement};

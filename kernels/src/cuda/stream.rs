@@ -1,6 +1,7 @@
 //! Queues of work on a device, and marks in them.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
@@ -25,6 +26,26 @@ pub struct Stream(Arc<Inner>);
 struct Inner {
     device: Device,
     raw: sys::CUstream,
+    profiling: AtomicBool,
+    profile: Mutex<Profile>,
+}
+
+/// Launches that are being timed one by one.
+#[derive(Debug, Default)]
+struct Profile {
+    label: &'static str,
+    launches: Vec<(&'static str, Arc<str>, Event, Event)>,
+}
+
+/// How long one kernel took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTime {
+    /// The part of the work that it belongs to: see [`Stream::label`].
+    pub label: &'static str,
+    /// The kernel's name.
+    pub kernel: Arc<str>,
+    /// Microseconds of the device.
+    pub us: f64,
 }
 
 // SAFETY: a stream is a handle that any thread may use.
@@ -54,7 +75,8 @@ impl Device {
         check("cuStreamCreateWithPriority", unsafe {
             sys::cuStreamCreateWithPriority(&mut raw, flags, priority)
         })?;
-        Ok(Stream(Arc::new(Inner { device: self.clone(), raw })))
+        let (profiling, profile) = (AtomicBool::new(false), Mutex::default());
+        Ok(Stream(Arc::new(Inner { device: self.clone(), raw, profiling, profile })))
     }
 }
 
@@ -66,6 +88,50 @@ impl Stream {
 
     pub(super) fn raw(&self) -> sys::CUstream {
         self.0.raw
+    }
+
+    /// Times every kernel that `work` queues on this stream, each on its own: none starts before the one ahead of it has
+    /// ended. Not to be used within a recording.
+    ///
+    /// # Errors
+    /// `work` failed, or the device is lost.
+    pub fn profile(
+        &self,
+        work: impl FnOnce(&Self) -> Result<(), CudaError>,
+    ) -> Result<Vec<KernelTime>, CudaError> {
+        self.0.profiling.store(true, Ordering::Relaxed);
+        let worked = work(self);
+        self.0.profiling.store(false, Ordering::Relaxed);
+        self.synchronize()?;
+        let Profile { launches, .. } = std::mem::take(&mut *self.profile_mut());
+        worked?;
+        let time = |(label, kernel, before, after): (_, _, Event, Event)| {
+            let us = f64::from(after.elapsed_ms(&before)?) * 1e3;
+            Ok(KernelTime { label, kernel, us })
+        };
+        launches.into_iter().map(time).collect()
+    }
+
+    /// Names the part of the work that the next kernels belong to, for [`Stream::profile`].
+    pub fn label(&self, label: &'static str) {
+        if self.is_profiling() {
+            self.profile_mut().label = label;
+        }
+    }
+
+    pub(super) fn is_profiling(&self) -> bool {
+        self.0.profiling.load(Ordering::Relaxed)
+    }
+
+    /// Notes a launch that ran between two events.
+    pub(super) fn note(&self, kernel: Arc<str>, before: Event, after: Event) {
+        let mut profile = self.profile_mut();
+        let label = profile.label;
+        profile.launches.push((label, kernel, before, after));
+    }
+
+    fn profile_mut(&self) -> MutexGuard<'_, Profile> {
+        self.0.profile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for all that was queued.

@@ -1,0 +1,292 @@
+//! The compute slice of one rank of an EP32 deployment of DeepSeek-R1: all 61 layers with made-up FP8 weights, 9 expert
+//! slots per rank, the real router over 256 experts folded onto the slots.
+//!
+//! Per expert it carries the same rows, FLOPs and weight bytes as 32 ranks with 288 slots; it does not carry their link
+//! bytes, fan-out and skew. Steps go through the scheduler, the recorded graphs and the sampler, as when serving.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use heliostat_engine::config::{ConfigError, ModelConfig};
+use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, KvRoom, LoadError, Weights};
+use heliostat_engine::ep::Topology;
+use heliostat_engine::eplb::map::MapShape;
+use heliostat_engine::model::ExchangeError;
+use heliostat_engine::request::{Request, RequestId, SamplingParams, StopConditions};
+use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
+use heliostat_kernels::cuda::exchange::Transport;
+use heliostat_kernels::cuda::{CudaError, Device};
+
+/// The model's config.json.
+pub const DEEPSEEK_R1: &str = include_str!("deepseek-r1.json");
+/// Expert slots of a rank.
+const SLOTS: usize = 9;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct SliceArgs {
+    /// Sequences that decode at once.
+    pub batches: Vec<usize>,
+    /// Tokens before each sequence's first measured one.
+    pub contexts: Vec<usize>,
+    /// Steps that are timed for each pair.
+    pub steps: usize,
+    /// Lengths of prompts to prefill.
+    pub prompts: Vec<usize>,
+    /// Tokens of one prefill step.
+    pub chunk: usize,
+    /// Record decode steps.
+    pub graphs: bool,
+    /// Steps in flight.
+    pub depth: usize,
+    /// Layers; fewer make a quick trial.
+    pub layers: Option<usize>,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SliceRow {
+    /// Steady-state decode.
+    Decode {
+        /// Sequences.
+        batch: usize,
+        /// Tokens before the first measured one.
+        context: usize,
+        /// Median milliseconds from one step's end to the next's.
+        step_ms: f64,
+        /// Tokens per second.
+        tokens_per_s: f64,
+        /// Share of the time in which the host worked rather than waited.
+        host_share: f64,
+        /// Microseconds of each part of one step, every kernel timed on its own: their sum is above the step's time, in
+        /// which kernels overlap.
+        parts: Vec<(&'static str, f64)>,
+    },
+    /// Prefill.
+    Prefill {
+        /// Tokens of a prompt.
+        prompt: usize,
+        /// Tokens per second.
+        tokens_per_s: f64,
+    },
+}
+
+/// Why there is no measurement.
+#[derive(Debug, thiserror::Error)]
+pub enum SliceError {
+    /// The shape is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The device is missing, full or failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The rank could not be made.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A step failed.
+    #[error(transparent)]
+    Step(#[from] ExchangeError),
+    /// The measurement does not fit the device.
+    #[error(
+        "{batch} sequences of {context} tokens do not fit: there is room for {tokens} tokens of KV cache"
+    )]
+    KvRoom {
+        /// Sequences.
+        batch: usize,
+        /// Tokens of each.
+        context: usize,
+        /// Tokens that fit.
+        tokens: usize,
+    },
+}
+
+/// Loads the slice once and measures each pair of batch and context, then prefill. `report` hears each line as it is
+/// measured.
+///
+/// # Errors
+/// The device is missing, full, or failed.
+pub fn slice(
+    device: &Device,
+    args: &SliceArgs,
+    report: &mut dyn FnMut(&SliceRow),
+) -> Result<Vec<SliceRow>, SliceError> {
+    let mut rank = load(device, args)?;
+    let mut rows = Vec::new();
+    let mut push = |row: SliceRow| {
+        report(&row);
+        rows.push(row);
+    };
+    for &context in &args.contexts {
+        for &batch in &args.batches {
+            push(decode(&mut rank, args, batch, context)?);
+        }
+    }
+    for &prompt in &args.prompts {
+        push(prefill(&mut rank, args, prompt)?);
+    }
+    Ok(rows)
+}
+
+fn load(device: &Device, args: &SliceArgs) -> Result<CudaRank, SliceError> {
+    let mut config = ModelConfig::from_json("deepseek-r1.json", DEEPSEEK_R1)?;
+    if let Some(layers) = args.layers {
+        config.num_layers = layers;
+        config.moe_layer_of.truncate(layers);
+    }
+    let longest = args.contexts.iter().chain(&args.prompts).copied().max().unwrap_or(BLOCK_SIZE);
+    let batch = args.batches.iter().copied().max().unwrap_or(1);
+    let experts = config.moe.num_experts as u32;
+    let options = CudaOptions {
+        topology: Topology { dp: 1, ep: 1, colocate: true },
+        rank: 0,
+        map: MapShape { experts, slots: experts, ranks: 1 },
+        rows_max: args.chunk.max(batch),
+        seqs_max: batch,
+        max_model_len: longest + args.steps + 4 * BLOCK_SIZE,
+        kv: KvRoom::Utilization(0.96),
+        graph_rows_max: if args.graphs { batch } else { 0 },
+        transport: Transport::Local,
+        timeout: Duration::from_secs(5),
+        stage_ahead: 1,
+        fold: Some(SLOTS),
+    };
+    let mut rank = CudaRank::load(device, &Arc::new(config), &options, Weights::Synthetic, &mut |_, _| ())?;
+    rank.connect(1, &[rank.handle()])?;
+    rank.make_up(SLOTS)?;
+    Ok(rank)
+}
+
+fn scheduler(rank: &CudaRank, args: &SliceArgs) -> Scheduler {
+    let config = SchedulerConfig {
+        block_size: BLOCK_SIZE,
+        num_blocks: rank.num_blocks(),
+        max_num_seqs: args.batches.iter().copied().max().unwrap_or(1),
+        max_num_batched_tokens: args.chunk.max(args.batches.iter().copied().max().unwrap_or(1)),
+        max_model_len: usize::MAX / BLOCK_SIZE / 2,
+        enable_prefix_caching: false,
+        max_waiting: 1 << 16,
+        vocab_size: rank.config().vocab_size,
+    };
+    Scheduler::new(config).expect("all bounds are above zero").with_async_depth(args.depth)
+}
+
+/// A request of `len` made-up tokens.
+fn request(id: usize, len: usize, max_tokens: usize, vocab: usize) -> Request {
+    let token = |at: usize| {
+        let mixed = (at as u64 + 1)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .wrapping_add(id as u64)
+            .wrapping_mul(0xd134_2543_de82_ef95);
+        (mixed >> 33) as u32 % vocab as u32
+    };
+    Request {
+        id: RequestId(id as u128 + 1),
+        prompt: (0..len).map(token).collect(),
+        generated: Vec::new(),
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        stop: StopConditions {
+            max_tokens: max_tokens as u32,
+            min_tokens: 0,
+            eos_token_ids: Vec::new(),
+            stop_token_ids: Vec::new(),
+        },
+        logprobs: None,
+        prompt_logprobs: None,
+        priority: 0,
+    }
+}
+
+/// Times of the steps of a run.
+#[derive(Default)]
+struct Times {
+    /// From one step's end to the next's.
+    steps: Vec<Duration>,
+    waited: Duration,
+}
+
+/// Runs `scheduler` until it has nothing to do or `steps` steps have ended.
+fn run(
+    rank: &mut CudaRank,
+    scheduler: &mut Scheduler,
+    (depth, steps): (usize, usize),
+) -> Result<Times, SliceError> {
+    let mut times = Times::default();
+    let mut last = Instant::now();
+    while scheduler.has_work() && times.steps.len() < steps {
+        while rank.in_flight() < depth && scheduler.can_schedule() {
+            let step = scheduler.schedule();
+            rank.launch(&step)?;
+        }
+        let began = Instant::now();
+        let (drawn, logits) = rank.finish()?;
+        times.waited += began.elapsed();
+        scheduler.complete_drawn(&drawn, &logits);
+        times.steps.push(last.elapsed());
+        last = Instant::now();
+    }
+    while rank.in_flight() > 0 {
+        let (drawn, logits) = rank.finish()?;
+        scheduler.complete_drawn(&drawn, &logits);
+    }
+    Ok(times)
+}
+
+fn decode(
+    rank: &mut CudaRank,
+    args: &SliceArgs,
+    batch: usize,
+    context: usize,
+) -> Result<SliceRow, SliceError> {
+    const WARM: usize = 4;
+    let mut scheduler = scheduler(rank, args);
+    let vocab = rank.config().vocab_size;
+    let tokens = rank.num_blocks() * BLOCK_SIZE;
+    for id in 0..batch {
+        let fits = scheduler.add_computed(request(id, context, args.steps + WARM + 8, vocab));
+        if !fits.expect("the request is valid") {
+            return Err(SliceError::KvRoom { batch, context, tokens });
+        }
+    }
+    run(rank, &mut scheduler, (args.depth, WARM))?;
+    let began = Instant::now();
+    let mut times = run(rank, &mut scheduler, (args.depth, args.steps))?;
+    let wall = began.elapsed();
+    // The first has no step before it.
+    times.steps.remove(0);
+    times.steps.sort();
+    let median = times.steps[times.steps.len() / 2];
+    Ok(SliceRow::Decode {
+        batch,
+        context,
+        step_ms: median.as_secs_f64() * 1e3,
+        tokens_per_s: batch as f64 / median.as_secs_f64(),
+        host_share: 1.0 - times.waited.as_secs_f64() / wall.as_secs_f64(),
+        parts: parts(rank, &mut scheduler)?,
+    })
+}
+
+/// Where the time of one more step goes, in the order of the parts' first kernels.
+fn parts(rank: &mut CudaRank, scheduler: &mut Scheduler) -> Result<Vec<(&'static str, f64)>, SliceError> {
+    let step = scheduler.schedule();
+    let mut parts: Vec<(&'static str, f64)> = Vec::new();
+    for time in rank.profile(&step)? {
+        match parts.iter_mut().find(|(label, _)| *label == time.label) {
+            Some((_, us)) => *us += time.us,
+            None => parts.push((time.label, time.us)),
+        }
+    }
+    Ok(parts)
+}
+
+fn prefill(rank: &mut CudaRank, args: &SliceArgs, prompt: usize) -> Result<SliceRow, SliceError> {
+    let mut scheduler = scheduler(rank, args);
+    let vocab = rank.config().vocab_size;
+    let prompts = (2 * args.chunk).div_ceil(prompt).max(2);
+    for id in 0..prompts {
+        scheduler.add(request(id, prompt, 1, vocab)).expect("the request is valid");
+    }
+    let began = Instant::now();
+    run(rank, &mut scheduler, (args.depth, usize::MAX))?;
+    let tokens_per_s = (prompts * prompt) as f64 / began.elapsed().as_secs_f64();
+    Ok(SliceRow::Prefill { prompt, tokens_per_s })
+}
