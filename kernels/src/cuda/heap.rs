@@ -22,22 +22,24 @@ pub struct HeapHandle {
     address: u64,
     /// Its size.
     bytes: u64,
+    /// The device it lies on, as that process counts them.
+    device: u64,
     /// For other processes; zeros where the driver exports nothing.
     ipc: [u8; 64],
 }
 
 impl HeapHandle {
     /// Length of its bytes.
-    pub const LEN: usize = 88;
+    pub const LEN: usize = 96;
 
     /// As bytes, to be sent.
     pub fn to_bytes(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
-        let words = [self.process, self.address, self.bytes];
+        let words = [self.process, self.address, self.bytes, self.device];
         for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
             chunk.copy_from_slice(&word.to_le_bytes());
         }
-        bytes[24..].copy_from_slice(&self.ipc);
+        bytes[32..].copy_from_slice(&self.ipc);
         bytes
     }
 
@@ -45,8 +47,8 @@ impl HeapHandle {
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; Self::LEN] = bytes.try_into().ok()?;
         let word = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
-        let ipc = bytes[24..].try_into().ok()?;
-        Some(Self { process: word(0)?, address: word(8)?, bytes: word(16)?, ipc })
+        let ipc = bytes[32..].try_into().ok()?;
+        Some(Self { process: word(0)?, address: word(8)?, bytes: word(16)?, device: word(24)?, ipc })
     }
 }
 
@@ -76,6 +78,7 @@ impl Heap {
             process: this_process(),
             address: memory.address(),
             bytes: memory.len() as u64,
+            device: u64::from(device.ordinal()),
             ipc,
         };
         Ok(Self { memory, handle })
@@ -111,6 +114,10 @@ impl PeerHeap {
             return Err(CudaError::Other(format!("a peer's heap has {found} bytes, {bytes} are needed")));
         }
         let mut address = handle.address;
+        if handle.process == this_process() && handle.device != u64::from(device.ordinal()) {
+            let why = "ranks of one process must share its device: start a process for each device";
+            return Err(CudaError::Other(why.to_owned()));
+        }
         if handle.process != this_process() {
             if handle.ipc == [0; 64] {
                 let why =

@@ -6,6 +6,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -160,6 +161,8 @@ struct Inner {
     device: Device,
     /// `None` once it was aborted.
     comm: Mutex<Option<Handle>>,
+    /// Tells a call under way to let go of it.
+    aborting: AtomicBool,
     timeout: Duration,
 }
 
@@ -190,7 +193,13 @@ impl Nccl {
         let begun = unsafe { (api.init)(&mut comm, size as c_int, id, rank as c_int, &mut config) };
         api.check("ncclCommInitRankConfig", begun)?;
         let comm = Mutex::new(Some(Handle(comm)));
-        let nccl = Self(Arc::new(Inner { api, device: device.clone(), comm, timeout }));
+        let nccl = Self(Arc::new(Inner {
+            api,
+            device: device.clone(),
+            comm,
+            aborting: AtomicBool::new(false),
+            timeout,
+        }));
         nccl.with("ncclCommInitRankConfig", |_| Ok(()))?;
         Ok(nccl)
     }
@@ -222,6 +231,7 @@ impl Nccl {
 
     /// Ends it, on this rank: its kernels give up, and it does nothing more. From any thread.
     pub fn abort(&self) {
+        self.0.aborting.store(true, Ordering::Relaxed);
         let mut comm = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Handle(comm)) = comm.take()
             && self.0.device.bind().is_ok()
@@ -239,7 +249,7 @@ impl Nccl {
     ) -> Result<(), CudaError> {
         let comm = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(Handle(comm)) = *comm else {
-            return Err(CudaError::Other("the NCCL communicator was aborted".to_owned()));
+            return Err(aborted());
         };
         call(comm)?;
         let began = Instant::now();
@@ -251,6 +261,9 @@ impl Nccl {
             self.0.api.check(name, state)?;
             if state == SUCCESS {
                 return Ok(());
+            }
+            if self.0.aborting.load(Ordering::Relaxed) {
+                return Err(aborted());
             }
             if began.elapsed() > self.0.timeout {
                 return Err(CudaError::Other(format!("{name} took longer than {:?}", self.0.timeout)));
@@ -270,6 +283,10 @@ impl Drop for Inner {
             unsafe { (self.api.abort)(comm) };
         }
     }
+}
+
+fn aborted() -> CudaError {
+    CudaError::Other("the NCCL communicator was aborted".to_owned())
 }
 
 /// Non-blocking, the rest as NCCL thinks best.

@@ -101,22 +101,25 @@ __device__ void layout_nothing(const LayoutParams& p) {
     if (threadIdx.x == 0) plan->rows = 0;
 }
 
-// Waits for the round and notes every DP rank's number of tokens. By one warp.
-__device__ __forceinline__ void layout_await(const LayoutParams& p, const Context* c, State* s, u32* tokens) {
-    const u32 lane = threadIdx.x & 31;
-    if (s->failed != NONE) return;
+// Waits for the round and notes every DP rank's number of tokens. By one warp. False: there is nothing to do.
+__device__ __forceinline__ bool layout_await(const LayoutParams& p, const Context* c, State* s, u32* tokens) {
+    const u32 lane = threadIdx.x & 31, failed = s->failed;
     const u64 round = s->ep_round + 1;
+    bool malformed = false;
     for (u32 d = lane; d < c->dp; d += 32) {
         const bool ready = !c->flags && c->dp_rank[d] != IDLE;
         tokens[d] = ready ? load_system_u32(c->dp_heap[d] + HEADER) : 0;
     }
     __syncwarp();
+    if (failed != NONE) return false;
     if (lane == 0) s->ep_round = round;
-    if (c->flags && !wait_all(c, s, DISPATCH, round, tokens)) return;
+    if (c->flags && !wait_all(c, s, DISPATCH, round, tokens)) return false;
     for (u32 d = lane; d < c->dp; d += 32) {
-        if (tokens[d] > p.g.tokens_max) fail(c, s, MALFORMED, DISPATCH, 1ull << c->dp_rank[d], round);
+        if (tokens[d] <= p.g.tokens_max) continue;
+        malformed = true;
+        fail(c, s, MALFORMED, DISPATCH, 1ull << c->dp_rank[d], round);
     }
-    __syncwarp();
+    return !__any_sync(FULL, malformed);
 }
 
 // The tables of one CTA, in shared memory; `slots` words each, one more where they hold sums.
@@ -282,21 +285,21 @@ __device__ __forceinline__ void layout_rows(const LayoutParams& p, const Context
 extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS)
     exchange_layout(const __grid_constant__ LayoutParams p) {
     extern __shared__ u32 shared[];
-    __shared__ u32 first_step[RANKS_MAX + 1], tokens[RANKS_MAX], failed;
+    __shared__ u32 first_step[RANKS_MAX + 1], tokens[RANKS_MAX], go;
     const Context* c = reinterpret_cast<const Context*>(p.context);
     State* s = reinterpret_cast<State*>(p.state);
     const u32 cta = cluster_rank(), slots = min(c->slots, p.slots_max), dp = c->dp;
     for (u32 i = threadIdx.x; i < LAYOUT_WARPS * slots; i += LAYOUT_THREADS) shared[i] = 0;
     wait_for_previous();
     if (cta == 0 && threadIdx.x < 32) {
-        layout_await(p, c, s, tokens);
+        const bool ready = layout_await(p, c, s, tokens);
+        if (threadIdx.x == 0) go = ready;
         prefix(first_step, dp, [&](u32 d) { return (tokens[d] * p.g.top_k + 31) / 32; });
-        if (threadIdx.x == 0) failed = *reinterpret_cast<volatile u32*>(&s->failed);
     }
     cluster_sync();
     let_next_start();
     // All take the first CTA's word: the other half of this rank may fail at any time, on another stream.
-    const bool nothing = load_cluster(&failed, 0) != NONE;
+    const bool nothing = !load_cluster(&go, 0);
     const u32 steps = load_cluster(&first_step[dp], 0);
     // More CTAs have more room for their scattered stores, and more to tell each other.
     const u32 ctas = max(1, min(cluster_size(), (steps + STEPS_PER_CTA - 1) / STEPS_PER_CTA));

@@ -195,33 +195,43 @@ __device__ __forceinline__ u64 result_row(const ReduceParams& p, const Context* 
     return region + u64(entry) * p.g.hidden * 2;
 }
 
-// The terms of AHEAD choices from `first` on, for the thread's chunks.
-__device__ __forceinline__ void reduce_choices(const ReduceParams& p, const Context* c, u32 token, u32 first,
-                                               const u32 (&chunk)[REDUCE_CHUNKS], float (&sum)[REDUCE_CHUNKS][8]) {
-    constexpr u32 AHEAD = 8;
-    const u32 chunks = p.g.hidden / 8;
-    u64 row[AHEAD];
-    float weight[AHEAD];
-    uint4 v[REDUCE_CHUNKS][AHEAD];
+// Choices whose rows are fetched at once.
+constexpr u32 AHEAD_CHOICES = 8;
+
+// What the sum needs to know of some choices of a token.
+struct Choices {
+    u64 row[AHEAD_CHOICES];
+    float weight[AHEAD_CHOICES];
+};
+
+__device__ __forceinline__ Choices read_choices(const ReduceParams& p, const Context* c, u32 token, u32 first) {
+    Choices choices;
 #pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
+    for (u32 a = 0; a < AHEAD_CHOICES; a++) {
         const u32 entry = token * p.g.top_k + first + a;
-        const bool real = first + a < p.g.top_k;
-        row[a] = real ? result_row(p, c, entry) : 0;
-        weight[a] = real ? reinterpret_cast<const float*>(p.weights)[entry] : 0;
+        const bool there = first + a < p.g.top_k;
+        choices.row[a] = there ? result_row(p, c, entry) : 0;
+        choices.weight[a] = there ? reinterpret_cast<const float*>(p.weights)[entry] : 0;
     }
+    return choices;
+}
+
+// Adds the terms of some choices, in their order, for the thread's chunks.
+__device__ __forceinline__ void add_choices(const Choices& choices, u32 chunks, const u32 (&chunk)[REDUCE_CHUNKS],
+                                            float (&sum)[REDUCE_CHUNKS][8]) {
+    uint4 v[REDUCE_CHUNKS][AHEAD_CHOICES];
 #pragma unroll
     for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
 #pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            if (row[a] && chunk[i] < chunks) v[i][a] = load_row(row[a] + chunk[i] * 16);
+        for (u32 a = 0; a < AHEAD_CHOICES; a++) {
+            if (choices.row[a] && chunk[i] < chunks) v[i][a] = load_row(choices.row[a] + chunk[i] * 16);
         }
     }
 #pragma unroll
     for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
 #pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) {
-            if (row[a]) add_scaled(sum[i], weight[a], v[i][a]);
+        for (u32 a = 0; a < AHEAD_CHOICES; a++) {
+            if (choices.row[a]) add_scaled(sum[i], choices.weight[a], v[i][a]);
         }
     }
 }
@@ -229,6 +239,7 @@ __device__ __forceinline__ void reduce_choices(const ReduceParams& p, const Cont
 extern "C" __global__ void __launch_bounds__(REDUCE_THREADS) exchange_reduce(const __grid_constant__ ReduceParams p) {
     const Context* c = reinterpret_cast<const Context*>(p.context);
     const u32 token = blockIdx.x / p.parts, chunks = p.g.hidden / 8;
+    const u64 at = (u64(token) * p.g.hidden + blockIdx.x % p.parts * REDUCE_CHUNKS * REDUCE_THREADS * 8) * 2;
     u32 chunk[REDUCE_CHUNKS];
     float sum[REDUCE_CHUNKS][8] = {};
 #pragma unroll
@@ -237,25 +248,31 @@ extern "C" __global__ void __launch_bounds__(REDUCE_THREADS) exchange_reduce(con
     }
     let_next_start();
     wait_for_previous();
-    const bool failed = reinterpret_cast<const State*>(p.state)->failed != NONE;
-    const bool real = token < *reinterpret_cast<const u32*>(p.own + HEADER) && !failed;
-    const bool add = real && p.shared;
-    uint4 extra[REDUCE_CHUNKS];
+    // All of this is on its way at once, also for rows that turn out to be none.
+    const u32 failed = reinterpret_cast<const State*>(p.state)->failed;
+    const u32 tokens = *reinterpret_cast<const u32*>(p.own + HEADER);
+    Choices choices = read_choices(p, c, token, 0);
+    uint4 extra[REDUCE_CHUNKS] = {};
 #pragma unroll
     for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
-        if (add && chunk[i] < chunks) extra[i] = load_row(p.shared + (u64(token) * p.g.hidden + chunk[i] * 8) * 2);
+        const u64 place = at + (i * REDUCE_THREADS + threadIdx.x) * 16;
+        if (p.shared && chunk[i] < chunks) extra[i] = load_row(p.shared + place);
     }
-    for (u32 first = 0; real && first < p.g.top_k; first += 8) reduce_choices(p, c, token, first, chunk, sum);
+    const bool real = token < tokens && failed == NONE;
+    if (real) add_choices(choices, chunks, chunk, sum);
+    for (u32 first = AHEAD_CHOICES; real && first < p.g.top_k; first += AHEAD_CHOICES) {
+        choices = read_choices(p, c, token, first);
+        add_choices(choices, chunks, chunk, sum);
+    }
 #pragma unroll
     for (u32 i = 0; i < REDUCE_CHUNKS; i++) {
         if (chunk[i] >= chunks) continue;
-        const u64 at = (u64(token) * p.g.hidden + chunk[i] * 8) * 2;
-        if (add) add_scaled(sum[i], 1.0f, extra[i]);
+        if (real && p.shared) add_scaled(sum[i], 1.0f, extra[i]);
         uint4 out;
         out.x = pack_bf16(sum[i][0], sum[i][1]);
         out.y = pack_bf16(sum[i][2], sum[i][3]);
         out.z = pack_bf16(sum[i][4], sum[i][5]);
         out.w = pack_bf16(sum[i][6], sum[i][7]);
-        store_row(p.out + at, out);
+        store_row(p.out + at + (i * REDUCE_THREADS + threadIdx.x) * 16, out);
     }
 }
