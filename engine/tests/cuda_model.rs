@@ -229,7 +229,7 @@ fn on_cpu(dir: &Path, sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
 }
 
 /// Rounding to BF16 moves a router's choice now and then, and a row with another expert is far off, in transformers as
-/// well (`median` and not `worst` is the measure). First logits of transformers in BF16 differ from those in f32 by up
+/// well: the median is the measure. First logits of transformers in BF16 differ from those in f32 by up
 /// to 9e-3 on these models.
 #[test]
 fn logits_are_those_of_the_cpu_and_of_transformers() {
@@ -261,8 +261,10 @@ fn logits_are_those_of_the_cpu_and_of_transformers() {
             first[0],
             first[first.len() - 1]
         );
-        assert!(median < 1e-3, "{}: half of the rows differ by {median:e} and more", rig.name);
-        assert!(first[first.len() / 2] < 2e-3, "{}: first logits differ by {first:?}", rig.name);
+        // FP8 products round their activations to 4 bits of fraction; the CPU keeps them in f32.
+        let max = if rig.rank.config().fp8_blocks { 1e-2 } else { 1e-3 };
+        assert!(median < max, "{}: half of the rows differ by {median:e} and more", rig.name);
+        assert!(first[first.len() / 2] < 2.0 * max, "{}: first logits differ by {first:?}", rig.name);
     }
 }
 

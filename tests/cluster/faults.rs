@@ -8,11 +8,11 @@ use futures_util::future::join_all;
 
 use crate::rig::{Cluster, free_port, greedy, is_alive, kill};
 
-const STREAMS: usize = 8;
+pub(crate) const STREAMS: usize = 8;
 const TOKENS: u32 = 160;
 
 /// Texts of an undisturbed run.
-async fn undisturbed(cluster: &Cluster) -> Vec<String> {
+pub(crate) async fn undisturbed(cluster: &Cluster) -> Vec<String> {
     let asks = (0..STREAMS).map(|number| {
         let body = greedy(number, TOKENS);
         async move { cluster.stream(&body, |_| ()).await.unwrap() }
@@ -21,7 +21,10 @@ async fn undisturbed(cluster: &Cluster) -> Vec<String> {
 }
 
 /// Runs all streams; once they flow, `harm` is done. Returns the texts and the longest pause of any stream.
-async fn disturbed(cluster: &Cluster, harm: impl AsyncFnOnce()) -> (Vec<Result<String, String>>, Duration) {
+pub(crate) async fn disturbed(
+    cluster: &Cluster,
+    harm: impl AsyncFnOnce(),
+) -> (Vec<Result<String, String>>, Duration) {
     let flowing = AtomicUsize::new(0);
     let notify = tokio::sync::Notify::new();
     let streams = (0..STREAMS).map(|number| {
@@ -49,7 +52,7 @@ async fn disturbed(cluster: &Cluster, harm: impl AsyncFnOnce()) -> (Vec<Result<S
     (results.into_iter().map(|(text, _)| text).collect(), pause)
 }
 
-fn all_equal(got: Vec<Result<String, String>>, expected: &[String]) {
+pub(crate) fn all_equal(got: Vec<Result<String, String>>, expected: &[String]) {
     for (number, (got, expected)) in got.into_iter().zip(expected).enumerate() {
         assert_eq!(
             &got.unwrap_or_else(|why| panic!("stream {number} failed: {why}")),

@@ -53,6 +53,9 @@ pub(crate) fn write_config(dir: &Path, model: &Path, sections: &[(&str, &str)]) 
         ("model", format!("path = {model:?}")),
         ("serve", format!("port = {http}")),
     ];
+    if !sections.iter().any(|(section, keys)| *section == "devices" && keys.contains("device")) {
+        all.push(("devices", "device = \"cpu\"".to_owned()));
+    }
     for (section, keys) in sections {
         match all.iter_mut().find(|(name, _)| name == section) {
             Some((_, text)) => *text = format!("{text}\n{keys}"),

@@ -121,7 +121,7 @@ async fn a_remap_on_request_balances_a_skewed_load() {
 
 impl Cluster {
     /// Waits for the end of a remap and returns the EPLB status.
-    async fn until_remapped(&self, epoch: u64) -> Value {
+    pub(crate) async fn until_remapped(&self, epoch: u64) -> Value {
         loop {
             let (_, status) = self.get("/api/eplb").await;
             if status["history"][0]["epoch"].as_u64() == Some(epoch) {

@@ -1,0 +1,92 @@
+//! The same clusters on CUDA devices. Without a GPU these tests say so and pass.
+
+use heliostat_kernels::cuda::Device;
+use serde_json::{Value, json};
+
+use crate::faults::{all_equal, disturbed, undisturbed};
+use crate::rig::{Cluster, helio, kill, text, write_config};
+
+/// One GPU per rank.
+const ALONE: &[(&str, &str)] = &[("devices", "device = \"cuda\"\ncuda = 1")];
+
+/// Two ranks take turns on one GPU: slow, and all that two GPUs would do but for the wires.
+const SHARED: &[(&str, &str)] = &[
+    ("devices", "device = \"cuda\"\ncuda = 1\nranks_per_gpu = 2"),
+    ("parallel", "step_timeout_s = 5"),
+    ("engine", "kv_cache_memory_bytes = \"256MiB\"\nmax_num_batched_tokens = 1024"),
+    ("eplb", "window_size = 50\nstep_interval = 1000000"),
+];
+
+fn has_gpu() -> bool {
+    match Device::count() {
+        Ok(count) if count > 0 => true,
+        Ok(_) => {
+            eprintln!("skipped: there is no GPU");
+            false
+        }
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            false
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_gpu_rank_loses_no_stream() {
+    if !has_gpu() {
+        return;
+    }
+    let cluster = Cluster::up(ALONE).await;
+    let expected = undisturbed(&cluster).await;
+    let pid = cluster.pid("rank-0");
+    let (got, pause) = disturbed(&cluster, async || kill(pid)).await;
+    all_equal(got, &expected);
+    cluster.until_healed().await;
+    assert_eq!(cluster.actor("rank-0")["restarts"], 1);
+    eprintln!("rank-0 killed: longest pause of a stream {pause:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn placement_remaps_and_kills_change_no_token_on_gpus() {
+    if !has_gpu() {
+        return;
+    }
+    let alone = Cluster::up(ALONE).await;
+    let expected = undisturbed(&alone).await;
+    drop(alone);
+    let cluster = Cluster::up(SHARED).await;
+    assert_eq!(undisturbed(&cluster).await, expected, "two ranks and one");
+    let mut epoch = None;
+    let (got, pause) = disturbed(&cluster, async || {
+        let (status, started) = cluster.post("/api/eplb/rebalance", &json!({})).await;
+        assert_eq!(status, 202, "{started}");
+        epoch = started["epoch"].as_u64();
+    })
+    .await;
+    all_equal(got, &expected);
+    let after = cluster.until_remapped(epoch.unwrap()).await;
+    let remap: &Value = &after["history"][0];
+    assert_eq!(remap["end"], "committed");
+    assert!(remap["moves"].as_u64().unwrap() > 0, "{remap}");
+    eprintln!("remapped: longest pause of a stream {pause:?}; {remap}");
+    let pid = cluster.pid("rank-1");
+    let (got, pause) = disturbed(&cluster, async || kill(pid)).await;
+    all_equal(got, &expected);
+    cluster.until_healed().await;
+    eprintln!("rank-1 killed: longest pause of a stream {pause:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_does_not_fit_says_what_it_asked_for() {
+    if !has_gpu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let sections =
+        [ALONE[0], ("engine", "kv_cache_memory_bytes = \"900GiB\""), ("supervision", "max_restarts = 1")];
+    let (file, _) = write_config(dir.path(), &crate::rig::bundled(), &sections);
+    let up = helio(&["up", file.to_str().unwrap(), "--detach"]);
+    assert!(!up.status.success());
+    let said = text(&up);
+    assert!(said.contains("out of GPU memory") && said.contains("are free"), "{said}");
+}
