@@ -27,13 +27,11 @@ pub(crate) fn count() -> Result<u32, String> {
 }
 
 /// As `count`, and an error where the first GPU is not one that the kernels are written for.
-pub(crate) fn usable(library_dirs: &[PathBuf]) -> Result<u32, String> {
+/// What else is missing is said by the rank, or by `helio check`, and does not make it a machine without GPUs.
+pub(crate) fn usable() -> Result<u32, String> {
     let count = count()?;
-    match open(0, library_dirs) {
-        Err(why @ CudaError::Chip { .. }) => Err(why.to_string()),
-        // What else is missing is said by the rank, or by `helio check`, and does not make it a machine without GPUs.
-        Ok(_) | Err(_) => Ok(count),
-    }
+    let first = Device::describe(0).and_then(|first| Device::check_chip(&first));
+    first.map_or_else(|why| Err(why.to_string()), |()| Ok(count))
 }
 
 /// Opens each of the GPUs as a rank would, and says what they are.

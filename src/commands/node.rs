@@ -52,7 +52,7 @@ fn config(args: &args::Node) -> Result<NodeConfig> {
 fn devices(args: &args::Node) -> Result<Vec<Device>> {
     let (ordinals, found) = match &args.devices {
         Offer::Cpu(count) => return Ok(cpu_devices(*count, args.threads)),
-        Offer::Auto => match gpus::usable(&[]) {
+        Offer::Auto => match gpus::usable() {
             Ok(found) => (0..=found - 1, found),
             Err(why) => {
                 tracing::info!("offers {CPU_DEVICES} CPU devices: no GPU can be used: {why}");

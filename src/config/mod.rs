@@ -252,7 +252,7 @@ impl Config {
         text: &str,
         file: &str,
         dir: &Path,
-        gpus: impl FnOnce(&raw::Raw, &Path) -> Option<Result<u32, String>>,
+        gpus: impl FnOnce(&raw::Raw) -> Option<Result<u32, String>>,
     ) -> Result<Self, ConfigError> {
         let fail = |problems: Vec<Problem>| ConfigError { file: file.into(), text: text.into(), problems };
         let raw = read::read(text).map_err(fail)?;
@@ -263,7 +263,7 @@ impl Config {
         let facts = Facts {
             dir: dir.to_path_buf(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
-            gpus: gpus(&raw, dir),
+            gpus: gpus(&raw),
             user_cache: user_cache(),
             token_file: secret(&raw.cluster.token_file),
             api_key_file: secret(&raw.serve.api_key_file),
@@ -300,11 +300,8 @@ impl Source {
 }
 
 /// Counts this machine's GPUs, unless nothing in the file depends on them: asking the driver takes a while.
-fn gpus_if_needed(raw: &raw::Raw, dir: &Path) -> Option<Result<u32, String>> {
-    validate::asks_for_gpus(raw).then(|| {
-        let dirs: Vec<PathBuf> = raw.devices.library_dirs.iter().map(|path| dir.join(path)).collect();
-        gpus::usable(&dirs)
-    })
+fn gpus_if_needed(raw: &raw::Raw) -> Option<Result<u32, String>> {
+    validate::asks_for_gpus(raw).then(gpus::usable)
 }
 
 /// This user's folder for what can be made again.

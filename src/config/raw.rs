@@ -34,7 +34,7 @@ words! {
     All2All, "\"peer\" or \"nccl\"" {
         /// Peer memory over NVLink, by our own kernels.
         Peer,
-        /// NCCL.
+        /// NCCL; refused in this release.
         Nccl,
     }
 }
@@ -128,8 +128,7 @@ section! {
         threads: Count = Count::Auto,
         /// How many GPUs a node offers; `auto` takes all that this machine shows. For other machines it must be written.
         cuda: Count = Count::Auto,
-        /// Ranks that share one GPU. More than one is for tests: they get in each other's way. Needs
-        /// `all2all_backend = "peer"`.
+        /// Ranks that share one GPU. More than one is for tests: they get in each other's way.
         ranks_per_gpu: u32 = 1,
         /// Folders, on every node, to search for NVIDIA's libraries (NVRTC, NCCL) before the loader's path and
         /// /usr/local/cuda.
@@ -163,8 +162,8 @@ section! {
         ep: Option<u32> = None,
         /// True: DP rank i and EP rank i share device i. False: experts have devices of their own.
         colocate: bool = true,
-        /// How rows travel between GPUs: `peer` (NVLink, our own kernels) or `nccl`. Only for CUDA devices. Without it:
-        /// `peer`.
+        /// How rows travel between GPUs: `peer` (our own kernels over NVLink, all GPUs on one machine). `nccl` is not in
+        /// this release. Only for CUDA devices. Without it: `peer`.
         all2all_backend: Option<All2All> = None,
         /// A rank that is silent for longer inside a step is treated as lost, in seconds.
         step_timeout_s: f64 = 30.0,

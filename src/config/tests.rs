@@ -25,7 +25,7 @@ fn parse_with(text: &str, gpus: Option<Result<u32, String>>) -> Result<Config, S
     let dir = model_dir();
     fs::write(dir.path().join("token"), "0123456789abcdef0123\n").expect("write");
     fs::write(dir.path().join("short"), "abc\n").expect("write");
-    Config::parse(text, "c.toml", dir.path(), |_, _| gpus)
+    Config::parse(text, "c.toml", dir.path(), |_| gpus)
         .map_err(|e| e.to_string().replace(&dir.path().display().to_string(), "DIR"))
 }
 
@@ -344,12 +344,12 @@ c.toml:2:13: weights always move in the background in this release
 fn the_effective_file_says_the_same_from_anywhere_and_holds_no_token() {
     let dir = model_dir();
     let text = "[cluster]\ntoken = \"0123456789abcdef\"\nrun_dir = \"r\"\n[parallel]\ndp = 2\n[[nodes]]\ndevices = 3\n";
-    let config = Config::parse(text, "c.toml", dir.path(), |_, _| None).expect("valid");
+    let config = Config::parse(text, "c.toml", dir.path(), |_| None).expect("valid");
     assert!(!config.effective.contains("0123456789abcdef"), "{}", config.effective);
     fs::create_dir(dir.path().join("r")).expect("create");
     fs::write(dir.path().join("r/token"), "0123456789abcdef").expect("write");
-    let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_, _| None)
-        .expect(&config.effective);
+    let again =
+        Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_| None).expect(&config.effective);
     assert_eq!(format!("{again:?}"), format!("{config:?}"));
 }
 
@@ -369,7 +369,7 @@ fn the_reference_page_is_up_to_date() {
 fn the_example_says_the_defaults() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("cluster.toml")).expect("cluster.toml");
-    let example = Config::parse(&text, "cluster.toml", root, |_, _| None).expect("the example is valid");
-    let default = Config::parse("", "empty", root, |_, _| None).expect("the default is valid");
+    let example = Config::parse(&text, "cluster.toml", root, |_| None).expect("the example is valid");
+    let default = Config::parse("", "empty", root, |_| None).expect("the default is valid");
     assert_eq!(format!("{example:?}"), format!("{default:?}"));
 }

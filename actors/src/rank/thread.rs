@@ -209,7 +209,9 @@ impl StepThread {
             |(index, bytes): (usize, &Vec<u8>)| HeapHandle::from_bytes(bytes).ok_or_else(|| bad(index));
         let heaps = joined.heaps.iter().enumerate().map(handle).collect::<Result<Vec<_>, _>>()?;
         self.exchange = joined.exchange;
-        rank.connect(joined.exchange, &heaps)?;
+        let reach =
+            |why| ExchangeError::Device(format!("the memory of a peer's GPU cannot be reached: {why}"));
+        rank.connect(joined.exchange, &heaps).map_err(reach)?;
         rank.guard_weights()?;
         self.inbox.set_device(Some((rank.abort_handle(), joined.exchange)));
         Ok(true)

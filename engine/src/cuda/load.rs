@@ -244,8 +244,10 @@ pub fn bytes_per_block(config: &ModelConfig) -> usize {
 fn check_supported(config: &ModelConfig, options: &CudaOptions) -> Result<(), LoadError> {
     let refuse = |why: String| Err(LoadError::Unsupported(why));
     let size = options.topology.size();
-    if size > 1 && options.transport == Transport::Local {
-        return refuse(format!("{size} ranks need a way to exchange rows"));
+    if size > 1 && options.transport != Transport::Peer {
+        return refuse(format!(
+            "{size} ranks on GPUs exchange rows through peer memory, and in no other way"
+        ));
     }
     if !config.hidden_size.is_multiple_of(16) {
         return refuse(format!("a hidden size of {} is not a multiple of 16", config.hidden_size));

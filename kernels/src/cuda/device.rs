@@ -71,6 +71,29 @@ impl Device {
         Ok(count as u32)
     }
 
+    /// What GPU `ordinal` of those visible to the process is, without opening it.
+    ///
+    /// # Errors
+    /// Driver or device are missing.
+    pub fn describe(ordinal: u32) -> Result<Properties, CudaError> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        read_properties(ordinal as i32)
+    }
+
+    /// Whether the kernels are written for it.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check_chip(properties: &Properties) -> Result<(), CudaError> {
+        match properties.capability {
+            (9, 0) => Ok(()),
+            capability => Err(CudaError::Chip { name: properties.name.clone(), capability }),
+        }
+    }
+
     /// Opens a GPU with default options.
     ///
     /// # Errors
@@ -84,15 +107,8 @@ impl Device {
     /// # Errors
     /// Driver, device or NVRTC are missing, or the chip is not one that the kernels are written for.
     pub fn open_with(ordinal: u32, options: DeviceOptions) -> Result<Self, CudaError> {
-        let count = Self::count()?;
-        if ordinal >= count {
-            return Err(CudaError::NoDevice { ordinal, count });
-        }
-        let properties = read_properties(ordinal as i32)?;
-        if properties.capability != (9, 0) {
-            let Properties { name, capability, .. } = properties;
-            return Err(CudaError::Chip { name, capability });
-        }
+        let properties = Self::describe(ordinal)?;
+        Self::check_chip(&properties)?;
         let compiler = Compiler::load("sm_90a", &options.library_dirs, options.kernel_cache)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: the device exists; `context` is a valid place.

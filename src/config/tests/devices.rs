@@ -144,13 +144,13 @@ c.toml:2:14: `block_size` = 16 is not possible on CUDA devices
   |              ^^ write 64, or leave it out",
     );
     refused_with(
-        "[devices]\nranks_per_gpu = 2\n[parallel]\nall2all_backend = \"nccl\"\n",
+        "[parallel]\nall2all_backend = \"nccl\"\n",
         found(1),
         "
-c.toml:2:17: 2 ranks cannot share a GPU with all2all_backend = \"nccl\"
+c.toml:2:19: NCCL does not carry the rows of a group in this release
   |
-2 | ranks_per_gpu = 2
-  |                 ^ write ranks_per_gpu = 1, or all2all_backend = \"peer\" in [parallel]",
+2 | all2all_backend = \"nccl\"
+  |                   ^^^^^^ write all2all_backend = \"peer\", which needs all GPUs of the group on one machine",
     );
     refused_with(
         "[devices]\nranks_per_gpu = 0\n[parallel]\ndp = 1\nep = 1",
@@ -264,8 +264,8 @@ fn the_effective_file_says_what_was_found() {
         "[devices]\nlibrary_dirs = [\"lib\", \"/opt/lib\"]\nkernel_cache = \"k\"",
         "[devices]\ncuda = 1\n[[nodes]]\n[[nodes]]\ndevices = 2\ndevice = \"cuda\"",
     ] {
-        let config = Config::parse(text, "c.toml", dir.path(), |_, _| found(3)).expect(text);
-        let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_, _| None);
+        let config = Config::parse(text, "c.toml", dir.path(), |_| found(3)).expect(text);
+        let again = Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_| None);
         let again = again.expect(&config.effective);
         assert_eq!(format!("{again:?}"), format!("{config:?}"));
         assert_eq!(again.nodes.iter().map(|n| n.devices.count()).sum::<u32>(), 3);

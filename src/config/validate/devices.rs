@@ -229,10 +229,10 @@ impl Check<'_> {
             "leave it out for one",
         );
         self.require(
-            ranks_per_gpu <= 1 || all2all == All2All::Peer,
-            "devices.ranks_per_gpu",
-            format!("{ranks_per_gpu} ranks cannot share a GPU with all2all_backend = \"nccl\""),
-            "write ranks_per_gpu = 1, or all2all_backend = \"peer\" in [parallel]",
+            all2all == All2All::Peer,
+            "parallel.all2all_backend",
+            "NCCL does not carry the rows of a group in this release",
+            "write all2all_backend = \"peer\", which needs all GPUs of the group on one machine",
         );
         let graph_rows = engine.max_cudagraph_capture_size;
         self.require(
