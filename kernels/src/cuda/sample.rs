@@ -1,7 +1,7 @@
 //! Draws tokens from rows of logits, and says how likely they were.
 //!
 //! Specification: the engine's sampler, for draws without bias, penalties or forbidden tokens. A row's draw depends on
-//! that row's logits and parameters only; all sums are f64 in a fixed order.
+//! that row's logits and parameters only; all sums have an order that the vocabulary and the row decide.
 
 use super::{Buffer, CudaError, Device, Kernel, Launch, Params, Source, Stream};
 

@@ -16,6 +16,10 @@ const POSITIONS: usize = 300;
 const BLOCKS: usize = 12;
 const STYLES: [RopeStyle; 2] = [RopeStyle::Interleaved, RopeStyle::HalfSplit];
 
+/// Heads, elements not rotated, rotated, of a latent, and before the latent in its row.
+const MLA_SHAPES: [(usize, usize, usize, usize, usize); 5] =
+    [(4, 16, 8, 24, 0), (6, 32, 16, 64, 136), (3, 10, 6, 21, 1), (8, 128, 64, 512, 1536), (5, 8, 4, 40, 8)];
+
 /// Rows of three sequences, two of them idle, with the blocks of each.
 struct Batch {
     positions: Vec<u32>,
@@ -125,16 +129,8 @@ fn mla_queries_and_cache() {
     let batch = Batch::new();
     let on_device = OnDevice::new(&gpu, &batch);
     let rows = batch.rows();
-    // heads, nope, rope, kv_lora, elements around the fresh rows
-    let shapes = [
-        (4, 16, 8, 24, 0),
-        (6, 32, 16, 64, 136),
-        (3, 10, 6, 21, 1),
-        (8, 128, 64, 512, 1536),
-        (5, 8, 4, 40, 8),
-    ];
     for (style, (heads, nope, rope, latent, before)) in
-        STYLES.into_iter().flat_map(|style| shapes.map(|shape| (style, shape)))
+        STYLES.into_iter().flat_map(|style| MLA_SHAPES.map(|shape| (style, shape)))
     {
         let what = format!("{style:?}, {heads} heads of {nope} + {rope}, latent {latent}");
         let turn = Turn::new(style, rope / 2);

@@ -124,14 +124,17 @@ __device__ __forceinline__ void name_top(Lane& l, const SampleParams& p, u32 row
 // Sums, for each of seven ascending thresholds, of the weights from it to `high`; or their number.
 template <bool COUNT>
 __device__ __forceinline__ void add_weights(const u32* weights, u32 stride, u32 number, const u32 (&from)[7], u32 high,
-                                            float (&sums)[7]) {
-#pragma unroll 4
+                                            float (&sums)[ITEMS]) {
+#pragma unroll 8
     for (u32 i = 0; i < number; i++) {
         u32 bits = weights[i * stride];
         float weight = bits < high ? (COUNT ? 1.0f : __uint_as_float(bits)) : 0.0f;
 #pragma unroll
         for (int j = 0; j < 7; j++) {
-            if (bits >= from[j]) sums[j] += weight;
+            // A conditional sum in two instructions; the compiler makes four of it.
+            asm("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p add.f32 %0, %0, %3;\n}"
+                : "+f"(sums[j])
+                : "r"(bits), "r"(from[j]), "f"(weight));
         }
     }
 }
@@ -139,26 +142,27 @@ __device__ __forceinline__ void add_weights(const u32* weights, u32 stride, u32 
 // Sets the weights in `low..high` aside. Returns whether there was room.
 __device__ __forceinline__ bool list_weights(const Lane& l, u32 low, u32 high, u32& number) {
     u32 mine = 0;
-    for (u32 i = 0; i < l.chunk; i++) {
-        u32 bits = __float_as_uint(l.x[i]);
-        mine += bits >= low && bits < high;
-    }
-    u32 at = mine;
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        u32 other = __shfl_up_sync(0xffffffffu, at, step);
-        if (l.lane >= step) at += other;
-    }
+#pragma unroll 8
+    for (u32 i = 0; i < l.chunk; i++) mine += __float_as_uint(l.x[i]) - low < high - low;
+    u32 at = scan_lanes(mine, l.lane);
     number = __shfl_sync(0xffffffffu, at, 31);
     if (number > LIST) return false;
     at -= mine;
+#pragma unroll 8
     for (u32 i = 0; i < l.chunk; i++) {
         u32 bits = __float_as_uint(l.x[i]);
-        if (bits >= low && bits < high) l.list[at++] = bits;
+        if (bits - low < high - low) l.list[at++] = bits;
     }
-    for (u32 i = number + l.lane; i < LIST; i += 32) l.list[i] = 0;
+    for (u32 i = number + l.lane; i < (number + 31) / 32 * 32; i += 32) l.list[i] = 0;
     __syncwarp();
     return true;
+}
+
+// What a search looks at first: most of what is likely lies within few octaves of the most likely token.
+__device__ __forceinline__ void first_thresholds(u32 (&from)[7]) {
+    constexpr u32 OCTAVES[7] = {20, 13, 9, 6, 4, 2, 1};
+#pragma unroll
+    for (u32 j = 0; j < 7; j++) from[j] = ONE - (OCTAVES[j] << 23);
 }
 
 // Keeps the best tokens until their number, or their weight, reaches `target`; the weight of the others becomes 0.
@@ -166,68 +170,64 @@ __device__ __forceinline__ bool list_weights(const Lane& l, u32 low, u32 high, u
 template <bool COUNT>
 __device__ __forceinline__ void keep_best(Lane& l, double target) {
     // At least `target` lies at and above `low`, less at and above `high`, namely `above`.
-    u32 low = 1, high = ONE + 1, listed = 0;
+    u32 low = 1, high = ONE + 1, listed = 0, from[7];
     double above = 0.0;
     bool is_listed = false;
+    first_thresholds(from);
     for (u32 round = 0; high - low > 1; round++) {
-        u32 span = high - low, from[7];
-        float sums[7] = {};
+        if (round > 0) {
+            u32 span = high - low;
 #pragma unroll
-        for (u32 j = 0; j < 7; j++) from[j] = low + min(max(span / 8, 1u) * (j + 1), span - 1);
-        if (round >= 3 && !is_listed) is_listed = list_weights(l, low, high, listed);
-        if (is_listed) {
-            add_weights<COUNT>(l.list + l.lane, 32, (listed + 31) / 32, from, high, sums);
-        } else {
-            add_weights<COUNT>(reinterpret_cast<const u32*>(l.x), 1, l.chunk, from, high, sums);
+            for (u32 j = 0; j < 7; j++) from[j] = low + min(max(span / 8, 1u) * (j + 1), span - 1);
+            if (!is_listed) is_listed = list_weights(l, low, high, listed);
         }
-        double at[ITEMS] = {sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], 0.0};
-        row_sums(l, at);
-        u32 below = low;
-        high = from[0];
-        double next = above + at[0];
+        float mine[ITEMS] = {};
+        if (is_listed) {
+            add_weights<COUNT>(l.list + l.lane, 32, (listed + 31) / 32, from, high, mine);
+        } else {
+            add_weights<COUNT>(reinterpret_cast<const u32*>(l.x), 1, l.chunk, from, high, mine);
+        }
+        const double* sums = row_sums(l, mine);
+        // The sums descend: the first so many thresholds have enough above them.
+        u32 enough = __popc(__ballot_sync(0xffffffffu, l.lane < 7 && above + sums[min(l.lane, 6u)] >= target));
+        if (enough < 7) above += sums[enough];
 #pragma unroll
         for (u32 j = 0; j < 7; j++) {
-            if (above + at[j] >= target) {
-                below = from[j];
-                high = j < 6 ? from[j < 6 ? j + 1 : 6] : low + span;
-                next = j < 6 ? above + at[j < 6 ? j + 1 : 6] : above;
-            }
+            if (j + 1 == enough) low = from[j];
+            if (j == enough) high = from[j];
         }
-        low = below;
-        above = next;
     }
     double one = COUNT ? 1.0 : double(__uint_as_float(low));
     double missing = ceil((target - above) / one);
     u32 wanted = missing > 1.0 ? u32(missing) : 1, mine = 0;
+#pragma unroll 8
     for (u32 i = 0; i < l.chunk; i++) mine += __float_as_uint(l.x[i]) == low;
-    u32 rank = mine;
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        u32 other = __shfl_up_sync(0xffffffffu, rank, step);
-        if (l.lane >= step) rank += other;
-    }
+    u32 rank = scan_lanes(mine, l.lane);
     const u64* numbers = share(l, __shfl_sync(0xffffffffu, rank, 31));
     u32 before = 0;
 #pragma unroll
     for (u32 j = 0; j < SEGMENTS; j += 32) before += l.lane + j < l.segment ? u32(numbers[l.lane + j]) : 0;
     rank += __reduce_add_sync(0xffffffffu, before) - mine;
+#pragma unroll 8
     for (u32 i = 0; i < l.chunk; i++) {
         u32 bits = __float_as_uint(l.x[i]);
-        if (bits < low || (bits == low && rank++ >= wanted)) l.x[i] = 0.0f;
+        bool tie = bits == low;
+        if (bits < low || (tie && rank >= wanted)) l.x[i] = 0.0f;
+        rank += tie;
     }
 }
 
-__device__ __forceinline__ double sum_of_chunk(const Lane& l) {
-    double sum = 0.0;
-#pragma unroll 4
-    for (u32 i = 0; i < l.chunk; i++) sum += double(l.x[i]);
+__device__ __forceinline__ float sum_of_chunk(const Lane& l) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (u32 i = 0; i < l.chunk; i++) sum += l.x[i];
     return sum;
 }
 
 // The token at `uniform` of the total weight, in order of tokens: only one lane of the cluster returns it, plus 1, all
 // others 0. Where rounding finds none, the last with any weight.
 __device__ __forceinline__ u32 pick(Lane& l, double uniform) {
-    double mine = sum_of_chunk(l), through_lane = scan_lanes(mine, l.lane);
+    double mine = double(sum_of_chunk(l)), through_lane = scan_lanes(mine, l.lane);
     const u64* numbers = share(l, bits_of(__shfl_sync(0xffffffffu, through_lane, 31)));
     constexpr u32 EACH = SEGMENTS / 32;
     double parts[EACH], part = 0.0;
@@ -260,13 +260,19 @@ __device__ __forceinline__ u32 pick(Lane& l, double uniform) {
     u32 beyond = __ballot_sync(0xffffffffu, mine > 0.0 && through_lane > left);
     u32 owner = beyond ? __ffs(beyond) - 1 : 31 - __clz(some);
     if (l.lane != owner) return 0;
-    double sum = through_lane - mine;
+    // The sums of the walk end at the lane's own.
+    float sum = 0.0f;
+    left -= through_lane - mine;
     u32 token = 0;
+    bool found_token = false;
+#pragma unroll 8
     for (u32 i = 0; i < l.chunk; i++) {
-        if (l.x[i] == 0.0f) continue;
-        token = l.first + i + 1;
-        sum += double(l.x[i]);
-        if (sum > left) break;
+        float weight = l.x[i];
+        sum += weight;
+        if (weight > 0.0f && !found_token) {
+            token = l.first + i + 1;
+            found_token = double(sum) > left;
+        }
     }
     return token;
 }
@@ -275,7 +281,7 @@ __device__ __forceinline__ u32 pick(Lane& l, double uniform) {
 __device__ __forceinline__ u32 draw(Lane& l, const SampleRow& r, float most) {
     float inverse = 1.0f / r.temperature;
     u32 count = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (u32 i = 0; i < l.chunk; i++) {
         float weight = expf((l.x[i] - most) * inverse);
         weight = weight >= r.min_p ? weight : 0.0f;
@@ -287,7 +293,7 @@ __device__ __forceinline__ u32 draw(Lane& l, const SampleRow& r, float most) {
         double candidates = row_sum(l, double(count));
         if (double(r.top_k) < candidates) keep_best<true>(l, double(r.top_k));
     }
-    if (r.top_p < 1.0f) keep_best<false>(l, double(r.top_p) * row_sum(l, sum_of_chunk(l)));
+    if (r.top_p < 1.0f) keep_best<false>(l, double(r.top_p) * row_sum(l, double(sum_of_chunk(l))));
     return pick(l, r.uniform);
 }
 
@@ -305,21 +311,25 @@ __device__ __forceinline__ u32 better_than(Lane& l, const float* logits, u32 voc
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) sample(const __grid_constant__ SampleParams p) {
     extern __shared__ __align__(16) float segments[];
-    __shared__ Slots slots[2];
+    __shared__ __align__(16) Told told;
     __shared__ u32 lists[WARPS][LIST];
+    prepare(told);
     wait_for_previous();
     let_next_start();
     u32 row = blockIdx.x / BLOCKS, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     SampleRow r = p.rows[row];
-    if (!(r.flags & DRAW)) return;
+    if (!(r.flags & DRAW)) {
+        meet();
+        return;
+    }
     const float* logits = p.logits + row * p.stride;
     u32 segment = blockIdx.x % BLOCKS * WARPS + warp;
-    Lane l = {segments + threadIdx.x * p.chunk, p.chunk, (segment * 32 + lane) * p.chunk, segment, lane, slots, 0,
+    Lane l = {segments + threadIdx.x * p.chunk, p.chunk, (segment * 32 + lane) * p.chunk, segment, lane, &told, 0,
               lists[warp]};
     bool writes = segment == 0 && lane == 0;
-    // Nobody may write to a block that has not begun.
-    cluster_barrier();
-    u64 key = row_max(l, load_segment(l, logits, p.vocab, p.wide));
+    u64 key = load_segment(l, logits, p.vocab, p.wide);
+    meet();
+    key = row_max(l, key);
     float most = logit_of(key);
     u32 token = token_of(key);
     if (key == ~0ull || most == LEAST) {
@@ -333,10 +343,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) sample(const __grid_
     bool asked = r.flags & LOGPROB, greedy = r.temperature < TEMPERATURE_MIN;
     double log_sum = 0.0;
     if (asked) {
-        double sum = 0.0;
-#pragma unroll 4
-        for (u32 i = 0; i < l.chunk; i++) sum += double(expf(l.x[i] - most));
-        log_sum = log(row_sum(l, sum));
+        float sum = 0.0f;
+#pragma unroll 8
+        for (u32 i = 0; i < l.chunk; i++) sum += expf(l.x[i] - most);
+        log_sum = log(row_sum(l, double(sum)));
         name_top(l, p, row, min(r.top, p.top_max), most, log_sum);
     }
     u32 drawn = greedy ? (writes ? token + 1 : 0) : draw(l, r, most);
