@@ -67,3 +67,32 @@ fn errors_name_what_is_wrong() {
     assert!(asked > free);
     assert!(device.module(&Source::new("add", TEXT)).unwrap().kernel("subtract").is_err());
 }
+
+/// A kernel that writes where nothing is breaks its context for good, so it runs in a process of its own.
+#[test]
+#[ignore = "started by the test below"]
+fn a_wild_write() {
+    let device = device().expect("the parent saw one");
+    let stream = device.stream(Priority::High).unwrap();
+    let kernel = device.module(&Source::new("add", TEXT)).unwrap().kernel("add").unwrap();
+    let params = Add { data: 64, len: 1000, add: 7 };
+    // SAFETY: none: this is the fault under test, and the process ends after it.
+    unsafe { kernel.launch(&stream, &Launch::new(4, 256), &params) }.unwrap();
+    let why = stream.synchronize().unwrap_err();
+    assert!(why.is_fatal(), "{why}");
+    assert!(device.alloc::<u32>(1).unwrap_err().is_fatal());
+    println!("named: {why}");
+}
+
+#[test]
+fn a_broken_context_is_known_as_such() {
+    if device().is_none() {
+        return;
+    }
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_wild_write", "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{said}");
+}

@@ -235,7 +235,7 @@ impl Config {
     /// Loads a file whose GPUs were counted when it was written: a head must come back where a GPU was lost meanwhile.
     pub(crate) fn load_counted(file: Option<&Path>) -> Result<Self> {
         let source = Source::read(file)?;
-        Ok(Self::parse(&source.text, &source.shown, &source.dir, |_, _| None)?)
+        Ok(Self::parse(&source.text, &source.shown, &source.dir, |_| None)?)
     }
 
     /// The run directory that the file names. Checks its form only: a file that was broken since must not keep one from

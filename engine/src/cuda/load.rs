@@ -18,7 +18,7 @@ use super::draws::Draws;
 use super::inputs::{InputSizes, Inputs};
 use super::layer::Layer;
 use super::model::{AttentionKernel, CudaModel, Dp, Ep, Kv, Ops, angles, routing_rule};
-use super::pool::{ExpertPool, PoolShape};
+use super::pool::{ExpertPool, PoolShape, PooledExpert};
 use super::rank::{CudaRank, Loads};
 use super::source::{LoadError, WeightSource};
 use super::tables::Tables;
@@ -131,6 +131,7 @@ impl CudaRank {
             timeout: options.timeout,
             num_blocks: 0,
             local_slots: options.local_slots(),
+            made_up: Vec::new(),
         };
         rank.make_kv(device, options)?;
         rank.record(options.graph_rows_max)?;
@@ -215,16 +216,35 @@ impl CudaRank {
                 }
             }
         }
+        self.made_up.clear();
         for moe_layer in 0..self.model.config.moe_layers() {
-            let places: Vec<u32> = (0..fold).map(|slot| (moe_layer * fold + slot) as u32).collect();
-            self.model.tables.fold(
-                &self.stream,
-                moe_layer,
-                (self.model.config.moe.num_experts, slots),
-                &places,
-            )?;
+            let taken = match &self.model.ep {
+                Some(ep) => (0..fold).map(|_| ep.pool.take().expect("one place per slot")).collect(),
+                None => Vec::new(),
+            };
+            self.made_up.push(taken);
+            self.fold(moe_layer, slots)?;
         }
         self.stream.synchronize()
+    }
+
+    /// For measurements, after [`CudaRank::make_up`]: puts other weights into a slot, as a remap does.
+    ///
+    /// # Errors
+    /// The device failed.
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn swap(&mut self, moe_layer: usize, slot: usize, weights: PooledExpert) -> Result<(), CudaError> {
+        self.guard_weights()?;
+        self.made_up[moe_layer][slot] = weights;
+        self.fold(moe_layer, self.local_slots * self.topology.ep)
+    }
+
+    fn fold(&mut self, moe_layer: usize, slots: usize) -> Result<(), CudaError> {
+        let places: Vec<u32> = self.made_up[moe_layer].iter().map(PooledExpert::place).collect();
+        let experts = self.model.config.moe.num_experts;
+        self.model.tables.fold(&self.stream, moe_layer, (experts, slots), &places)
     }
 }
 

@@ -10,7 +10,7 @@ use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Strea
 
 use super::inputs::STEPS_MAX;
 use super::model::CudaModel;
-use super::pool::ExpertPool;
+use super::pool::{ExpertPool, PooledExpert};
 use crate::batch::{Drawn, Step};
 use crate::config::ModelConfig;
 use crate::ep::{ExpertWeights, SharedSlots, Topology};
@@ -35,6 +35,8 @@ pub struct CudaRank {
     pub(super) num_blocks: usize,
     /// Slots of one EP rank, per layer.
     pub(super) local_slots: usize,
+    /// For measurements: made-up experts by layer and slot.
+    pub(super) made_up: Vec<Vec<PooledExpert>>,
 }
 
 /// A step on the device.
