@@ -376,6 +376,7 @@ fn load_dp(
     Ok(Dp {
         config: Arc::clone(config),
         ops: Ops::new(device)?,
+        side: device.stream(Priority::High)?,
         attention: attention_kernel(device, config, options, tokens_max)?,
         angles: angles(device, config, options.max_model_len)?,
         embedding: embedding.stack().data().cast(),

@@ -68,6 +68,8 @@ pub(super) enum Kv {
 pub(super) struct Dp {
     pub(super) config: Arc<ModelConfig>,
     pub(super) ops: Ops,
+    /// Runs beside the main stream, between marks in it.
+    pub(super) side: Stream,
     pub(super) attention: AttentionKernel,
     pub(super) angles: Angles,
     /// `[vocab][hidden]`.

@@ -119,7 +119,8 @@ impl Stream {
         }
     }
 
-    pub(super) fn is_profiling(&self) -> bool {
+    /// Whether kernels are being timed one by one.
+    pub fn is_profiling(&self) -> bool {
         self.0.profiling.load(Ordering::Relaxed)
     }
 
