@@ -10,10 +10,10 @@ use cuda_gemm_bench::{Bench, cases};
 use cuda_support::{assert_close, assert_compiles};
 use half::bf16;
 use heliostat_kernels::cuda::gemm::{
-    Gemm, HeadsView, Kind, Matrix, Operand, Output, Plan, Segments, sources,
+    Gemm, HeadsView, Kind, Matrix, Operand, Output, Plan, Segments, sources, sources_of,
 };
 use heliostat_kernels::cuda::{
-    Buffer, Compiler, Device, DeviceOptions, Priority, StoredAs, Stream, WeightStack,
+    Buffer, Compiler, Device, DeviceOptions, Priority, Source, StoredAs, Stream, WeightStack,
 };
 use heliostat_kernels::dtype::e4m3_to_f32;
 use rayon::prelude::*;
@@ -331,9 +331,20 @@ fn all_plans() {
 }
 
 fn plans() -> Vec<Plan> {
-    [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]
-        .map(|(splits, pair)| Plan { splits, pair, columns: 128 })
+    [(1, 1, 128), (1, 2, 160), (2, 1, 112), (2, 2, 144), (2, 4, 128), (4, 1, 192), (4, 2, 80), (8, 1, 64)]
+        .map(|(splits, pair, columns)| Plan { splits, pair, columns })
         .to_vec()
+}
+
+/// Plans to be tried for each of the bench's cases.
+fn trials(name: &str) -> &'static [(u32, u32, u32)] {
+    match name {
+        "qkv_a" => &[(4, 2, 80), (4, 1, 144)],
+        "q_b" => &[(1, 1, 192)],
+        "o" => &[(2, 2, 128), (2, 4, 128)],
+        "experts gate_up" => &[(1, 2, 160), (1, 1, 160), (2, 2, 128)],
+        _ => &[],
+    }
 }
 
 #[test]
@@ -456,7 +467,16 @@ fn compiles() {
 fn fill_cache() {
     let dirs = vec![PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/nvrtc/nvidia/cu13/lib")];
     let compiler = Compiler::load("sm_90a", &dirs, cache()).unwrap();
-    sources().iter().for_each(|source| drop(compiler.compile(source).unwrap()));
+    let trials = cases().into_iter().flat_map(|case| {
+        trials(case.name).iter().flat_map(move |&(splits, pair, columns)| {
+            sources_of(case.stored, case.kind, Plan { splits, pair, columns })
+        })
+    });
+    let both = [StoredAs::Bf16, StoredAs::Fp8];
+    let tested =
+        plans().into_iter().flat_map(|plan| both.map(|stored| sources_of(stored, Kind::Dense, plan)));
+    let all: Vec<Source> = trials.chain(tested.flatten()).chain(sources()).collect();
+    all.iter().for_each(|source| drop(compiler.compile(source).unwrap()));
 }
 
 #[test]
@@ -464,11 +484,16 @@ fn fill_cache() {
 fn bench() {
     let Some((device, stream)) = open() else { return };
     let gemm = Gemm::new(&device);
-    for case in cases() {
+    // `BENCH=name:rows` picks one measurement, for a profiler.
+    let wanted = std::env::var("BENCH").ok();
+    let (name, only) = wanted.as_deref().and_then(|wanted| wanted.split_once(':')).unzip();
+    for case in cases().into_iter().filter(|case| name.is_none_or(|name| name == case.name)) {
         let bench = Bench::new(&device, &stream, case, 4096);
         let matrices = bench.matrices(&device, None);
         for rows in [1, 8, 64, 128, 256, 4096] {
-            println!("{}", bench.line(rows, bench.time_us(&gemm, &stream, &matrices, rows)));
+            if only.is_none_or(|only| only == rows.to_string()) {
+                println!("{}", bench.line(rows, bench.time_us(&gemm, &stream, &matrices, rows)));
+            }
         }
     }
 }
@@ -479,20 +504,16 @@ fn bench() {
 fn tune() {
     let Some((device, stream)) = open() else { return };
     for case in cases() {
-        let bench = Bench::new(&device, &stream, case, 4096);
-        let mut plans = plans();
-        if case.n == 256 {
-            plans.push(Plan { splits: 8, pair: 1, columns: 64 });
-        }
-        for plan in plans {
+        let bench = Bench::new(&device, &stream, case, 256);
+        for &(splits, pair, columns) in trials(case.name) {
+            let plan = Plan { splits, pair, columns };
             let matrices = bench.matrices(&device, Some(plan));
             for always in [false, true] {
                 if plan.splits == 1 && always {
                     continue;
                 }
                 let gemm = Gemm::new(&device).in_registers(always);
-                let us = [8, 64, 128, 256, 4096].map(|rows| bench.time_us(&gemm, &stream, &matrices, rows));
-                let Plan { splits, pair, columns } = plan;
+                let us = [8, 64, 128, 256].map(|rows| bench.time_us(&gemm, &stream, &matrices, rows));
                 println!("{:16} s{splits} p{pair} c{columns} {always:5} {us:6.1?}", case.name);
             }
         }

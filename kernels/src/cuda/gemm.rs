@@ -11,13 +11,9 @@ use super::{
 
 mod matrix;
 
-use matrix::{Fast, Form, STEP_BYTES, TILE_ROWS, step_elements};
-pub use matrix::{Kind, Matrix, Plan, sources};
+use matrix::{Fast, Form, STEP_BYTES, THREADS, TILE_ROWS, step_elements};
+pub use matrix::{Kind, Matrix, Plan, sources, sources_of};
 
-/// Threads of a block of the fast kernel: two warpgroups that multiply, one that copies.
-const THREADS: u32 = 384;
-/// Rows of x that are copied at once.
-const BOX_ROWS: u32 = 32;
 /// Rows per expert from which on one CTA takes all slices of K.
 const MANY_ROWS: usize = 512;
 /// Weights that are read once leave the second-level cache first.
@@ -157,14 +153,13 @@ unsafe impl Params for PlainParams {}
 /// Multiplies on one device. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Gemm {
-    sm_count: u32,
     in_registers: Option<bool>,
 }
 
 impl Gemm {
     /// For `device`.
-    pub fn new(device: &Device) -> Self {
-        Self { sm_count: device.properties().sm_count, in_registers: None }
+    pub fn new(_device: &Device) -> Self {
+        Self { in_registers: None }
     }
 
     /// Always sums slices of K in registers, or never, for trials. Changes no bit.
@@ -255,26 +250,21 @@ impl Gemm {
     }
 
     fn run_fast(&self, stream: &Stream, w: &Matrix, fast: &Fast, job: &Job<'_>) -> Result<(), CudaError> {
-        let Plan { columns, pair, .. } = fast.plan;
-        let tiles = |rows: u32, columns: u32| {
-            job.rows.div_ceil(rows as usize) * w.n.div_ceil(columns as usize) * w.matrices
-        };
-        let (many, rows_per_matrix) = match &job.segments {
-            None => (tiles(TILE_ROWS, columns) >= self.sm_count as usize, job.rows),
-            Some(segments) => (segments.rows_typical >= MANY_ROWS, segments.rows_typical),
-        };
-        let in_registers = self.in_registers.unwrap_or(many);
+        let in_registers = self.in_registers.unwrap_or_else(|| match &job.segments {
+            None => rounds(&fast.in_registers, w, job.rows) <= rounds(&fast.in_cluster, w, job.rows),
+            Some(segments) => segments.rows_typical >= MANY_ROWS,
+        });
         let form = if in_registers { &fast.in_registers } else { &fast.in_cluster };
-        let clusters = self.clusters(form);
-        let mut params = job.fast_params(w, fast)?;
-        let mut grid = clusters;
+        let mut params = job.fast_params(w, form)?;
+        let mut grid = form.clusters_max;
         if job.segments.is_none() {
             // Where multiprocessors would idle, lower tiles occupy twice as many.
-            if tiles(TILE_ROWS / 2, columns * pair) <= clusters as usize {
+            if tiles(form, w, job.rows, TILE_ROWS / 2) <= grid {
                 params.tile_rows = TILE_ROWS / 2;
             }
-            grid = grid.min(tiles(params.tile_rows, columns * pair) as u32);
+            grid = grid.min(tiles(form, w, job.rows, params.tile_rows));
         }
+        let rows_per_matrix = job.segments.map_or(job.rows, |segments| segments.rows_typical);
         let read_once = rows_per_matrix <= TILE_ROWS as usize;
         params.w_policy = if read_once { EVICT_FIRST } else { EVICT_NORMAL };
         let launch = Launch {
@@ -287,15 +277,22 @@ impl Gemm {
         // SAFETY: `FastParams` is the kernel's argument; `check` saw that the buffers have the rows.
         unsafe { form.kernel.launch(stream, &launch, &params) }
     }
+}
 
-    /// Clusters that are resident at once, about: one CTA fills a multiprocessor, and those of a cluster share one of
-    /// eight groups of multiprocessors, of which some have odd ones left over.
-    fn clusters(&self, form: &Form) -> u32 {
-        match form.cluster {
-            cluster @ (1 | 2) => self.sm_count / cluster,
-            cluster => self.sm_count / 8 / cluster * 8,
-        }
-    }
+/// Tiles that clusters take.
+fn tiles(form: &Form, w: &Matrix, rows: usize, tile_rows: u32) -> u32 {
+    let Plan { columns, pair, .. } = form.plan;
+    (rows.div_ceil(tile_rows as usize) * w.n.div_ceil((columns * pair) as usize) * w.matrices) as u32
+}
+
+/// About how long a dense product takes: tiles that a cluster takes one after the other, in columns of whole K.
+fn rounds(form: &Form, w: &Matrix, rows: usize) -> f64 {
+    let Plan { columns, pair, .. } = form.plan;
+    let rounds = tiles(form, w, rows, TILE_ROWS).div_ceil(form.clusters_max);
+    let slices = form.cluster / pair;
+    // Adding slices up across a cluster costs about as much as a tenth of a round.
+    let overhead = if slices > 1 { 0.1 } else { 0.0 };
+    f64::from(rounds * columns) * (1.0 / f64::from(slices) + overhead)
 }
 
 fn run_plain(stream: &Stream, w: &Matrix, job: &Job<'_>) -> Result<(), CudaError> {
@@ -389,16 +386,16 @@ impl Job<'_> {
             && (self.x_head_stride * bytes).is_multiple_of(16)
     }
 
-    fn fast_params(&self, w: &Matrix, fast: &Fast) -> Result<FastParams, CudaError> {
+    fn fast_params(&self, w: &Matrix, form: &Form) -> Result<FastParams, CudaError> {
         let (y, y_stride, y_is_f32) = self.y_parts();
         let [segment_start, segment_rows, pool_of_slot] = self.segment_addresses();
         let (element_bytes, vector_bytes) = if y_is_f32 == 1 { (4, 8) } else { (2, 16) };
         let even = |elements: usize| (elements * element_bytes).is_multiple_of(vector_bytes);
         let y_vectors = y.is_multiple_of(vector_bytes as u64) && even(y_stride) && even(self.y_head_stride);
-        let x = self.x_map(w)?;
+        let x = self.x_map(w, form.plan.pair)?;
         Ok(FastParams {
             x,
-            w: fast.map,
+            w: form.map,
             x_scales: self.x_scales_map(w)?.unwrap_or(x),
             w_scales: w.scales_address(),
             y,
@@ -419,7 +416,9 @@ impl Job<'_> {
         })
     }
 
-    fn x_map(&self, w: &Matrix) -> Result<TensorMap, CudaError> {
+    fn x_map(&self, w: &Matrix, pair: u32) -> Result<TensorMap, CudaError> {
+        // Every CTA of a pair copies as many boxes.
+        let box_rows = if pair == 4 { 16 } else { 32 };
         let (address, _, stride, _) = self.x_parts(w);
         let (element, bytes) = match w.stored() {
             StoredAs::Bf16 => (TmaElement::Bf16, 2),
@@ -433,7 +432,7 @@ impl Job<'_> {
             address,
             dims: &[w.k as u64, heads as u64, self.rows as u64],
             strides_bytes: &[(head_stride * bytes) as u64, (stride * bytes) as u64],
-            tile: &[STEP_BYTES / bytes as u32, 1, BOX_ROWS],
+            tile: &[STEP_BYTES / bytes as u32, 1, box_rows],
             swizzle: Swizzle::B128,
         })
     }

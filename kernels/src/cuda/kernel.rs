@@ -153,6 +153,34 @@ impl Kernel {
         Ok(())
     }
 
+    /// How many clusters of this shape the device holds at once.
+    ///
+    /// # Errors
+    /// The shape is impossible.
+    pub fn clusters_max(&self, device: &Device, launch: &Launch) -> Result<u32, CudaError> {
+        device.bind()?;
+        self.allow_shared(launch.shared_bytes)?;
+        let mut attributes = [attribute_cluster(launch.cluster)];
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.cluster,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: std::ptr::null_mut(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: the function is loaded, `clusters` is a valid place, the configuration lives through the call.
+        check("cuOccupancyMaxActiveClusters", unsafe {
+            sys::cuOccupancyMaxActiveClusters(&mut clusters, self.function, &config)
+        })?;
+        Ok(clusters as u32)
+    }
+
     fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
         if bytes <= self.shared_bytes.load(Ordering::Relaxed) {
             return Ok(());

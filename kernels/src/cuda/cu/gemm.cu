@@ -131,11 +131,24 @@ struct WeightScales {
     }
 };
 
-// sum += product, of which a thread has two rows with a scale each.
+// The scales of a step for a thread's two rows: upper and lower, in the first block of columns and in the second.
+struct Scales {
+    float upper[2], lower[2];
+};
+
+// sum += product. From four `second` on, columns lie in the second block.
 template <u32 COUNT>
-__device__ __forceinline__ void add_scaled(float (&sum)[COUNT], const float (&product)[COUNT], const float (&scales)[2]) {
+__device__ __forceinline__ void add_scaled(float (&sum)[COUNT], const float (&product)[COUNT], const Scales& scales,
+                                           u32 second) {
 #pragma unroll
-    for (u32 i = 0; i < COUNT; ++i) sum[i] = fmaf(product[i], scales[i / 2 % 2], sum[i]);
+    for (u32 i = 0; i < COUNT; i += 4) {
+        bool first = ONE_SCALE || i / 4 < second;
+        float upper = first ? scales.upper[0] : scales.upper[1], lower = first ? scales.lower[0] : scales.lower[1];
+        sum[i] = fmaf(product[i], upper, sum[i]);
+        sum[i + 1] = fmaf(product[i + 1], upper, sum[i + 1]);
+        sum[i + 2] = fmaf(product[i + 2], lower, sum[i + 2]);
+        sum[i + 3] = fmaf(product[i + 3], lower, sum[i + 3]);
+    }
 }
 
 // Warpgroup `group` waits until the other one has passed it the turn to multiply.
@@ -196,27 +209,33 @@ struct Consumer {
         product_fence(sum);
     }
 
-    // The scales of a step for a thread's two rows.
-    __device__ __forceinline__ void scale(float (&scales)[2], const Part& part, WeightScales& w_scales, u32 step) {
-        float w_scale = w_scales.at(step, lane);
+    __device__ __forceinline__ Scales scale(const Part& part, WeightScales (&w_scales)[2], u32 step) {
         u32 at = s.x_scales + ring.stage * X_SCALE_BYTES + (part.row + warp * 16 + lane / 4) * 4;
-        scales[0] = load_shared(at) * w_scale;
-        scales[1] = load_shared(at + 32) * w_scale;
+        float upper = load_shared(at), lower = load_shared(at + 32);
+        float first = w_scales[0].at(step, lane), second = ONE_SCALE ? first : w_scales[1].at(step, lane);
+        return {{upper * first, upper * second}, {lower * first, lower * second}};
     }
 
     // The sum over FP8 steps: each is 128 of K under one scale of x and one of w, and is added in f32. Where both
     // warpgroups have rows of their own they take turns, so that one adds while the other multiplies.
     template <u32 COUNT>
-    __device__ __forceinline__ void sum_fp8(float (&sum)[COUNT], const Part& part, Range steps, WeightScales w_scales) {
-        constexpr bool TURNS = COUNT == 64;
-        float product[COUNT], scales[2];
+    __device__ __forceinline__ void sum_fp8(float (&sum)[COUNT], const Tile& tile, const Part& part, Range steps) {
+        constexpr bool TURNS = COUNT == COLUMNS / 2;
+        u32 blocks = (p.k + 127) / 128, last_block = (p.n - 1) / 128, column = tile.column + part.column;
+        auto row_scales = [&](u32 block) {
+            u64 row = u64(tile.matrix) * (last_block + 1) + min(block, last_block);
+            return WeightScales((const float*)p.w_scales + row * blocks, blocks, steps.begin, lane);
+        };
+        WeightScales w_scales[2] = {row_scales(column / 128), row_scales(column / 128 + 1)};
+        u32 second = (128 - column % 128) / 8;
+        float product[COUNT];
         for (u32 step = steps.begin; step < steps.end; ++step, ring.advance(STAGES)) {
             await_stage();
             if constexpr (TURNS) await_turn(group);
             product_fence(product);
             multiply<0, 2>(product, part, false);
             multiply<2, 4>(product, part, true);
-            scale(scales, part, w_scales, step);
+            Scales scales = scale(part, w_scales, step);
             if constexpr (TURNS) {
                 product_wait<1>();
                 pass_turn(group);
@@ -224,16 +243,14 @@ struct Consumer {
             product_wait<0>();
             product_fence(product);
             release(ring.stage);
-            add_scaled(sum, product, scales);
+            add_scaled(sum, product, scales, second);
         }
     }
 
     // Sends every CTA its columns of this slice's sums and adds the slices of its own, in order.
     template <u32 COUNT>
-    __device__ __forceinline__ void reduce(const float (&sum)[COUNT], float (&out)[COUNT / CLUSTER_SPLIT]) {
-        // A thread's sums come in fours: two columns of two rows, eight rows apart.
-        constexpr u32 FOURS = COUNT / 4, OWN = FOURS / CLUSTER_SPLIT;
-        static_assert(OWN > 0 && FOURS % CLUSTER_SPLIT == 0, "columns divide among the CTAs of a cluster");
+    __device__ __forceinline__ void reduce(const float (&sum)[COUNT], float (&out)[fours_own(COUNT / 4) * 4]) {
+        constexpr u32 FOURS = COUNT / 4, OWN = fours_own(FOURS);
         u32 slice = rank / PAIR, thread = warp * 32 + lane;
         u32 mine = s.reduce + group * (REDUCE_BYTES / 2), reduced = s.reduced + group * 8;
         barrier_wait(s.reusable + group * 8, reduce_phase ^ 1);
@@ -278,54 +295,58 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void store_pair(const Tile& tile, u32 row, u32 column, float a, float b) {
+    // Writes two columns of a row, those before `end`.
+    __device__ __forceinline__ void store_pair(const Tile& tile, u32 row, u32 column, u32 end, float a, float b) {
         if (row >= tile.count) return;
         u64 at = (tile.row + row) * p.y_stride + tile.head * p.y_head_stride + column;
         if (p.y_is_f32) {
             float* y = (float*)p.y + at;
-            if (p.y_vectors && column + 2 <= p.n) {
+            if (p.y_vectors && column + 2 <= end) {
                 *(float2*)y = make_float2(a, b);
             } else {
-                if (column < p.n) y[0] = a;
-                if (column + 1 < p.n) y[1] = b;
+                if (column < end) y[0] = a;
+                if (column + 1 < end) y[1] = b;
             }
         } else {
             bf16* y = (bf16*)p.y + at;
-            if (p.y_vectors && column + 2 <= p.n) {
+            if (p.y_vectors && column + 2 <= end) {
                 *(u32*)y = pack_bf16(a, b);
             } else {
-                if (column < p.n) y[0] = to_bf16(a);
-                if (column + 1 < p.n) y[1] = to_bf16(b);
+                if (column < end) y[0] = to_bf16(a);
+                if (column + 1 < end) y[1] = to_bf16(b);
             }
         }
     }
 
-    // Writes COUNT / 4 neighbouring eights of columns of 64 rows.
+    // Writes neighbouring eights of columns of 64 rows, those before `end`.
     template <u32 COUNT>
-    __device__ __forceinline__ void store(const Tile& tile, const Part& part, const float (&out)[COUNT]) {
-        u32 row = part.row + warp * 16 + lane / 4, column = tile.column + part.column;
-        if (COUNT % 16 == 0 && !p.y_is_f32 && p.y_vectors && column + COUNT * 2 <= p.n) {
+    __device__ __forceinline__ void store(const Tile& tile, const Part& part, u32 end, const float (&out)[COUNT]) {
+        u32 row = part.row + warp * 16 + lane / 4;
 #pragma unroll
-            for (u32 i = 0; i + 16 <= COUNT; i += 16) {
+        for (u32 i = 0; i < COUNT; i += 16) {
+            u32 column = tile.column + part.column + i * 2;
+            if (i + 16 <= COUNT && !p.y_is_f32 && p.y_vectors && column + 32 <= end) {
 #pragma unroll
                 for (u32 half = 0; half < 2; ++half) {
                     u32 v[4];
 #pragma unroll
-                    for (u32 j = 0; j < 4; ++j)
-                        v[j] = pack_bf16(out[i + j * 4 + half * 2], out[i + j * 4 + half * 2 + 1]);
+                    for (u32 j = 0; j < 4; ++j) {
+                        u32 at = min(i + j * 4 + half * 2, COUNT - 2);
+                        v[j] = pack_bf16(out[at], out[at + 1]);
+                    }
                     transpose(v);
                     u32 r = row + half * 8;
-                    u64 at = (tile.row + r) * p.y_stride + tile.head * p.y_head_stride + column + i * 2 + lane % 4 * 8;
+                    u64 at = (tile.row + r) * p.y_stride + tile.head * p.y_head_stride + column + lane % 4 * 8;
                     if (r < tile.count) *(uint4*)((bf16*)p.y + at) = make_uint4(v[0], v[1], v[2], v[3]);
                 }
+                continue;
             }
-            return;
-        }
 #pragma unroll
-        for (u32 i = 0; i < COUNT; i += 4) {
-            u32 c = column + i * 2 + lane % 4 * 2;
-            store_pair(tile, row, c, out[i], out[i + 1]);
-            store_pair(tile, row + 8, c, out[i + 2], out[i + 3]);
+            for (u32 j = i; j < i + 16 && j < COUNT; j += 4) {
+                u32 c = column + (j - i) * 2 + lane % 4 * 2;
+                store_pair(tile, row, c, end, out[j], out[j + 1]);
+                store_pair(tile, row + 8, c, end, out[j + 2], out[j + 3]);
+            }
         }
     }
 
@@ -334,25 +355,20 @@ struct Consumer {
 #pragma unroll
         for (u32 i = 0; i < COUNT; ++i) sum[i] = 0.0f;
         Range steps = slice_steps(p.k, slice);
-        if constexpr (FP8) {
-            u32 blocks = (p.k + 127) / 128;
-            u64 row = u64(tile.matrix) * ((p.n + 127) / 128) + min(tile.column, p.n - 1) / 128;
-            WeightScales w_scales((const float*)p.w_scales + row * blocks, blocks, steps.begin, lane);
-            sum_fp8(sum, part, steps, w_scales);
-        } else {
-            sum_bf16(sum, part, steps);
-        }
+        if constexpr (FP8) sum_fp8(sum, tile, part, steps);
+        else sum_bf16(sum, part, steps);
     }
 
-    // Computes COUNT / 2 columns of 64 rows.
+    // Computes COUNT * 2 columns of 64 rows.
     template <u32 COUNT> __device__ __forceinline__ void compute(const Tile& tile, Part part, u32 first_slice) {
+        u32 end = min(p.n, tile.column + part.column + COUNT * 2);
         float sum[COUNT];
         if constexpr (CLUSTER_SPLIT > 1) {
             slice_sum(sum, tile, part, first_slice);
-            float out[COUNT / CLUSTER_SPLIT];
+            float out[fours_own(COUNT / 4) * 4];
             reduce(sum, out);
-            part.column += first_slice * (COUNT / CLUSTER_SPLIT) * 2;
-            store(tile, part, out);
+            part.column += first_slice * fours_own(COUNT / 4) * 8;
+            store(tile, part, end, out);
         } else if constexpr (SPLIT > 1) {
             float out[COUNT];
 #pragma unroll
@@ -362,35 +378,20 @@ struct Consumer {
 #pragma unroll
                 for (u32 i = 0; i < COUNT; ++i) out[i] += sum[i];
             }
-            store(tile, part, out);
+            store(tile, part, end, out);
         } else {
             slice_sum(sum, tile, part, 0);
-            store(tile, part, sum);
-        }
-    }
-
-    // Rows of this warpgroup are not wanted: only keeps pace.
-    __device__ __forceinline__ void skip(Range steps) {
-        for (u32 step = steps.begin; step < steps.end; ++step, ring.advance(STAGES)) {
-            barrier_wait(s.full + ring.stage * 8, ring.phase);
-            release(ring.stage);
+            store(tile, part, end, sum);
         }
     }
 
     __device__ void run(u32 first_slice) {
         // The first turn is warpgroup 0's.
-        if (FP8 && COLUMNS == 128 && group == 1) pass_turn(group);
+        if (FP8 && group == 1) pass_turn(group);
         Schedule schedule(p, pair);
         for (Tile tile; schedule.next(tile);) {
-            if (tile.count > GROUP_ROWS) {
-                compute<COLUMNS / 2>(tile, {group * GROUP_ROWS, 0}, first_slice);
-            } else if constexpr (COLUMNS == 128) {
-                compute<COLUMNS / 4>(tile, {0, group * (COLUMNS / 2)}, first_slice);
-            } else if (group == 0) {
-                compute<COLUMNS / 2>(tile, {0, 0}, first_slice);
-            } else {
-                skip(own_steps(p.k, first_slice));
-            }
+            if (tile.count > GROUP_ROWS) compute<COLUMNS / 2>(tile, {group * GROUP_ROWS, 0}, first_slice);
+            else compute<COLUMNS / 4>(tile, {0, group * (COLUMNS / 2)}, first_slice);
         }
     }
 };

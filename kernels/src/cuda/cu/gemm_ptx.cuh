@@ -155,41 +155,85 @@ template <int COUNT> __device__ __forceinline__ void product_fence(float (&d)[CO
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define FLOATS_8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FLOATS_16(d, i) FLOATS_8(d, i), FLOATS_8(d, i + 8)
-#define FLOATS_32(d) FLOATS_16(d, 0), FLOATS_16(d, 16)
-#define FLOATS_64(d) FLOATS_32(d), FLOATS_16(d, 32), FLOATS_16(d, 48)
-#define NAMES_32                                                                                                \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-    "%29,%30,%31}"
-#define NAMES_64                                                                                                \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
-    "%56,%57,%58,%59,%60,%61,%62,%63}"
-#define PRODUCT(shape, names, first, second, third, signs)                       \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " third ", 0;\n"                           \
-    "wgmma.mma_async.sync.aligned." shape " " names ", " first ", " second ", p, " signs ";\n}"
+// Operands of a product in fours: a thread has four sums of every eight columns.
+#define FOUR(d, i) "+f"(d[4 * i]), "+f"(d[4 * i + 1]), "+f"(d[4 * i + 2]), "+f"(d[4 * i + 3])
+#define FOURS_1(d) FOUR(d, 0)
+#define NAMES_1 "%0,%1,%2,%3"
+#define FOURS_2(d) FOURS_1(d), FOUR(d, 1)
+#define NAMES_2 NAMES_1 ",%4,%5,%6,%7"
+#define FOURS_3(d) FOURS_2(d), FOUR(d, 2)
+#define NAMES_3 NAMES_2 ",%8,%9,%10,%11"
+#define FOURS_4(d) FOURS_3(d), FOUR(d, 3)
+#define NAMES_4 NAMES_3 ",%12,%13,%14,%15"
+#define FOURS_5(d) FOURS_4(d), FOUR(d, 4)
+#define NAMES_5 NAMES_4 ",%16,%17,%18,%19"
+#define FOURS_6(d) FOURS_5(d), FOUR(d, 5)
+#define NAMES_6 NAMES_5 ",%20,%21,%22,%23"
+#define FOURS_7(d) FOURS_6(d), FOUR(d, 6)
+#define NAMES_7 NAMES_6 ",%24,%25,%26,%27"
+#define FOURS_8(d) FOURS_7(d), FOUR(d, 7)
+#define NAMES_8 NAMES_7 ",%28,%29,%30,%31"
+#define FOURS_9(d) FOURS_8(d), FOUR(d, 8)
+#define NAMES_9 NAMES_8 ",%32,%33,%34,%35"
+#define FOURS_10(d) FOURS_9(d), FOUR(d, 9)
+#define NAMES_10 NAMES_9 ",%36,%37,%38,%39"
+#define FOURS_11(d) FOURS_10(d), FOUR(d, 10)
+#define NAMES_11 NAMES_10 ",%40,%41,%42,%43"
+#define FOURS_12(d) FOURS_11(d), FOUR(d, 11)
+#define NAMES_12 NAMES_11 ",%44,%45,%46,%47"
+#define FOURS_13(d) FOURS_12(d), FOUR(d, 12)
+#define NAMES_13 NAMES_12 ",%48,%49,%50,%51"
+#define FOURS_14(d) FOURS_13(d), FOUR(d, 13)
+#define NAMES_14 NAMES_13 ",%52,%53,%54,%55"
+#define FOURS_15(d) FOURS_14(d), FOUR(d, 14)
+#define NAMES_15 NAMES_14 ",%56,%57,%58,%59"
+#define FOURS_16(d) FOURS_15(d), FOUR(d, 15)
+#define NAMES_16 NAMES_15 ",%60,%61,%62,%63"
+#define FOURS_17(d) FOURS_16(d), FOUR(d, 16)
+#define NAMES_17 NAMES_16 ",%64,%65,%66,%67"
+#define FOURS_18(d) FOURS_17(d), FOUR(d, 17)
+#define NAMES_18 NAMES_17 ",%68,%69,%70,%71"
+#define FOURS_19(d) FOURS_18(d), FOUR(d, 18)
+#define NAMES_19 NAMES_18 ",%72,%73,%74,%75"
+#define FOURS_20(d) FOURS_19(d), FOUR(d, 19)
+#define NAMES_20 NAMES_19 ",%76,%77,%78,%79"
+#define FOURS_21(d) FOURS_20(d), FOUR(d, 20)
+#define NAMES_21 NAMES_20 ",%80,%81,%82,%83"
+#define FOURS_22(d) FOURS_21(d), FOUR(d, 21)
+#define NAMES_22 NAMES_21 ",%84,%85,%86,%87"
+#define FOURS_23(d) FOURS_22(d), FOUR(d, 22)
+#define NAMES_23 NAMES_22 ",%88,%89,%90,%91"
+#define FOURS_24(d) FOURS_23(d), FOUR(d, 23)
+#define NAMES_24 NAMES_23 ",%92,%93,%94,%95"
+#define PRODUCT(fours, type, signs, first, second, third)                                                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " third ", 0;\n"                                               \
+                 "wgmma.mma_async.sync.aligned." type " {" NAMES_##fours "}, " first ", " second ", p, " signs ";\n}" \
+                 : FOURS_##fours(d)                                                                              \
+                 : "l"(a), "l"(b), "r"(u32(add)))
+// Columns, fours of them, and the names of the operands after their sums.
+#define PRODUCT_CASE(columns, fours, first, second, third)                                                             \
+    if constexpr (COUNT == 4 * fours && E4M3) {                                                                        \
+        PRODUCT(fours, "m64n" #columns "k32.f32.e4m3.e4m3", "1, 1", first, second, third);                         \
+    } else if constexpr (COUNT == 4 * fours) {                                                                         \
+        PRODUCT(fours, "m64n" #columns "k16.f32.bf16.bf16", "1, 1, 0, 0", first, second, third);                   \
+    }
 
 // d (+)= a b^T over 32 bytes of K: 64 rows of a, 2 * COUNT rows of b. `add` false forgets what d held.
 template <bool E4M3, int COUNT>
 __device__ __forceinline__ void product(float (&d)[COUNT], u64 a, u64 b, bool add) {
-    static_assert(COUNT == 64 || COUNT == 32, "columns of a tile");
-    if constexpr (COUNT == 64 && E4M3) {
-        asm volatile(PRODUCT("m64n128k32.f32.e4m3.e4m3", NAMES_64, "%64", "%65", "%66", "1, 1")
-                     : FLOATS_64(d)
-                     : "l"(a), "l"(b), "r"(u32(add)));
-    } else if constexpr (COUNT == 64) {
-        asm volatile(PRODUCT("m64n128k16.f32.bf16.bf16", NAMES_64, "%64", "%65", "%66", "1, 1, 0, 0")
-                     : FLOATS_64(d)
-                     : "l"(a), "l"(b), "r"(u32(add)));
-    } else if constexpr (E4M3) {
-        asm volatile(PRODUCT("m64n64k32.f32.e4m3.e4m3", NAMES_32, "%32", "%33", "%34", "1, 1")
-                     : FLOATS_32(d)
-                     : "l"(a), "l"(b), "r"(u32(add)));
-    } else {
-        asm volatile(PRODUCT("m64n64k16.f32.bf16.bf16", NAMES_32, "%32", "%33", "%34", "1, 1, 0, 0")
-                     : FLOATS_32(d)
-                     : "l"(a), "l"(b), "r"(u32(add)));
-    }
+    static_assert(COUNT % 8 == 0 || COUNT == 20 || COUNT == 28 || COUNT == 36, "columns of a tile");
+    PRODUCT_CASE(16, 2, "%8", "%9", "%10")
+    PRODUCT_CASE(32, 4, "%16", "%17", "%18")
+    PRODUCT_CASE(40, 5, "%20", "%21", "%22")
+    PRODUCT_CASE(48, 6, "%24", "%25", "%26")
+    PRODUCT_CASE(56, 7, "%28", "%29", "%30")
+    PRODUCT_CASE(64, 8, "%32", "%33", "%34")
+    PRODUCT_CASE(72, 9, "%36", "%37", "%38")
+    PRODUCT_CASE(80, 10, "%40", "%41", "%42")
+    PRODUCT_CASE(96, 12, "%48", "%49", "%50")
+    PRODUCT_CASE(112, 14, "%56", "%57", "%58")
+    PRODUCT_CASE(128, 16, "%64", "%65", "%66")
+    PRODUCT_CASE(144, 18, "%72", "%73", "%74")
+    PRODUCT_CASE(160, 20, "%80", "%81", "%82")
+    PRODUCT_CASE(192, 24, "%96", "%97", "%98")
 }

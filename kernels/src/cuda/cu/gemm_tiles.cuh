@@ -7,7 +7,7 @@
 constexpr u32 ROWS = 128;
 constexpr u32 GROUP_ROWS = 64;
 // Rows of x are copied in boxes of so many.
-constexpr u32 BOX_ROWS = 32;
+constexpr u32 BOX_ROWS = PAIR == 4 ? 16 : 32;
 constexpr u32 STEP_BYTES = 128;
 constexpr u32 STEP_ELEMENTS = FP8 ? 128 : 64;
 constexpr u32 SLICES_HERE = IN_REGISTERS ? SPLIT : 1;
@@ -19,10 +19,16 @@ constexpr u32 THREADS = CONSUMERS + 128;
 constexpr u32 X_BYTES = ROWS * STEP_BYTES;
 constexpr u32 W_BYTES = COLUMNS * STEP_BYTES;
 constexpr u32 X_SCALE_BYTES = FP8 ? ROWS * 4 : 0;
-constexpr u32 REDUCE_BYTES = CLUSTER_SPLIT > 1 ? ROWS * COLUMNS * 4 : 0;
+// A thread's sums come in fours: two columns of two rows, eight rows apart. A slice's are shared out to the cluster.
+constexpr u32 fours_own(u32 fours) { return (fours + CLUSTER_SPLIT - 1) / CLUSTER_SPLIT; }
+constexpr u32 REDUCE_BYTES = CLUSTER_SPLIT > 1 ? 2 * CLUSTER_SPLIT * fours_own(COLUMNS / 8) * 128 * 16 : 0;
+// Whether a tile has one scale of weights per step, or two.
+constexpr bool ONE_SCALE = 128 % COLUMNS == 0;
 // m-tiles that are neighbours in time, so that their weights are still in the second-level cache.
 constexpr u32 NEIGHBOURS = 16;
 static_assert(CLUSTER <= 8, "CTAs of a cluster");
+static_assert(COLUMNS % 16 == 0 && (COLUMNS <= 128 || COLUMNS == 144 || COLUMNS == 160 || COLUMNS == 192),
+              "a tile lies in two blocks of scales at most");
 
 struct Params {
     TensorMap x;        // [rows][heads][K], boxes of 32 rows

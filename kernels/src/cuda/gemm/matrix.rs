@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::cuda::{
-    Buffer, CudaError, Device, Kernel, Source, StoredAs, Swizzle, TensorMap, TiledLayout, TmaElement,
+    Buffer, CudaError, Device, Kernel, Launch, Source, StoredAs, Swizzle, TensorMap, TiledLayout, TmaElement,
     WeightStack,
 };
 
@@ -13,6 +13,8 @@ const SHARED_BYTES: u32 = 227 << 10;
 pub(super) const TILE_ROWS: u32 = 128;
 /// Bytes of K in a stage.
 pub(super) const STEP_BYTES: u32 = 128;
+/// Threads of a block of the fast kernel: two warpgroups that multiply, one that copies.
+pub(super) const THREADS: u32 = 384;
 
 /// What the matrices of a stack are to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,32 +27,65 @@ pub enum Kind {
     Pool,
 }
 
-/// How a product is cut up. It may depend on the matrix alone: `splits` decides the order in which a row is summed.
+/// How a product is cut up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Plan {
-    /// Slices of K that are summed on their own: 1, 2, 4 or 8.
+    /// Slices of K that are summed on their own: 1, 2, 4 or 8. The only part that changes bits: it may depend on the
+    /// shape of a matrix alone.
     pub splits: u32,
-    /// Neighbouring tiles of columns that share their copies of x: 1 or 2. `splits * pair` is at most 8.
+    /// Neighbouring tiles of columns that share their copies of x: 1, 2 or 4. `splits * pair` is at most 8.
     pub pair: u32,
-    /// Columns of a tile: 64 or 128.
+    /// Columns of a tile: a multiple of 16 up to 128, or 144, 160 or 192.
     pub columns: u32,
 }
 
 impl Plan {
-    /// The plan for matrices `[n][k]`.
+    /// The plan for matrices `[n][k]`, by what was measured on an H200 with DeepSeek-R1's shapes.
     pub fn of(kind: Kind, stored: StoredAs, n: usize, k: usize) -> Self {
-        let columns = if n <= 256 && kind == Kind::Dense { 64 } else { 128 };
-        let tiles = n.div_ceil(columns);
-        let steps = k.div_ceil(step_elements(stored));
-        let splits = match kind {
-            Kind::Dense | Kind::Pool => [(16, 8), (33, 4), (66, 2)]
-                .into_iter()
-                .find(|&(tiles_max, splits)| tiles <= tiles_max && steps >= 4 * splits)
-                .map_or(1, |(_, splits)| splits as u32),
-            Kind::Heads(_) => 1,
+        let (splits, pair, columns) = match kind {
+            Kind::Heads(_) => (1, 1, 128),
+            Kind::Dense | Kind::Pool => {
+                let splits = Self::splits(kind, stored, n, k);
+                let (pair, columns) = Self::tile(kind, splits, n);
+                (splits, pair, columns)
+            }
         };
-        let pair = if tiles >= 2 && splits <= 4 { 2 } else { 1 };
-        Self { splits, pair, columns: columns as u32 }
+        Self { splits, pair, columns }
+    }
+
+    /// So many slices that the multiprocessors have work, while each slice is long enough to be worth its reduction.
+    fn splits(kind: Kind, stored: StoredAs, n: usize, k: usize) -> u32 {
+        let steps = k.div_ceil(step_elements(stored));
+        let by_rows = match n {
+            _ if kind == Kind::Pool => 1,
+            0..=1024 => 8,
+            1025..=4224 => 4,
+            4225..=8448 if steps >= 32 => 2,
+            _ => 1,
+        };
+        // Short K is not cut.
+        [8, 4, 2, 1].into_iter().find(|&splits| splits <= by_rows && steps >= 8 * splits).unwrap_or(1) as u32
+    }
+
+    /// Sharers of x, and columns of a tile such that about as many tiles as multiprocessors make a round.
+    fn tile(kind: Kind, splits: u32, n: usize) -> (u32, u32) {
+        match (kind, splits) {
+            (Kind::Pool, _) if n <= 4096 => (2, 160),
+            (Kind::Dense, 8) => (1, 64),
+            (Kind::Dense, 4) if n <= 2240 => (2, 80),
+            (Kind::Dense, 4) => (1, 144),
+            (Kind::Dense, 1) if (16_897..=25_344).contains(&n) => (1, 192),
+            (Kind::Dense, 1) if (25_345..=38_016).contains(&n) => (1, 144),
+            (Kind::Dense, 1) if n <= 8448 => (1, 128),
+            _ => (2, 128),
+        }
+    }
+}
+
+impl Plan {
+    /// The same where one CTA takes all slices. Sums of several leave registers for fewer columns.
+    fn in_registers(self) -> Self {
+        Self { columns: if self.splits > 1 { self.columns.min(128) } else { self.columns }, ..self }
     }
 }
 
@@ -64,16 +99,18 @@ pub(super) fn step_elements(stored: StoredAs) -> usize {
 /// One compiled form of the fast kernel.
 #[derive(Clone, Debug)]
 pub(super) struct Form {
+    pub(super) plan: Plan,
+    pub(super) map: TensorMap,
     pub(super) kernel: Kernel,
     pub(super) shared_bytes: u32,
     pub(super) cluster: u32,
+    /// Clusters that the device holds at once.
+    pub(super) clusters_max: u32,
 }
 
 /// The fast path of a matrix.
 #[derive(Clone, Debug)]
 pub(super) struct Fast {
-    pub(super) map: TensorMap,
-    pub(super) plan: Plan,
     /// The CTAs of a cluster take the slices.
     pub(super) in_cluster: Form,
     /// One CTA takes them one after the other. The same bits.
@@ -132,9 +169,11 @@ impl Matrix {
         let stored = stack.stored();
         let bytes_per_row = k * element_bytes(stored);
         let fast = if bytes_per_row.is_multiple_of(16) {
-            let map = weight_map(&stack, (matrices, n, k), plan.columns)?;
-            let form = |in_registers| Form::load(device, stored, kind, plan, in_registers);
-            Some(Fast { map, plan, in_cluster: form(false)?, in_registers: form(true)? })
+            let form = |plan: Plan, in_registers| {
+                let map = weight_map(&stack, (matrices, n, k), plan.columns)?;
+                Form::load(device, (stored, kind), map, plan, in_registers)
+            };
+            Some(Fast { in_cluster: form(plan, false)?, in_registers: form(plan.in_registers(), true)? })
         } else {
             None
         };
@@ -164,7 +203,7 @@ impl Matrix {
 
     /// How fast products of it are cut up; `None` where they take the slow path.
     pub fn plan(&self) -> Option<Plan> {
-        self.fast.as_ref().map(|fast| fast.plan)
+        self.fast.as_ref().map(|fast| fast.in_cluster.plan)
     }
 
     pub(super) fn scales_address(&self) -> u64 {
@@ -175,15 +214,17 @@ impl Matrix {
 impl Form {
     fn load(
         device: &Device,
-        stored: StoredAs,
-        kind: Kind,
+        (stored, kind): (StoredAs, Kind),
+        map: TensorMap,
         plan: Plan,
         in_registers: bool,
     ) -> Result<Self, CudaError> {
         let kernel = device.module(&fast_source(stored, kind, plan, in_registers))?.kernel("gemm")?;
         let shared_bytes = shared_bytes(stored, plan, in_registers);
         let cluster = if in_registers { plan.pair } else { plan.pair * plan.splits };
-        Ok(Self { kernel, shared_bytes, cluster })
+        let clusters_max = kernel
+            .clusters_max(device, &Launch { shared_bytes, cluster, ..Launch::new(cluster, THREADS) })?;
+        Ok(Self { plan, map, kernel, shared_bytes, cluster, clusters_max })
     }
 }
 
@@ -219,7 +260,11 @@ fn stage_and_reduce_bytes(stored: StoredAs, plan: Plan, in_registers: bool) -> (
         StoredAs::Bf16 => 0,
         StoredAs::Fp8 => TILE_ROWS * 4,
     };
-    let reduce = if in_registers || plan.splits == 1 { 0 } else { TILE_ROWS * plan.columns * 4 };
+    let reduce = match (in_registers, plan.splits) {
+        (true, _) | (false, 1) => 0,
+        // Eights of columns, shared out to the CTAs of a cluster; in each 2 KiB per warpgroup.
+        (false, splits) => 2 * splits * (plan.columns / 8).div_ceil(splits) * 2048,
+    };
     ((TILE_ROWS + plan.columns) * STEP_BYTES + scales, reduce)
 }
 
@@ -253,26 +298,27 @@ pub(super) fn plain_source(stored: StoredAs, kind: Kind) -> Source {
         .define("GROUPED", u32::from(kind == Kind::Pool))
 }
 
-/// Every source that a matrix may be compiled to.
+/// What a matrix is compiled to by a plan.
+pub fn sources_of(stored: StoredAs, kind: Kind, plan: Plan) -> Vec<Source> {
+    let many = plan.in_registers();
+    vec![
+        fast_source(stored, kind, plan, false),
+        fast_source(stored, kind, many, true),
+        plain_source(stored, kind),
+    ]
+}
+
+/// Every source that a matrix may be compiled to by its own plan.
 pub fn sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for stored in [StoredAs::Bf16, StoredAs::Fp8] {
         for kind in [Kind::Dense, Kind::Pool] {
-            sources.push(plain_source(stored, kind));
             for (splits, pair) in [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)] {
-                let plan = Plan { splits, pair, columns: 128 };
-                sources.push(fast_source(stored, kind, plan, true));
-                if splits > 1 {
-                    sources.push(fast_source(stored, kind, plan, false));
-                }
+                let all = sources_of(stored, kind, Plan { splits, pair, columns: 128 });
+                sources
+                    .extend(all.into_iter().filter(|source| !sources.contains(source)).collect::<Vec<_>>());
             }
         }
-    }
-    let narrow = Plan { splits: 8, pair: 1, columns: 64 };
-    for (stored, in_registers) in
-        [(StoredAs::Bf16, true), (StoredAs::Bf16, false), (StoredAs::Fp8, true), (StoredAs::Fp8, false)]
-    {
-        sources.push(fast_source(stored, Kind::Dense, narrow, in_registers));
     }
     sources
 }
