@@ -1,5 +1,9 @@
 //! The command line: what may be written after `helio`, with its help.
 
+mod bench;
+
+pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -54,6 +58,9 @@ pub(crate) enum Command {
     /// Show or rebalance the map of experts.
     #[command(subcommand)]
     Eplb(Eplb),
+    /// Measure a GPU: single operations, or one rank's steps.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Check a cluster.toml and the files of its model without starting anything.
     Check(Check),
     /// Print the reference page of cluster.toml.

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> Result<()> {
     match command {
         Command::Down(args) => one_thread()?.block_on(commands::down::run(args)),
+        Command::Bench(args) => commands::bench::run(args),
         Command::Check(args) => commands::check::run(args),
         Command::Reference => commands::print(&config::reference_page()),
         Command::Head(args) => many_threads()?.block_on(commands::head::run(args)),

@@ -1,5 +1,6 @@
 //! One module per command; each turns checked arguments into calls of the runtime and prints the result.
 
+pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod down;
 pub(crate) mod eplb;

@@ -305,7 +305,7 @@ fn gpus_if_needed(raw: &raw::Raw) -> Option<Result<u32, String>> {
 }
 
 /// This user's folder for what can be made again.
-fn user_cache() -> Option<PathBuf> {
+pub(crate) fn user_cache() -> Option<PathBuf> {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
 }

@@ -1,5 +1,6 @@
 //! How things look in a terminal: tables, colours and the widths of both. Text goes out as strings; commands print them.
 
+pub(crate) mod bench;
 pub(crate) mod cluster;
 pub(crate) mod eplb;
 pub(crate) mod heat;

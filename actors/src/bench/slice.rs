@@ -20,7 +20,7 @@ use heliostat_kernels::cuda::{CudaError, Device};
 /// The model's config.json.
 pub const DEEPSEEK_R1: &str = include_str!("deepseek-r1.json");
 /// Expert slots of a rank.
-const SLOTS: usize = 9;
+pub const SLOTS: usize = 9;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -43,6 +43,16 @@ pub struct SliceArgs {
     pub layers: Option<usize>,
 }
 
+impl SliceArgs {
+    /// The model, of as many layers as are asked for and there are.
+    pub(super) fn config(&self) -> Result<ModelConfig, ConfigError> {
+        let mut config = ModelConfig::from_json("deepseek-r1.json", DEEPSEEK_R1)?;
+        config.moe_layer_of.truncate(self.layers.unwrap_or(config.num_layers));
+        config.num_layers = config.moe_layer_of.len();
+        Ok(config)
+    }
+}
+
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SliceRow {
@@ -54,6 +64,8 @@ pub enum SliceRow {
         context: usize,
         /// Median milliseconds from one step's end to the next's.
         step_ms: f64,
+        /// The 99th percentile of the same.
+        step_p99_ms: f64,
         /// Tokens per second.
         tokens_per_s: f64,
         /// Share of the time in which the host worked rather than waited.
@@ -128,11 +140,7 @@ pub fn slice(
 }
 
 fn load(device: &Device, args: &SliceArgs) -> Result<CudaRank, SliceError> {
-    let mut config = ModelConfig::from_json("deepseek-r1.json", DEEPSEEK_R1)?;
-    if let Some(layers) = args.layers {
-        config.num_layers = layers;
-        config.moe_layer_of.truncate(layers);
-    }
+    let config = args.config()?;
     let longest = args.contexts.iter().chain(&args.prompts).copied().max().unwrap_or(BLOCK_SIZE);
     let batch = args.batches.iter().copied().max().unwrap_or(1);
     let experts = config.moe.num_experts as u32;
@@ -255,10 +263,12 @@ fn decode(
     times.steps.remove(0);
     times.steps.sort();
     let median = times.steps[times.steps.len() / 2];
+    let p99 = times.steps[(times.steps.len() * 99).div_ceil(100) - 1];
     Ok(SliceRow::Decode {
         batch,
         context,
         step_ms: median.as_secs_f64() * 1e3,
+        step_p99_ms: p99.as_secs_f64() * 1e3,
         tokens_per_s: batch as f64 / median.as_secs_f64(),
         host_share: 1.0 - times.waited.as_secs_f64() / wall.as_secs_f64(),
         parts: parts(rank, &mut scheduler)?,

@@ -9,6 +9,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod cublaslt;
 pub mod norm;
 pub mod rope;
 pub mod router;

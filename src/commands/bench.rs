@@ -1,0 +1,145 @@
+//! `helio bench ops|slice`: measures one GPU and prints what was measured.
+
+use super::{print, print_json};
+use crate::args::{Bench, BenchGpu, BenchOps, BenchSlice};
+use crate::failure::{FAILED, Failure};
+use crate::{config, gpus, show};
+use anyhow::Result;
+use heliostat_actors::bench::{self, Options, SliceError};
+use heliostat_engine::cuda::LoadError;
+use heliostat_kernels::cuda::CudaError;
+
+/// Measures and prints. Fails where the GPU or its libraries cannot be used.
+pub(crate) fn run(args: &Bench) -> Result<()> {
+    gpus::count()
+        .map_err(|why| Failure::error(FAILED, format!("helio bench measures an NVIDIA GPU, and {why}")))?;
+    match args {
+        Bench::Ops(args) => {
+            let report = bench::ops(&ops_options(args), &mut progress).map_err(|why| cuda(&why))?;
+            if args.gpu.json { print_json(&report) } else { print(&show::bench::ops(&report)) }
+        }
+        Bench::Slice(args) => {
+            let report = bench::slice(&slice_options(args), &mut progress).map_err(|why| slice(&why))?;
+            if args.gpu.json { print_json(&report) } else { print(&show::bench::slice(&report)) }
+        }
+    }
+}
+
+fn progress(line: &str) {
+    eprintln!("{line}");
+}
+
+fn slice(why: &SliceError) -> anyhow::Error {
+    match why {
+        SliceError::Cuda(why) | SliceError::Load(LoadError::Cuda(why)) => cuda(why),
+        SliceError::KvRoom { .. } => {
+            Failure::error(FAILED, format!("{why}: lower --batch or --context, or measure fewer --layers"))
+        }
+        SliceError::Config(_) | SliceError::Load(_) | SliceError::Step(_) => {
+            Failure::error(FAILED, why.to_string())
+        }
+    }
+}
+
+/// Where there is no cluster, its settings are no way out.
+fn cuda(why: &CudaError) -> anyhow::Error {
+    let message = match why {
+        CudaError::OutOfMemory { asked, free, total } => format!(
+            "out of GPU memory: {} MiB were asked for, {} of {} MiB are free: end what else runs on this GPU, or lower \
+             --batch, --context or --layers",
+            asked >> 20,
+            free >> 20,
+            total >> 20
+        ),
+        CudaError::NoLibrary { library, package, .. } => format!(
+            "{library} was not found: install it (`pip install {package}`) and name its folder by --library-dir"
+        ),
+        other => other.to_string(),
+    };
+    Failure::error(FAILED, message)
+}
+
+fn ops_options(args: &BenchOps) -> Options {
+    Options {
+        batch: sizes(&args.batch),
+        context: sizes(&args.context),
+        rounds: args.rounds as usize,
+        ..gpu_options(&args.gpu)
+    }
+}
+
+fn slice_options(args: &BenchSlice) -> Options {
+    Options {
+        batch: sizes(&args.batch),
+        context: sizes(&args.context),
+        prompt: sizes(&args.prompt),
+        rounds: args.steps as usize,
+        layers: Some(args.layers as usize),
+        graphs: !args.no_graphs,
+        chunk: args.chunk as usize,
+        ..gpu_options(&args.gpu)
+    }
+}
+
+/// Without anything to measure.
+fn gpu_options(gpu: &BenchGpu) -> Options {
+    let shared = || config::user_cache().map(|cache| cache.join("heliostat/kernels"));
+    Options {
+        device: gpu.device,
+        library_dirs: gpu.library_dirs.clone(),
+        kernel_cache: gpu.kernel_cache.clone().or_else(shared),
+        batch: Vec::new(),
+        context: Vec::new(),
+        prompt: Vec::new(),
+        rounds: 2,
+        layers: None,
+        graphs: true,
+        chunk: 4096,
+    }
+}
+
+/// Zeros are left out: a way to name none.
+fn sizes(sizes: &[u32]) -> Vec<usize> {
+    sizes.iter().filter(|&&size| size > 0).map(|&size| size as usize).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+
+    fn parse(line: &str) -> Bench {
+        match Cli::parse_from(line.split(' ')).command {
+            Command::Bench(bench) => bench,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn options_come_from_arguments() {
+        let line = "helio bench slice --batch 8 --prompt 0 --steps 7 --no-graphs --kernel-cache /k";
+        let Bench::Slice(args) = parse(line) else { panic!("a slice") };
+        let options = slice_options(&args);
+        assert_eq!((options.batch, options.prompt, options.rounds), (vec![8], vec![], 7));
+        assert_eq!((options.graphs, options.kernel_cache), (false, Some("/k".into())));
+        let Bench::Ops(args) = parse("helio bench ops --context 64 --library-dir /l") else { panic!("ops") };
+        let options = ops_options(&args);
+        assert_eq!((options.context, options.library_dirs), (vec![64], vec!["/l".into()]));
+    }
+
+    #[test]
+    fn errors_name_what_helps_here() {
+        let full = CudaError::OutOfMemory { asked: 5 << 30, free: 1 << 30, total: 80 << 30 };
+        let text = slice(&SliceError::Load(LoadError::Cuda(full))).to_string();
+        assert!(text.contains("5120 MiB were asked for") && text.contains("--batch"), "{text}");
+        let text = slice(&SliceError::KvRoom { batch: 512, context: 4096, tokens: 64 }).to_string();
+        assert!(
+            text.contains("512 sequences of 4096 tokens do not fit") && text.contains("--layers"),
+            "{text}"
+        );
+        let (library, package) = ("libnvrtc.so.13", "nvidia-cuda-nvrtc");
+        let text = cuda(&CudaError::NoLibrary { library, package, searched: vec![] }).to_string();
+        assert!(text.contains("pip install nvidia-cuda-nvrtc") && text.contains("--library-dir"), "{text}");
+    }
+}
