@@ -151,6 +151,12 @@ impl StepThread {
         });
         self.attention.iter_mut().for_each(Attention::rewind);
         self.inbox.set_device(None);
+        // Whatever ended the epoch, the GPU may still wait for a peer that is gone.
+        let left = match &mut self.engine {
+            Engine::Cpu(_) => Ok(()),
+            Engine::Cuda(rank) => rank.leave(self.exchange),
+        };
+        let outcome = left.map_err(|why| ExchangeError::Device(why.to_string())).and(outcome);
         match outcome {
             Ok(()) => {}
             Err(ExchangeError::Device(why)) => {

@@ -140,6 +140,16 @@ impl CudaRank {
         self.model.exchange.connect(&self.stream, membership)
     }
 
+    /// Ends the epoch of [`CudaRank::connect`]: what waits for peers gives up at once, and steps in flight are forgotten.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn leave(&mut self, epoch: u64) -> Result<(), CudaError> {
+        self.abort_handle().abort(epoch);
+        self.in_flight.clear();
+        self.stream.synchronize()
+    }
+
     /// Takes the map of one MoE layer from the next step on; the slots hold its weights. Weights that are dropped after
     /// this are safe from steps in flight.
     ///
