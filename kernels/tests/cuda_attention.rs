@@ -15,6 +15,8 @@ use heliostat_kernels::cuda::{Buffer, CudaError, Device, Priority, Source, Strea
 
 const LENGTHS: [usize; 9] = [1, 63, 64, 65, 1000, 1024, 1025, 2500, 5200];
 const LIMITS: Limits = Limits { rows: 512, positions: 8192 };
+/// Rows may have so many chunks that a step takes several launches.
+const LONG: Limits = Limits { rows: 512, positions: 1 << 16 };
 const IDLE: u32 = u32::MAX;
 
 fn mla_dims(heads: usize, kv_lora: usize, rope: usize) -> MlaDims {
@@ -44,18 +46,18 @@ enum Kernel {
 }
 
 impl Kernel {
-    fn mla(device: &Device, shapes: &[(usize, usize, usize)]) -> Vec<Self> {
+    fn mla(device: &Device, shapes: &[(usize, usize, usize)], limits: Limits) -> Vec<Self> {
         let kernel = |&(heads, kv_lora, rope): &_| {
             let dims = mla_dims(heads, kv_lora, rope);
-            Self::Mla(Mla::new(device, dims, LIMITS).expect("mla"), dims)
+            Self::Mla(Mla::new(device, dims, limits).expect("mla"), dims)
         };
         shapes.iter().map(kernel).collect()
     }
 
-    fn gqa(device: &Device, shapes: &[(usize, usize, usize)]) -> Vec<Self> {
+    fn gqa(device: &Device, shapes: &[(usize, usize, usize)], limits: Limits) -> Vec<Self> {
         let kernel = |&(heads, kv_heads, head_dim): &_| {
             let dims = gqa_dims(heads, kv_heads, head_dim);
-            Self::Gqa(Gqa::new(device, dims, LIMITS).expect("gqa"), dims)
+            Self::Gqa(Gqa::new(device, dims, limits).expect("gqa"), dims)
         };
         shapes.iter().map(kernel).collect()
     }
@@ -322,28 +324,28 @@ macro_rules! tests {
             #[test]
             fn agrees_with_the_specification() {
                 let Some(device) = device() else { return };
-                agrees(&device, $kernels(&device));
+                agrees(&device, $kernels(&device, LIMITS));
             }
 
             #[test]
             fn a_row_does_not_see_its_batch() {
                 let Some(device) = device() else { return };
-                sees_no_batch(&device, $kernels(&device));
+                sees_no_batch(&device, $kernels(&device, LIMITS));
             }
 
             #[test]
             fn a_prompt_at_once_is_a_prompt_by_rows() {
                 let Some(device) = device() else { return };
-                prompts_are_rows(&device, $kernels(&device));
+                prompts_are_rows(&device, $kernels(&device, LONG));
             }
         }
     )*};
 }
 
 tests! {
-    wide: |device| Kernel::mla(device, WIDE);
-    narrow: |device| Kernel::mla(device, NARROW);
-    grouped: |device| Kernel::gqa(device, GROUPED);
+    wide: |device, limits| Kernel::mla(device, WIDE, limits);
+    narrow: |device, limits| Kernel::mla(device, NARROW, limits);
+    grouped: |device, limits| Kernel::gqa(device, GROUPED, limits);
 }
 
 /// Random content in as many pages as wanted, by copies of a few.
@@ -439,41 +441,47 @@ fn report(name: &str, rows: &[(u32, u32)], timed: &Timed, (flop, bytes): (f64, f
     );
 }
 
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let Some(device) = device() else { return };
+/// Opens a device to measure on.
+fn bench() -> Option<(Device, Stream)> {
+    let device = device()?;
     println!("{}", device.properties().name);
     let stream = device.stream(Priority::High).expect("stream");
-    let limits = Limits { rows: 4096, positions: 8192 };
+    Some((device, stream))
+}
+
+const BENCH_LIMITS: Limits = Limits { rows: 4096, positions: 8192 };
+
+#[test]
+#[ignore = "a measurement"]
+fn speed_wide() {
+    let Some((device, stream)) = bench() else { return };
+    let caches = [random_cache(&device, &stream, 20_000, 576)];
     for heads in [128, 64] {
         let dims = mla_dims(heads, 512, 64);
-        let kernel = Kernel::Mla(Mla::new(&device, dims, limits).expect("mla"), dims);
-        let caches = [random_cache(&device, &stream, 20_000, 576)];
+        let kernel = Kernel::Mla(Mla::new(&device, dims, BENCH_LIMITS).expect("mla"), dims);
         let costs = ((heads * 2 * 1088) as f64, 1152.0);
-        for context in [2048, 4096] {
-            for batch in [1, 8, 32, 64, 128, 256] {
-                if heads == 64 && (context != 2048 || batch < 64) {
-                    continue;
-                }
-                for (kind, rows) in [("equal", equal(batch, context)), ("diverse", diverse(batch, context))] {
-                    let timed = time(&device, &stream, &kernel, &caches, &rows);
-                    report(
-                        &format!("mla {heads} heads {batch} x {context} {kind}"),
-                        &rows,
-                        &timed,
-                        costs,
-                        false,
-                    );
-                }
+        let sizes = [(1, 2048), (8, 2048), (32, 2048), (64, 2048), (128, 2048), (256, 2048)];
+        for (batch, context) in sizes.into_iter().chain([(8, 4096), (64, 4096), (128, 4096), (256, 4096)]) {
+            if heads == 64 && (context != 2048 || batch < 64) {
+                continue;
+            }
+            for (kind, rows) in [("equal", equal(batch, context)), ("diverse", diverse(batch, context))] {
+                let timed = time(&device, &stream, &kernel, &caches, &rows);
+                report(&format!("mla {heads} heads {batch} x {context} {kind}"), &rows, &timed, costs, false);
             }
         }
         let rows = prompts(2, 2048);
         let timed = time(&device, &stream, &kernel, &caches, &rows);
         report(&format!("mla {heads} heads prefill 2 x 2048"), &rows, &timed, costs, true);
     }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn speed_tiled() {
+    let Some((device, stream)) = bench() else { return };
     let dims = gqa_dims(32, 4, 128);
-    let kernel = Kernel::Gqa(Gqa::new(&device, dims, limits).expect("gqa"), dims);
+    let kernel = Kernel::Gqa(Gqa::new(&device, dims, BENCH_LIMITS).expect("gqa"), dims);
     let caches = [0, 1].map(|_| random_cache(&device, &stream, 20_000, 512));
     let costs = ((32 * 4 * 128) as f64, 2048.0);
     for (batch, context) in [(1, 2048), (8, 2048), (64, 2048), (128, 2048), (128, 4096), (256, 2048)] {
@@ -486,7 +494,7 @@ fn speed() {
     let timed = time(&device, &stream, &kernel, &caches, &rows);
     report("gqa prefill 2 x 2048", &rows, &timed, costs, true);
     let dims = mla_dims(8, 64, 16);
-    let kernel = Kernel::Mla(Mla::new(&device, dims, limits).expect("mla"), dims);
+    let kernel = Kernel::Mla(Mla::new(&device, dims, BENCH_LIMITS).expect("mla"), dims);
     let caches = [random_cache(&device, &stream, 20_000, 80)];
     for (batch, context) in [(1, 2048), (64, 2048), (64, 500)] {
         let rows = equal(batch, context);

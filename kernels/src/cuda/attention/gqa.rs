@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::plan::{Cut, Planner, Segment};
+use super::plan::{Chunks, Cut, Merge, Planner, Segment};
 use super::{BatchMeta, Limits, PAGE, gqa_source, plan_source};
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Params, Source, Stream};
 
@@ -80,8 +80,8 @@ impl Gqa {
     /// # Panics
     /// If the shape is impossible.
     pub fn new(device: &Device, dims: GqaDims, limits: Limits) -> Result<Self, CudaError> {
-        let tiled = Tiled::new(device, dims.tiled(), dims.scale)?;
-        let planner = Planner::new(device, (dims.heads, dims.head_dim), CUT, limits)?;
+        let planner = Planner::new(device, dims.tiled().chunks(), limits)?;
+        let tiled = Tiled::new(device, &planner, dims.tiled(), dims.scale)?;
         Ok(Self { dims, planner, tiled })
     }
 
@@ -112,8 +112,7 @@ impl Gqa {
         Planner::pages(args.keys.len(), kv_heads * head_dim);
         for segment in self.planner.segments(args.rows) {
             let buffers = [args.query, args.keys, args.values, args.out];
-            self.tiled.run(stream, &segment, &args.meta, buffers)?;
-            self.planner.merge(stream, &args.meta, &segment, args.out)?;
+            self.tiled.run(stream, (&self.planner, &segment), &args.meta, buffers)?;
         }
         Ok(())
     }
@@ -136,6 +135,11 @@ impl TiledShape {
         assert!(kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads), "attention: {self:?}");
         let sizes = key_dim.is_multiple_of(8) && value_dim.is_multiple_of(8) && value_dim > 0;
         assert!(sizes && value_dim <= 256 && key_dim <= 512, "attention: {self:?}");
+    }
+
+    /// How rows are cut.
+    pub(super) fn chunks(&self) -> Chunks {
+        Chunks { cut: CUT, floats: self.heads * self.value_dim, deal: None }
     }
 
     /// Bytes of a row in shared memory, as in cu/gqa.cu.
@@ -195,28 +199,35 @@ pub(super) struct Tiled {
     shape: TiledShape,
     scale: f32,
     kernel: Kernel,
+    merge: Merge,
     /// Blocks that run at once.
     blocks: usize,
 }
 
 impl Tiled {
-    pub(super) fn new(device: &Device, shape: TiledShape, scale: f32) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        device: &Device,
+        planner: &Planner,
+        shape: TiledShape,
+        scale: f32,
+    ) -> Result<Self, CudaError> {
         let kernel = device.module(&shape.source())?.kernel("gqa")?;
         let room = SM_SHARED_BYTES / (shape.shared_bytes(shape.stages()) + BLOCK_SHARED_BYTES);
         let per_sm = if shape.value_dim > 128 { 1 } else { room.clamp(1, BLOCKS_PER_SM_MAX) };
-        Ok(Self { shape, scale, kernel, blocks: device.properties().sm_count as usize * per_sm })
+        let merge = Merge::new(device, planner, (shape.heads, shape.value_dim))?;
+        Ok(Self { shape, scale, kernel, merge, blocks: device.properties().sm_count as usize * per_sm })
     }
 
-    /// Runs one segment. `buffers`: query, keys, values and output, of checked lengths.
+    /// Queues one segment. `buffers`: query, keys, values and output, of checked lengths.
     pub(super) fn run(
         &self,
         stream: &Stream,
-        segment: &Segment,
+        (planner, segment): (&Planner, &Segment),
         meta: &BatchMeta<'_>,
         buffers: [&Buffer<bf16>; 4],
     ) -> Result<(), CudaError> {
         let TiledShape { heads, kv_heads, .. } = self.shape;
-        let [query, keys, values, out] = buffers.map(Buffer::address);
+        let [query, keys, values, to] = buffers.map(Buffer::address);
         let params = TiledParams {
             query,
             keys,
@@ -224,9 +235,9 @@ impl Tiled {
             items: segment.items,
             count: segment.count,
             block_table: meta.block_table.address(),
-            out,
+            out: to,
             partial: segment.partial,
-            log_sums: segment.log_sums,
+            log_sums: self.merge.log_sums(),
             blocks_max: meta.blocks_max as u32,
             row0: segment.row0 as u32,
             chunks_max: segment.chunks_max,
@@ -239,6 +250,7 @@ impl Tiled {
             ..Launch::new((segment.items_max * groups).min(self.blocks) as u32, (WARPS * 32) as u32)
         };
         // SAFETY: the lengths were checked by the caller; positions and tables are the word of the caller's caller.
-        unsafe { self.kernel.launch(stream, &launch, &params) }
+        unsafe { self.kernel.launch(stream, &launch, &params) }?;
+        self.merge.run(stream, planner, meta, (segment, buffers[3]))
     }
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::gqa::{Tiled, TiledShape};
-use super::plan::{Cut, Planner, Segment};
+use super::plan::{Chunks, Cut, Deal, Planner, Segment};
 use super::{BatchMeta, Limits, PAGE, mla_source, plan_source};
 use crate::cuda::{
     Buffer, CudaError, Device, Kernel, Launch, Params, Source, Stream, Swizzle, TensorMap, TiledLayout,
@@ -17,10 +17,10 @@ const ROPE: usize = 64;
 const BLOCK_HEADS: usize = 64;
 /// All that a block may have.
 const SHARED_BYTES: u32 = 227 << 10;
-/// An unfinished chunk costs 0.5 MB of traffic at 128 heads: cutting finer slows full batches down.
-const CUT: Cut = Cut { positions: 2048, chunks_max: 16 };
-/// Where partial results are small.
-const CUT_NARROW: Cut = Cut { positions: 512, chunks_max: 32 };
+/// Chunks cost traffic, so that full batches of 2 or 4 thousand positions want few; few rows want many.
+const CUT: Cut = Cut { positions: 3072, chunks_max: 16 };
+/// Floats that a block keeps of a chunk: per thread of two warpgroups 128 outputs, two maxima, two sums.
+const BLOCK_FLOATS: usize = 2 * 128 * (128 + 4);
 
 /// Sizes of absorbed latent attention: all heads read the same cached row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,7 +61,14 @@ pub struct Mla {
 #[derive(Clone, Debug)]
 enum Version {
     /// wgmma; blocks of a cluster share the cache rows of neighbouring groups of heads.
-    Wide { kernel: Kernel, cluster: usize, sm_count: usize },
+    Wide {
+        kernel: Kernel,
+        cluster: usize,
+        /// Clusters that run at once.
+        clusters: usize,
+        /// Flags of chunks that wait for their neighbours; zeros between launches.
+        arrived: Buffer<u32>,
+    },
     /// Any shape.
     Narrow(Tiled),
 }
@@ -72,11 +79,12 @@ struct MlaParams {
     query: TensorMap,
     cache: TensorMap,
     items: u64,
-    count: u64,
+    first: u64,
+    next: u64,
     block_table: u64,
     out: u64,
     partial: u64,
-    log_sums: u64,
+    arrived: u64,
     blocks_max: u32,
     heads: u32,
     row0: u32,
@@ -130,16 +138,22 @@ impl Mla {
     /// If the shape is impossible: sizes that are no multiple of 8, or latents of more than 256 that are not 512 + 64.
     pub fn new(device: &Device, dims: MlaDims, limits: Limits) -> Result<Self, CudaError> {
         assert!(dims.heads > 0 && dims.kv_lora > 0, "mla: {dims:?}");
-        let cut = if dims.is_wide() { CUT } else { CUT_NARROW };
-        let planner = Planner::new(device, (dims.heads, dims.kv_lora), cut, limits)?;
-        let version = if dims.is_wide() {
-            Version::Wide {
-                kernel: device.module(&dims.source())?.kernel("mla")?,
-                cluster: dims.cluster(),
-                sm_count: device.properties().sm_count as usize,
-            }
-        } else {
-            Version::Narrow(Tiled::new(device, dims.tiled(), dims.scale)?)
+        if !dims.is_wide() {
+            let planner = Planner::new(device, dims.tiled().chunks(), limits)?;
+            let tiled = Tiled::new(device, &planner, dims.tiled(), dims.scale)?;
+            return Ok(Self { dims, planner, version: Version::Narrow(tiled) });
+        }
+        let blocks = dims.heads.div_ceil(BLOCK_HEADS);
+        let cluster = dims.cluster();
+        let clusters = device.properties().sm_count as usize / cluster;
+        let deal = Deal { bins: clusters, sets: blocks / cluster };
+        let chunks = Chunks { cut: CUT, floats: blocks * BLOCK_FLOATS, deal: Some(deal) };
+        let planner = Planner::new(device, chunks, limits)?;
+        let version = Version::Wide {
+            kernel: device.module(&dims.source())?.kernel("mla")?,
+            cluster,
+            clusters,
+            arrived: device.alloc(planner.chunks() * blocks * 2)?,
         };
         Ok(Self { dims, planner, version })
     }
@@ -171,10 +185,11 @@ impl Mla {
         let pages = Planner::pages(args.cache.len(), width);
         for segment in self.planner.segments(args.rows) {
             match &self.version {
-                Version::Wide { kernel, cluster, sm_count } => {
-                    let params = self.params(args, &segment, pages)?;
+                Version::Wide { kernel, cluster, clusters, arrived } => {
+                    let params =
+                        MlaParams { arrived: arrived.address(), ..self.params(args, &segment, pages)? };
                     let sets = heads.div_ceil(BLOCK_HEADS * cluster);
-                    let clusters = (segment.items_max * sets).min(sm_count / cluster);
+                    let clusters = (segment.items_max * sets).min(*clusters);
                     let launch = Launch {
                         shared_bytes: SHARED_BYTES,
                         cluster: *cluster as u32,
@@ -185,15 +200,10 @@ impl Mla {
                     unsafe { kernel.launch(stream, &launch, &params) }?;
                 }
                 Version::Narrow(tiled) => {
-                    tiled.run(
-                        stream,
-                        &segment,
-                        &args.meta,
-                        [args.query, args.cache, args.cache, args.out],
-                    )?;
+                    let buffers = [args.query, args.cache, args.cache, args.out];
+                    tiled.run(stream, (&self.planner, &segment), &args.meta, buffers)?;
                 }
             }
-            self.planner.merge(stream, &args.meta, &segment, args.out)?;
         }
         Ok(())
     }
@@ -214,11 +224,12 @@ impl Mla {
             query: map(args.query.address(), args.rows * heads)?,
             cache: map(args.cache.address(), pages * PAGE)?,
             items: segment.items,
-            count: segment.count,
+            first: segment.first,
+            next: segment.next,
             block_table: args.meta.block_table.address(),
             out: args.out.address(),
             partial: segment.partial,
-            log_sums: segment.log_sums,
+            arrived: 0,
             blocks_max: args.meta.blocks_max as u32,
             heads: heads as u32,
             row0: segment.row0 as u32,

@@ -8,10 +8,10 @@ use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Params, Stream};
 /// Most bytes of unfinished chunks. Steps that need more run in several launches.
 const PARTIAL_BYTES_MAX: usize = 576 << 20;
 
-/// The rule by which a row is cut: `chunks_max` at most, of `positions` each; evenly, by pairs of pages.
+/// The rule by which a row is cut: evenly, by pairs of pages, into as few chunks as do not exceed `positions`, but into
+/// `chunks_max` at most.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cut {
-    /// Positions of a chunk; a row of less than one and a half times as many is not cut.
     pub(super) positions: usize,
     pub(super) chunks_max: usize,
 }
@@ -19,7 +19,7 @@ pub(super) struct Cut {
 impl Cut {
     /// Chunks of a row of `positions`, as in cu/attention_plan.cu.
     fn chunks(self, positions: usize) -> usize {
-        ((positions + self.positions / 2) / self.positions).clamp(1, self.chunks_max)
+        positions.div_ceil(self.positions).clamp(1, self.chunks_max)
     }
 }
 
@@ -38,6 +38,10 @@ struct PlanParams {
     items_max: u32,
     chunk: u32,
     chunks_max: u32,
+    first: u64,
+    next: u64,
+    bins: u32,
+    sets: u32,
 }
 
 // SAFETY: the fields of `PlanParams` in cu/attention_plan.cu.
@@ -60,15 +64,33 @@ struct MergeParams {
 // SAFETY: the fields of `MergeParams` in cu/attention_plan.cu.
 unsafe impl Params for MergeParams {}
 
+/// How chunks are dealt to blocks that do several.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deal {
+    /// Blocks, or clusters of them; at most [`BINS_MAX`].
+    pub(super) bins: usize,
+    /// Sets of heads, dealt on their own.
+    pub(super) sets: usize,
+}
+
+/// Bins that the kernel's one warp keeps.
+const BINS_MAX: usize = 160;
+
+/// What becomes of a row's chunks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chunks {
+    pub(super) cut: Cut,
+    /// What is kept of a chunk of a row of several.
+    pub(super) floats: usize,
+    /// Dealt evenly, or in one list.
+    pub(super) deal: Option<Deal>,
+}
+
 /// The list of chunks and room for what they yield. Rows are done in segments, one launch each.
 #[derive(Clone, Debug)]
 pub(super) struct Planner {
     plan: Kernel,
-    merge: Kernel,
     cut: Cut,
-    /// Query heads and output columns of each.
-    heads: usize,
-    width: usize,
     rows_max: usize,
     segment_rows: usize,
     /// Most chunks of a row within the limits.
@@ -76,7 +98,10 @@ pub(super) struct Planner {
     items: Buffer<u32>,
     counts: Buffer<u32>,
     partial: Buffer<f32>,
-    log_sums: Buffer<f32>,
+    deal: Option<Deal>,
+    /// `[segments][bins]`, and `[segments][items][sets]`: lists of what each bin is dealt.
+    first: Buffer<u32>,
+    next: Buffer<u32>,
 }
 
 /// One launch of a step.
@@ -86,44 +111,51 @@ pub(super) struct Segment {
     pub(super) items_max: usize,
     pub(super) items: u64,
     pub(super) count: u64,
+    pub(super) first: u64,
+    pub(super) next: u64,
     pub(super) partial: u64,
-    pub(super) log_sums: u64,
     pub(super) chunks_max: u32,
 }
 
 impl Planner {
-    pub(super) fn new(
-        device: &Device,
-        (heads, width): (usize, usize),
-        cut: Cut,
-        limits: Limits,
-    ) -> Result<Self, CudaError> {
+    pub(super) fn new(device: &Device, chunks: Chunks, limits: Limits) -> Result<Self, CudaError> {
         assert!(limits.rows > 0 && limits.positions > 0, "attention: {limits:?}");
         // The kernels keep tiles of a chunk in 16 bits.
         assert!(limits.positions <= 1 << 21, "attention: {} positions", limits.positions);
-        let module = device.module(&plan_source())?;
-        let row_chunks = cut.chunks(limits.positions);
-        let row_bytes = row_chunks * heads * (width + 1) * size_of::<f32>();
+        let row_chunks = chunks.cut.chunks(limits.positions);
         let segment_rows = match row_chunks {
             1 => limits.rows,
-            _ => (PARTIAL_BYTES_MAX / row_bytes).next_multiple_of(32).min(limits.rows),
+            _ => {
+                let fit = (PARTIAL_BYTES_MAX / (row_chunks * chunks.floats * size_of::<f32>())).max(1);
+                // Whole waves.
+                let wave = device.properties().sm_count as usize;
+                (if fit < wave { fit } else { fit - fit % wave }).min(limits.rows)
+            }
         };
-        let slots = if row_chunks == 1 { 0 } else { segment_rows * row_chunks * heads };
         let segments = limits.rows.div_ceil(segment_rows);
-        Ok(Self {
-            plan: module.kernel("attention_plan")?,
-            merge: module.kernel("attention_merge")?,
-            cut,
-            heads,
-            width,
+        let items = segments * segment_rows * row_chunks;
+        let Deal { bins, sets } = chunks.deal.unwrap_or(Deal { bins: 0, sets: 0 });
+        assert!(bins <= BINS_MAX, "attention: {bins} bins");
+        let mut planner = Self {
+            plan: device.module(&plan_source())?.kernel("attention_plan")?,
+            cut: chunks.cut,
             rows_max: limits.rows,
             segment_rows,
             row_chunks,
-            items: device.alloc(segments * segment_rows * row_chunks * ITEM_WORDS)?,
+            items: device.alloc(items * ITEM_WORDS)?,
             counts: device.alloc(segments)?,
-            partial: device.alloc(slots * width)?,
-            log_sums: device.alloc(slots)?,
-        })
+            partial: device.alloc(0)?,
+            deal: chunks.deal,
+            first: device.alloc(segments * bins)?,
+            next: device.alloc(items * sets)?,
+        };
+        planner.partial = device.alloc(planner.chunks() * chunks.floats)?;
+        Ok(planner)
+    }
+
+    /// Chunks of which something is kept at a time.
+    pub(super) fn chunks(&self) -> usize {
+        if self.row_chunks == 1 { 0 } else { self.segment_rows * self.row_chunks }
     }
 
     /// Lists the chunks of a step's rows.
@@ -139,6 +171,10 @@ impl Planner {
             items_max: (self.segment_rows * self.row_chunks) as u32,
             chunk: self.cut.positions as u32,
             chunks_max: self.row_chunks as u32,
+            first: self.deal.map_or(0, |_| self.first.address()),
+            next: self.next.address(),
+            bins: self.deal.map_or(0, |deal| deal.bins as u32),
+            sets: self.deal.map_or(0, |deal| deal.sets as u32),
         };
         let launch = Launch { dependent: true, ..Launch::new(rows.div_ceil(self.segment_rows) as u32, 1024) };
         // SAFETY: both inputs have `rows` entries; the list has room for the chunks of all rows of all segments.
@@ -154,46 +190,21 @@ impl Planner {
     pub(super) fn segments(&self, rows: usize) -> impl Iterator<Item = Segment> + '_ {
         (0..rows.div_ceil(self.segment_rows)).map(move |index| {
             let row0 = index * self.segment_rows;
-            let items = index * self.segment_rows * self.row_chunks * ITEM_WORDS;
+            let items = index * self.segment_rows * self.row_chunks;
+            let Deal { bins, sets } = self.deal.unwrap_or(Deal { bins: 0, sets: 0 });
+            let at =
+                |buffer: &Buffer<u32>, words: usize| buffer.address() + (words * size_of::<u32>()) as u64;
             Segment {
                 row0,
                 items_max: self.segment_rows.min(rows - row0) * self.row_chunks,
-                items: self.items.address() + (items * size_of::<u32>()) as u64,
-                count: self.counts.address() + (index * size_of::<u32>()) as u64,
+                items: at(&self.items, items * ITEM_WORDS),
+                count: at(&self.counts, index),
+                first: at(&self.first, index * bins),
+                next: at(&self.next, items * sets),
                 partial: self.partial.address(),
-                log_sums: self.log_sums.address(),
                 chunks_max: self.row_chunks as u32,
             }
         })
-    }
-
-    /// Adds up the chunks of a segment's rows, if rows may have several.
-    pub(super) fn merge(
-        &self,
-        stream: &Stream,
-        meta: &BatchMeta<'_>,
-        segment: &Segment,
-        out: &Buffer<bf16>,
-    ) -> Result<(), CudaError> {
-        if self.row_chunks == 1 {
-            return Ok(());
-        }
-        let params = MergeParams {
-            positions: meta.positions.address(),
-            partial: segment.partial,
-            log_sums: segment.log_sums,
-            out: out.address(),
-            row0: segment.row0 as u32,
-            heads: self.heads as u32,
-            width: self.width as u32,
-            chunk: self.cut.positions as u32,
-            chunks_max: self.row_chunks as u32,
-        };
-        let rows = (segment.items_max / self.row_chunks) as u32;
-        let blocks = (self.heads * self.width).div_ceil(256 * 4).min(16) as u32;
-        let launch = Launch { grid: [rows, blocks, 1], dependent: true, ..Launch::new(1, 256) };
-        // SAFETY: positions and output have all rows (checked by the caller), the scratch all chunks of a segment.
-        unsafe { self.merge.launch(stream, &launch, &params) }
     }
 
     /// Pages of a cache of `len` elements, `width` to a position.
@@ -206,6 +217,62 @@ impl Planner {
     }
 }
 
+/// Adds up the chunks of rows.
+#[derive(Clone, Debug)]
+pub(super) struct Merge {
+    kernel: Kernel,
+    heads: usize,
+    /// Output columns of a head.
+    width: usize,
+    /// `[rows of a segment][chunks][heads]`: logarithms of the sums.
+    log_sums: Buffer<f32>,
+}
+
+impl Merge {
+    pub(super) fn new(
+        device: &Device,
+        planner: &Planner,
+        (heads, width): (usize, usize),
+    ) -> Result<Self, CudaError> {
+        let kernel = device.module(&plan_source())?.kernel("attention_merge")?;
+        Ok(Self { kernel, heads, width, log_sums: device.alloc(planner.chunks() * heads)? })
+    }
+
+    /// Where the kernel before it leaves the logarithms of its sums.
+    pub(super) fn log_sums(&self) -> u64 {
+        self.log_sums.address()
+    }
+
+    /// Queues it for a segment, if rows may have several chunks.
+    pub(super) fn run(
+        &self,
+        stream: &Stream,
+        planner: &Planner,
+        meta: &BatchMeta<'_>,
+        (segment, out): (&Segment, &Buffer<bf16>),
+    ) -> Result<(), CudaError> {
+        if planner.row_chunks == 1 {
+            return Ok(());
+        }
+        let params = MergeParams {
+            positions: meta.positions.address(),
+            partial: segment.partial,
+            log_sums: self.log_sums.address(),
+            out: out.address(),
+            row0: segment.row0 as u32,
+            heads: self.heads as u32,
+            width: self.width as u32,
+            chunk: planner.cut.positions as u32,
+            chunks_max: planner.row_chunks as u32,
+        };
+        let rows = (segment.items_max / planner.row_chunks) as u32;
+        let blocks = (self.heads * self.width).div_ceil(256 * 4).min(16) as u32;
+        let launch = Launch { grid: [rows, blocks, 1], dependent: true, ..Launch::new(1, 256) };
+        // SAFETY: positions and output have all rows (checked by the caller), the scratch all chunks of a segment.
+        unsafe { self.kernel.launch(stream, &launch, &params) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Cut;
@@ -213,7 +280,7 @@ mod tests {
     #[test]
     fn a_row_is_cut_by_its_length() {
         let cut = Cut { positions: 2048, chunks_max: 16 };
-        let chunks = [1, 3071, 3072, 5119, 5120, 1 << 20].map(|positions| cut.chunks(positions));
+        let chunks = [1, 2048, 2049, 4096, 4097, 1 << 20].map(|positions| cut.chunks(positions));
         assert_eq!(chunks, [1, 1, 2, 2, 3, 16]);
     }
 }

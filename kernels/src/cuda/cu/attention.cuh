@@ -4,6 +4,8 @@
 
 // Positions of a page of the cache, and of a tile.
 constexpr u32 PAGE = 64;
+// Ends a list of items.
+constexpr u32 NONE = 0xffffffffu;
 #define NEGATIVE __int_as_float(0xff800000)
 
 // A run of tiles of one row, as the plan deals them.

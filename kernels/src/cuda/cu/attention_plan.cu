@@ -6,9 +6,9 @@
 constexpr u32 UNIT = 2;
 constexpr u32 THREADS = 1024;
 
-// Rows of up to one and a half times `chunk` positions are one chunk; longer ones are cut evenly.
+// Rows of more than `chunk` positions are cut evenly into as few chunks as do not exceed it.
 __device__ __forceinline__ u32 chunks_of(u32 positions, u32 chunk, u32 chunks_max) {
-    return min(max((positions + chunk / 2) / chunk, 1u), chunks_max);
+    return min((positions + chunk - 1) / chunk, chunks_max);
 }
 
 struct PlanParams {
@@ -21,7 +21,51 @@ struct PlanParams {
     u32 items_max;
     u32 chunk;
     u32 chunks_max;
+    u32* first;  // [segments][bins], or null: nothing is dealt
+    u32* next;   // [segments][items_max][sets]
+    u32 bins;
+    u32 sets;
 };
+
+constexpr u32 BINS_PER_LANE = 5;
+
+// Deals items, longest first, each to the bin with the least so far. Done by one warp: there are few items, or few steps.
+__device__ __forceinline__ void deal(const PlanParams& p, const Item* items, u32 count, u32* first, u32* next) {
+    u32 lane = threadIdx.x, loads[BINS_PER_LANE] = {}, tails[BINS_PER_LANE];
+#pragma unroll
+    for (u32 i = 0; i < BINS_PER_LANE; i++) tails[i] = NONE;
+    for (u32 base = 0; base < count; base += 32) {
+        // In pairs of tiles; an item costs about as much as two of them before it begins, and more where it is not alone.
+        u32 cost = 0;
+        if (base + lane < count) {
+            Item item = items[base + lane];
+            cost = ((item.span >> 16) + 1) / 2 + (item.tail >> 16 > 1 ? 4 : 2);
+        }
+        for (u32 i = 0; i < min(count - base, 32u); i++) {
+            u32 load = __shfl_sync(0xffffffffu, cost, i);
+            for (u32 set = 0; set < p.sets; set++) {
+                u32 least = 0xffffffffu;
+#pragma unroll
+                for (u32 j = 0; j < BINS_PER_LANE; j++) {
+                    if (j * 32 + lane < p.bins) least = min(least, loads[j] << 8 | (j * 32 + lane));
+                }
+                least = __reduce_min_sync(0xffffffffu, least) % 256;
+                u32 index = (base + i) * p.sets + set;
+#pragma unroll
+                for (u32 j = 0; j < BINS_PER_LANE; j++) {
+                    if (least != j * 32 + lane) continue;
+                    (tails[j] == NONE ? first[least] : next[tails[j]]) = index;
+                    tails[j] = index, loads[j] += load;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (u32 j = 0; j < BINS_PER_LANE; j++) {
+        u32 bin = j * 32 + lane;
+        if (bin < p.bins) (tails[j] == NONE ? first[bin] : next[tails[j]]) = NONE;
+    }
+}
 
 // One block per segment of rows lists its items, longest first: a counting sort.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(const __grid_constant__ PlanParams p) {
@@ -75,6 +119,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_plan(const __gri
         Item item = {row, p.seq_of_row[row], from | (to - from) << 16, tail | chunk << 8 | chunks << 16};
         items[atomicAdd(&bins[bin], 1)] = item;
     });
+    if (p.first == nullptr) return;
+    __syncthreads();
+    if (thread < 32) {
+        u64 segment = blockIdx.x;
+        deal(p, items, p.counts[segment], p.first + segment * p.bins, p.next + segment * p.items_max * p.sets);
+    }
 }
 
 struct MergeParams {

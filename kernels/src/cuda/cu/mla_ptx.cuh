@@ -26,15 +26,29 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
         : "memory");
 }
 
-// One arrival per warp, in every block of the cluster: whoever fills the place fills it in all of them.
-__device__ __forceinline__ void barrier_free(u32 at) {
-    u32 lane = threadIdx.x % 32;
-    if (lane < CLUSTER) {
-        asm volatile(
-            "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-            "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at), "r"(lane)
-            : "memory");
-    }
+__device__ __forceinline__ void barrier_arrive(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+// `at` is an address in the shared memory of some block of the cluster, as `peer_address` gives.
+__device__ __forceinline__ void barrier_arrive_peer(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+__device__ __forceinline__ u32 peer_address(u32 at, u32 rank) {
+    u32 peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(at), "r"(rank));
+    return peer;
+}
+
+__device__ __forceinline__ float load_shared(u32 at) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared(u32 at, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 }
 
 template <int ID>
@@ -61,6 +75,11 @@ __device__ __forceinline__ void load_block(const TensorMap* map, u32 to, u32 bar
         : "memory");
 }
 
+// Into the second-level cache.
+__device__ __forceinline__ void prefetch_block(const TensorMap* map, u32 column, u32 row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
 // Into every block of the cluster.
 __device__ __forceinline__ void load_block_all(const TensorMap* map, u32 to, u32 barrier, u32 column, u32 row) {
 #if CLUSTER == 1
@@ -74,15 +93,14 @@ __device__ __forceinline__ void load_block_all(const TensorMap* map, u32 to, u32
 #endif
 }
 
-// Descriptor of a 128-byte swizzled operand whose rows run along K. In a cluster, addresses hold the rank in high bits.
-__device__ __forceinline__ u64 rows_operand(u32 at) {
-    return (u64(0x40000040) << 32) | (1u << 16) | (at & 0x3ffff) >> 4;
-}
+// Descriptor of a 128-byte swizzled operand whose rows run along K: its low half, to which offsets over 16 may be added.
+// In a cluster, addresses hold the rank in high bits, which do not belong here.
+__device__ __forceinline__ u32 rows_operand(u32 at) { return (at & 0x3ffff) >> 4 | 1u << 16; }
 
 // The same memory with rows of 64 columns as N: blocks of 64 columns follow each other.
-__device__ __forceinline__ u64 columns_operand(u32 at) {
-    return (u64(0x40000040) << 32) | ((BLOCK_BYTES >> 4) << 16) | (at & 0x3ffff) >> 4;
-}
+__device__ __forceinline__ u32 columns_operand(u32 at) { return (at & 0x3ffff) >> 4 | BLOCK_BYTES >> 4 << 16; }
+
+__device__ __forceinline__ u64 operand(u32 low, u32 offset) { return u64(0x40000040) << 32 | (low + (offset >> 4)); }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
