@@ -262,7 +262,7 @@ fn agrees(device: &Device, kernels: Vec<Kernel>) {
             worst = worst.max(cuda_support::calc_diff(&got, &want).abs());
             assert_close(&got, &want, 2e-5, &format!("{} row {row:?}", kernel.name()));
         }
-        println!("{}: calc_diff at most {worst:.1e}", kernel.name());
+        eprintln!("{}: calc_diff at most {worst:.1e}", kernel.name());
     }
 }
 
@@ -431,7 +431,7 @@ fn report(name: &str, rows: &[(u32, u32)], timed: &Timed, (flop, bytes): (f64, f
     let positions: f64 = rows.iter().map(|row| f64::from(row.1 + 1)).sum();
     let read = if shared { 0.0 } else { positions * bytes };
     let floor = (positions * flop / 790e12).max(read / 4.3e12) * 1e6;
-    println!(
+    eprintln!(
         "{name:<34} {:>8.1} us  {:>6.1} TFLOP/s  {:>6.0} GB/s  floor {floor:>7.1} us, {:>5.1}%  plan {:.1} us",
         timed.us,
         positions * flop / timed.us / 1e6,
@@ -444,7 +444,7 @@ fn report(name: &str, rows: &[(u32, u32)], timed: &Timed, (flop, bytes): (f64, f
 /// Opens a device to measure on.
 fn bench() -> Option<(Device, Stream)> {
     let device = device()?;
-    println!("{}", device.properties().name);
+    eprintln!("{}", device.properties().name);
     let stream = device.stream(Priority::High).expect("stream");
     Some((device, stream))
 }

@@ -5,7 +5,7 @@
 //! [`crate::cpu::plain::gqa_attention`], with probabilities rounded to bf16.
 //!
 //! The bits of a row depend on its query, its cached positions and their number only: a long row is cut into chunks
-//! by a rule of its length alone, and the chunks are added up in their order. [`Mla::plan`] lists the chunks of all
+//! by a rule of its length alone, and the chunks are added up in a fixed order. [`Mla::plan`] lists the chunks of all
 //! rows on the device, longest first, once per step and for all layers; so a recorded graph follows new lengths.
 
 mod gqa;
@@ -75,7 +75,7 @@ fn plan_source() -> Source {
 }
 
 fn mla_source() -> Source {
-    source!("mla", "mla_ptx.cuh", "mla.cu")
+    source!("mla", "mla_ptx.cuh", "mla_tile.cuh", "mla_finish.cuh", "mla.cu")
 }
 
 fn gqa_source() -> Source {
