@@ -5,17 +5,15 @@
 
 use half::bf16;
 
-use super::{
-    Buffer, CudaError, Device, Launch, Params, StoredAs, Stream, Swizzle, TensorMap, TiledLayout, TmaElement,
-};
+use super::{Buffer, CudaError, Device, Launch, Stream};
 
+mod job;
 mod matrix;
 
-use matrix::{Fast, Form, STEP_BYTES, THREADS, TILE_ROWS, step_elements};
+use job::Job;
+use matrix::{Fast, Form, THREADS, TILE_ROWS, step_elements};
 pub use matrix::{Kind, Matrix, Plan, sources, sources_of};
 
-/// Rows per expert from which on one CTA takes all slices of K.
-const MANY_ROWS: usize = 512;
 /// Weights that are read once leave the second-level cache first.
 const EVICT_FIRST: u64 = 0x12f0_0000_0000_0000;
 const EVICT_NORMAL: u64 = 0x1000_0000_0000_0000;
@@ -85,70 +83,6 @@ pub struct Segments<'a> {
     /// Rows that a slot has when all is even. Decides what is fast and changes no bit.
     pub rows_typical: usize,
 }
-
-/// One product, as both kernels know it.
-#[derive(Clone, Copy)]
-struct Job<'a> {
-    x: Operand<'a>,
-    x_head_stride: usize,
-    y: Output<'a>,
-    y_head_stride: usize,
-    rows: usize,
-    segments: Option<Segments<'a>>,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FastParams {
-    x: TensorMap,
-    w: TensorMap,
-    x_scales: TensorMap,
-    w_scales: u64,
-    y: u64,
-    y_stride: u64,
-    y_head_stride: u64,
-    segment_start: u64,
-    segment_rows: u64,
-    pool_of_slot: u64,
-    w_policy: u64,
-    x_policy: u64,
-    rows: u32,
-    n: u32,
-    k: u32,
-    matrices: u32,
-    y_is_f32: u32,
-    y_vectors: u32,
-    tile_rows: u32,
-}
-
-// SAFETY: the fields of `Params` in cu/gemm_tiles.cuh.
-unsafe impl Params for FastParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PlainParams {
-    x: u64,
-    x_scales: u64,
-    w: u64,
-    w_scales: u64,
-    y: u64,
-    x_stride: u64,
-    x_head_stride: u64,
-    y_stride: u64,
-    y_head_stride: u64,
-    segment_start: u64,
-    segment_rows: u64,
-    pool_of_slot: u64,
-    x_scales_stride: u32,
-    rows: u32,
-    n: u32,
-    k: u32,
-    matrices: u32,
-    y_is_f32: u32,
-}
-
-// SAFETY: the fields of `Params` in cu/gemm_plain.cu.
-unsafe impl Params for PlainParams {}
 
 /// Multiplies on one device. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -251,8 +185,8 @@ impl Gemm {
 
     fn run_fast(&self, stream: &Stream, w: &Matrix, fast: &Fast, job: &Job<'_>) -> Result<(), CudaError> {
         let in_registers = self.in_registers.unwrap_or_else(|| match &job.segments {
-            None => rounds(&fast.in_registers, w, job.rows) <= rounds(&fast.in_cluster, w, job.rows),
-            Some(segments) => segments.rows_typical >= MANY_ROWS,
+            None => prefers_registers(fast, w, job.rows),
+            Some(segments) => segments.rows_typical > TILE_ROWS as usize,
         });
         let form = if in_registers { &fast.in_registers } else { &fast.in_cluster };
         let mut params = job.fast_params(w, form)?;
@@ -285,168 +219,27 @@ fn tiles(form: &Form, w: &Matrix, rows: usize, tile_rows: u32) -> u32 {
     (rows.div_ceil(tile_rows as usize) * w.n.div_ceil((columns * pair) as usize) * w.matrices) as u32
 }
 
-/// About how long a dense product takes: tiles that a cluster takes one after the other, in columns of whole K.
-fn rounds(form: &Form, w: &Matrix, rows: usize) -> f64 {
-    let Plan { columns, pair, .. } = form.plan;
-    let rounds = tiles(form, w, rows, TILE_ROWS).div_ceil(form.clusters_max);
-    let slices = form.cluster / pair;
-    // Adding slices up across a cluster costs about as much as a tenth of a round.
-    let overhead = if slices > 1 { 0.1 } else { 0.0 };
-    f64::from(rounds * columns) * (1.0 / f64::from(slices) + overhead)
+/// Whether one CTA should take all slices of K: it does where clusters would take several tiles each, one after the
+/// other. Adding slices up across a cluster costs as much as this many steps of K.
+fn prefers_registers(fast: &Fast, w: &Matrix, rows: usize) -> bool {
+    const REDUCTION_STEPS: f64 = 14.0;
+    let splits = fast.in_cluster.plan.splits;
+    if splits == 1 {
+        return rows > TILE_ROWS as usize;
+    }
+    let rounds = |form: &Form| {
+        let rounds = tiles(form, w, rows, TILE_ROWS).div_ceil(form.clusters_max);
+        // A step copies rows of x and of weights.
+        f64::from(rounds) * f64::from(TILE_ROWS + form.plan.columns) / 256.0
+    };
+    let steps = w.k.div_ceil(step_elements(w.stored())) as f64;
+    let in_cluster = rounds(&fast.in_cluster) * (steps / f64::from(splits) + REDUCTION_STEPS);
+    rounds(&fast.in_registers) * steps <= in_cluster
 }
 
 fn run_plain(stream: &Stream, w: &Matrix, job: &Job<'_>) -> Result<(), CudaError> {
-    let (x, x_scales, x_stride, x_scales_stride) = job.x_parts(w);
-    let (y, y_stride, y_is_f32) = job.y_parts();
-    let [segment_start, segment_rows, pool_of_slot] = job.segment_addresses();
-    let params = PlainParams {
-        x,
-        x_scales,
-        w: w.stack.data().address(),
-        w_scales: w.scales_address(),
-        y,
-        x_stride: x_stride as u64,
-        x_head_stride: job.x_head_stride as u64,
-        y_stride: y_stride as u64,
-        y_head_stride: job.y_head_stride as u64,
-        segment_start,
-        segment_rows,
-        pool_of_slot,
-        x_scales_stride: x_scales_stride as u32,
-        rows: job.rows as u32,
-        n: w.n as u32,
-        k: w.k as u32,
-        matrices: job.matrices(w),
-        y_is_f32,
-    };
     let grid = [w.n.div_ceil(4) as u32, job.matrices(w), job.rows.min(32) as u32];
     let launch = Launch { grid, dependent: true, ..Launch::new(0, 128) };
     // SAFETY: `PlainParams` is the kernel's argument; `check` saw that the buffers have the rows.
-    unsafe { w.plain.launch(stream, &launch, &params) }
-}
-
-impl Job<'_> {
-    fn check(&self, w: &Matrix) {
-        let (x_len, y_len) = match self.x {
-            Operand::Bf16 { data, stride } => {
-                assert_eq!(w.stored(), StoredAs::Bf16, "how x is stored");
-                (stride * (self.rows - 1), data.len())
-            }
-            Operand::Fp8 { codes, scales, rows_stride } => {
-                assert_eq!(w.stored(), StoredAs::Fp8, "how x is stored");
-                assert!(rows_stride >= self.rows && rows_stride.is_multiple_of(4), "rows of scales");
-                assert!(scales.len() >= w.k.div_ceil(128) * rows_stride, "scales of x");
-                (w.k * (self.rows - 1), codes.len())
-            }
-        };
-        let heads = if self.segments.is_none() { w.matrices } else { 1 };
-        assert!(x_len + (heads - 1) * self.x_head_stride + w.k <= y_len, "length of x");
-        let (len, stride) = match self.y {
-            Output::Bf16 { data, stride } => (data.len(), stride),
-            Output::F32 { data, stride } => (data.len(), stride),
-        };
-        assert!(stride * (self.rows - 1) + (heads - 1) * self.y_head_stride + w.n <= len, "length of y");
-    }
-
-    fn matrices(&self, w: &Matrix) -> u32 {
-        self.segments.map_or(w.matrices, |segments| segments.rows.len()) as u32
-    }
-
-    /// Address, address of scales, stride of rows, stride of scales.
-    fn x_parts(&self, w: &Matrix) -> (u64, u64, usize, usize) {
-        match self.x {
-            Operand::Bf16 { data, stride } => (data.address(), 0, stride, 0),
-            Operand::Fp8 { codes, scales, rows_stride } => {
-                (codes.address(), scales.address(), w.k, rows_stride)
-            }
-        }
-    }
-
-    /// Address, stride of rows, whether f32.
-    fn y_parts(&self) -> (u64, usize, u32) {
-        match self.y {
-            Output::Bf16 { data, stride } => (data.address(), stride, 0),
-            Output::F32 { data, stride } => (data.address(), stride, 1),
-        }
-    }
-
-    fn segment_addresses(&self) -> [u64; 3] {
-        self.segments.map_or([0; 3], |segments| {
-            [segments.start.address(), segments.rows.address(), segments.pool_of_slot.address()]
-        })
-    }
-
-    /// Whether the copy engine can read x. So it is or is not for all batches: strides and slices are the model's.
-    fn x_is_aligned(&self, w: &Matrix) -> bool {
-        let (address, scales, stride, _) = self.x_parts(w);
-        let bytes = STEP_BYTES as usize / step_elements(w.stored());
-        address.is_multiple_of(16)
-            && scales.is_multiple_of(16)
-            && (stride * bytes).is_multiple_of(16)
-            && (self.x_head_stride * bytes).is_multiple_of(16)
-    }
-
-    fn fast_params(&self, w: &Matrix, form: &Form) -> Result<FastParams, CudaError> {
-        let (y, y_stride, y_is_f32) = self.y_parts();
-        let [segment_start, segment_rows, pool_of_slot] = self.segment_addresses();
-        let (element_bytes, vector_bytes) = if y_is_f32 == 1 { (4, 8) } else { (2, 16) };
-        let even = |elements: usize| (elements * element_bytes).is_multiple_of(vector_bytes);
-        let y_vectors = y.is_multiple_of(vector_bytes as u64) && even(y_stride) && even(self.y_head_stride);
-        let x = self.x_map(w, form.plan.pair)?;
-        Ok(FastParams {
-            x,
-            w: form.map,
-            x_scales: self.x_scales_map(w)?.unwrap_or(x),
-            w_scales: w.scales_address(),
-            y,
-            y_stride: y_stride as u64,
-            y_head_stride: self.y_head_stride as u64,
-            segment_start,
-            segment_rows,
-            pool_of_slot,
-            w_policy: EVICT_NORMAL,
-            x_policy: EVICT_NORMAL,
-            rows: self.rows as u32,
-            n: w.n as u32,
-            k: w.k as u32,
-            matrices: self.matrices(w),
-            y_is_f32,
-            y_vectors: u32::from(y_vectors),
-            tile_rows: TILE_ROWS,
-        })
-    }
-
-    fn x_map(&self, w: &Matrix, pair: u32) -> Result<TensorMap, CudaError> {
-        // Every CTA of a pair copies as many boxes.
-        let box_rows = if pair == 4 { 16 } else { 32 };
-        let (address, _, stride, _) = self.x_parts(w);
-        let (element, bytes) = match w.stored() {
-            StoredAs::Bf16 => (TmaElement::Bf16, 2),
-            StoredAs::Fp8 => (TmaElement::U8, 1),
-        };
-        let heads = if self.segments.is_none() { w.matrices } else { 1 };
-        // Where there is one head, its stride means nothing but must not be 0.
-        let head_stride = if heads == 1 { stride } else { self.x_head_stride };
-        TensorMap::tiled(TiledLayout {
-            element,
-            address,
-            dims: &[w.k as u64, heads as u64, self.rows as u64],
-            strides_bytes: &[(head_stride * bytes) as u64, (stride * bytes) as u64],
-            tile: &[STEP_BYTES / bytes as u32, 1, box_rows],
-            swizzle: Swizzle::B128,
-        })
-    }
-
-    fn x_scales_map(&self, w: &Matrix) -> Result<Option<TensorMap>, CudaError> {
-        let Operand::Fp8 { scales, rows_stride, .. } = self.x else { return Ok(None) };
-        TensorMap::tiled(TiledLayout {
-            element: TmaElement::F32,
-            address: scales.address(),
-            dims: &[rows_stride as u64, w.k.div_ceil(128) as u64],
-            strides_bytes: &[(rows_stride * size_of::<f32>()) as u64],
-            tile: &[TILE_ROWS, 1],
-            swizzle: Swizzle::None,
-        })
-        .map(Some)
-    }
+    unsafe { w.plain.launch(stream, &launch, &job.plain_params(w)) }
 }

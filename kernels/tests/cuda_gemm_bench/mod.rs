@@ -4,7 +4,7 @@ use half::bf16;
 use heliostat_kernels::cuda::gemm::{Gemm, HeadsView, Kind, Matrix, Operand, Output, Plan, Segments};
 use heliostat_kernels::cuda::{Buffer, CudaError, Device, StoredAs, Stream, WeightStack};
 
-use crate::Noise;
+use crate::cuda_gemm_operands::Noise;
 use crate::cuda_support::time_us;
 
 /// Bytes per second of device memory, as measured.

@@ -1,11 +1,13 @@
-// Matrix products y[t][n] = sum_k x[t][k] w[n][k] on Hopper's tensor cores. The text of gemm_tiles.cuh stands before it.
+// Matrix products y[t][n] = sum_k x[t][k] w[n][k] on Hopper's tensor cores. gemm_tiles.cuh and gemm_scales.cuh stand
+// before this text.
 //
 // One warp feeds a ring of stages (128 bytes of K each) through the copy engine, two warpgroups multiply: each owns 64
-// of a tile's rows, or half of its columns where it has no more than 64 rows. A tile is COLUMNS wide. K is cut into SPLIT slices, a number that depends on N and K alone:
+// of a tile's rows, or half of its columns where it has no more than 64 rows. A tile is COLUMNS wide. K is cut into
+// SPLIT slices, a number that depends on the shape of the weights alone:
 //  - with few rows, the SPLIT CTAs of a cluster take a slice each and add their sums in shared memory, in order;
 //  - with many (IN_REGISTERS), one CTA takes all slices one after the other and adds their sums in the same order.
 // So the bits of a row depend on nothing but the row and the weights. PAIR CTAs of a cluster share rows of x and take
-// neighbouring columns; x is copied once for both. Grids are persistent: a cluster takes every nth tile.
+// neighbouring columns; x is copied once for all. Grids are persistent: a cluster takes every nth tile.
 
 struct Shared {
     u32 x, w, x_scales, reduce, full, empty, reduced, reusable;
@@ -106,51 +108,6 @@ struct Part {
     u32 row, column;
 };
 
-// The scales of a row of blocks of weights. A lane holds one of 32; the next 32 are on their way.
-struct WeightScales {
-    const float* scales;
-    u32 blocks, batch;
-    float now, next;
-
-    __device__ __forceinline__ WeightScales(const float* scales, u32 blocks, u32 first, u32 lane)
-        : scales(scales), blocks(blocks), batch(first / 32 * 32) {
-        now = fetch(batch + lane);
-        next = fetch(batch + 32 + lane);
-    }
-
-    __device__ __forceinline__ float fetch(u32 block) { return block < blocks ? __ldg(scales + block) : 0.0f; }
-
-    // Steps must come in order.
-    __device__ __forceinline__ float at(u32 step, u32 lane) {
-        if (step - batch == 32) {
-            batch = step;
-            now = next;
-            next = fetch(batch + 32 + lane);
-        }
-        return __shfl_sync(0xffffffffu, now, step - batch);
-    }
-};
-
-// The scales of a step for a thread's two rows: upper and lower, in the first block of columns and in the second.
-struct Scales {
-    float upper[2], lower[2];
-};
-
-// sum += product. From four `second` on, columns lie in the second block.
-template <u32 COUNT>
-__device__ __forceinline__ void add_scaled(float (&sum)[COUNT], const float (&product)[COUNT], const Scales& scales,
-                                           u32 second) {
-#pragma unroll
-    for (u32 i = 0; i < COUNT; i += 4) {
-        bool first = ONE_SCALE || i / 4 < second;
-        float upper = first ? scales.upper[0] : scales.upper[1], lower = first ? scales.lower[0] : scales.lower[1];
-        sum[i] = fmaf(product[i], upper, sum[i]);
-        sum[i + 1] = fmaf(product[i + 1], upper, sum[i + 1]);
-        sum[i + 2] = fmaf(product[i + 2], lower, sum[i + 2]);
-        sum[i + 3] = fmaf(product[i + 3], lower, sum[i + 3]);
-    }
-}
-
 // Warpgroup `group` waits until the other one has passed it the turn to multiply.
 __device__ __forceinline__ void await_turn(u32 group) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(1 + group), "n"(CONSUMERS) : "memory");
@@ -243,7 +200,9 @@ struct Consumer {
             product_wait<0>();
             product_fence(product);
             release(ring.stage);
-            add_scaled(sum, product, scales, second);
+            if constexpr (ONE_SCALE) add_scaled(sum, product, scales, COUNT);
+            else if constexpr (TURNS) add_scaled_by_case<BLOCK_STEP>(sum, product, scales, second);
+            else add_scaled(sum, product, scales, second);
         }
     }
 
@@ -337,7 +296,7 @@ struct Consumer {
                     transpose(v);
                     u32 r = row + half * 8;
                     u64 at = (tile.row + r) * p.y_stride + tile.head * p.y_head_stride + column + lane % 4 * 8;
-                    if (r < tile.count) *(uint4*)((bf16*)p.y + at) = make_uint4(v[0], v[1], v[2], v[3]);
+                    if (r < tile.count) store_global((bf16*)p.y + at, v);
                 }
                 continue;
             }

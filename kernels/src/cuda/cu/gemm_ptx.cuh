@@ -105,6 +105,12 @@ __device__ __forceinline__ float load_shared(u32 address) {
     return v;
 }
 
+// Stores 16 bytes at once; the compiler makes four stores of a `uint4`.
+__device__ __forceinline__ void store_global(void* to, const u32 (&v)[4]) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ void map_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

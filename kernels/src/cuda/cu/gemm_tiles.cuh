@@ -1,4 +1,4 @@
-// What gemm.cu computes and in which order: constants, parameters, tiles. Stands before the text of gemm.cu.
+// What gemm.cu computes and in which order: constants, parameters, tiles. Stands before gemm.cu.
 //
 // Constants: FP8, GROUPED (0 or 1), SPLIT, IN_REGISTERS (0 or 1), PAIR, COLUMNS, STAGES.
 
@@ -24,6 +24,8 @@ constexpr u32 fours_own(u32 fours) { return (fours + CLUSTER_SPLIT - 1) / CLUSTE
 constexpr u32 REDUCE_BYTES = CLUSTER_SPLIT > 1 ? 2 * CLUSTER_SPLIT * fours_own(COLUMNS / 8) * 128 * 16 : 0;
 // Whether a tile has one scale of weights per step, or two.
 constexpr bool ONE_SCALE = 128 % COLUMNS == 0;
+// Tiles begin at multiples of so many eights of columns within a block of scales.
+[[maybe_unused]] constexpr u32 BLOCK_STEP = (COLUMNS & -COLUMNS) / 8;
 // m-tiles that are neighbours in time, so that their weights are still in the second-level cache.
 constexpr u32 NEIGHBOURS = 16;
 static_assert(CLUSTER <= 8, "CTAs of a cluster");

@@ -83,9 +83,12 @@ impl Plan {
 }
 
 impl Plan {
-    /// The same where one CTA takes all slices. Sums of several leave registers for fewer columns.
-    fn in_registers(self) -> Self {
-        Self { columns: if self.splits > 1 { self.columns.min(128) } else { self.columns }, ..self }
+    /// For many rows of a matrix of `n` columns: one CTA takes all slices, the sums of which leave registers for 128
+    /// columns, and two share x, for the second-level cache is what then limits.
+    fn in_registers(self, n: usize) -> Self {
+        let columns = if self.splits == 8 { self.columns.min(128) } else { 128 };
+        let pair = if columns == 128 && n > 128 { 2 } else { 1 };
+        Self { splits: self.splits, pair, columns }
     }
 }
 
@@ -173,7 +176,7 @@ impl Matrix {
                 let map = weight_map(&stack, (matrices, n, k), plan.columns)?;
                 Form::load(device, (stored, kind), map, plan, in_registers)
             };
-            Some(Fast { in_cluster: form(plan, false)?, in_registers: form(plan.in_registers(), true)? })
+            Some(Fast { in_cluster: form(plan, false)?, in_registers: form(plan.in_registers(n), true)? })
         } else {
             None
         };
@@ -281,7 +284,12 @@ fn shared_bytes(stored: StoredAs, plan: Plan, in_registers: bool) -> u32 {
 
 /// The fast kernel.
 pub(super) fn fast_source(stored: StoredAs, kind: Kind, plan: Plan, in_registers: bool) -> Source {
-    Source::new("gemm", concat!(include_str!("../cu/gemm_tiles.cuh"), include_str!("../cu/gemm.cu")))
+    let text = concat!(
+        include_str!("../cu/gemm_tiles.cuh"),
+        include_str!("../cu/gemm_scales.cuh"),
+        include_str!("../cu/gemm.cu")
+    );
+    Source::new("gemm", text)
         .define("FP8", u32::from(stored == StoredAs::Fp8))
         .define("GROUPED", u32::from(kind == Kind::Pool))
         .define("SPLIT", plan.splits)
@@ -298,25 +306,27 @@ pub(super) fn plain_source(stored: StoredAs, kind: Kind) -> Source {
         .define("GROUPED", u32::from(kind == Kind::Pool))
 }
 
-/// What a matrix is compiled to by a plan.
-pub fn sources_of(stored: StoredAs, kind: Kind, plan: Plan) -> Vec<Source> {
-    let many = plan.in_registers();
+/// What a matrix of `n` columns is compiled to by a plan.
+pub fn sources_of(stored: StoredAs, kind: Kind, n: usize, plan: Plan) -> Vec<Source> {
     vec![
         fast_source(stored, kind, plan, false),
-        fast_source(stored, kind, many, true),
+        fast_source(stored, kind, plan.in_registers(n), true),
         plain_source(stored, kind),
     ]
 }
 
-/// Every source that a matrix may be compiled to by its own plan.
+/// Every source that matrices are compiled to by their own plans.
 pub fn sources() -> Vec<Source> {
-    let mut sources = Vec::new();
+    let mut sources: Vec<Source> = Vec::new();
     for stored in [StoredAs::Bf16, StoredAs::Fp8] {
-        for kind in [Kind::Dense, Kind::Pool] {
-            for (splits, pair) in [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)] {
-                let all = sources_of(stored, kind, Plan { splits, pair, columns: 128 });
-                sources
-                    .extend(all.into_iter().filter(|source| !sources.contains(source)).collect::<Vec<_>>());
+        for kind in [Kind::Dense, Kind::Pool, Kind::Heads(1)] {
+            for n in [64, 256, 1536, 4096, 7168, 24_576, 36_864, 129_280] {
+                for k in [64, 1024, 2048, 4096, 16_384] {
+                    let all = sources_of(stored, kind, n, Plan::of(kind, stored, n, k));
+                    let new: Vec<Source> =
+                        all.into_iter().filter(|source| !sources.contains(source)).collect();
+                    sources.extend(new);
+                }
             }
         }
     }
