@@ -36,8 +36,8 @@ Examples:
   helio bench ops
   helio bench ops --batch 1,64,128 --context 4096 --json
 
-The shapes are those of DeepSeek-R1 with 9 experts per GPU. Products are timed beside cuBLASLt where it is found
-(pip install nvidia-cublas, or a CUDA 13 toolkit).")]
+The shapes are those of DeepSeek-R1 with 9 experts per GPU. Products are timed beside cuBLASLt
+where it is found (pip install nvidia-cublas, or a CUDA 13 toolkit).")]
 pub(crate) struct BenchOps {
     /// Rows of a step, one measurement each.
     #[arg(long, value_name = "ROWS,..", value_delimiter = ',', default_values_t = [8, 64, 128, 256], value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -61,8 +61,8 @@ Examples:
   helio bench slice --batch 128 --context 4096 --layers 8      a quick trial
   helio bench slice --device 1 --json
 
-The model is DeepSeek-R1 with made-up weights: all layers, and 9 of 288 expert slots of each. One rank computes alone,
-so rows for the experts move within its memory and cross no link.")]
+The model is DeepSeek-R1 with made-up weights: all layers, and 9 of 288 expert slots of each.
+One rank computes alone: rows for the experts move within its memory and cross no link.")]
 pub(crate) struct BenchSlice {
     /// Sequences that decode at once, one measurement each.
     #[arg(long, value_name = "ROWS,..", value_delimiter = ',', default_values_t = [64, 128, 256], value_parser = clap::value_parser!(u32).range(1..=4096))]
