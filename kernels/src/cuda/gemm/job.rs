@@ -70,7 +70,7 @@ unsafe impl Params for PlainParams {}
 
 impl Job<'_> {
     pub(super) fn check(&self, w: &Matrix) {
-        let (x_len, y_len) = match self.x {
+        let (last_row, len) = match self.x {
             Operand::Bf16 { data, stride } => {
                 assert_eq!(w.stored(), StoredAs::Bf16, "how x is stored");
                 (stride * (self.rows - 1), data.len())
@@ -83,7 +83,7 @@ impl Job<'_> {
             }
         };
         let heads = if self.segments.is_none() { w.matrices } else { 1 };
-        assert!(x_len + (heads - 1) * self.x_head_stride + w.k <= y_len, "length of x");
+        assert!(last_row + (heads - 1) * self.x_head_stride + w.k <= len, "length of x");
         let (len, stride) = match self.y {
             Output::Bf16 { data, stride } => (data.len(), stride),
             Output::F32 { data, stride } => (data.len(), stride),
