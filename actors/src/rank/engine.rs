@@ -12,7 +12,7 @@ use super::outlet::Outlet;
 
 /// The rank's device with what lies on it.
 pub(super) enum Engine {
-    Cpu(CpuEngine),
+    Cpu(Box<CpuEngine>),
     Cuda(Box<CudaRank>),
 }
 

@@ -121,7 +121,7 @@ fn load_cpu(
         }
         None => None,
     };
-    Ok(Engine::Cpu(CpuEngine { cpu, model }))
+    Ok(Engine::Cpu(Box::new(CpuEngine { cpu, model })))
 }
 
 fn load_cuda(

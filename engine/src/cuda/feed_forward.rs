@@ -32,7 +32,6 @@ impl CudaModel {
         own: Option<(&Dp, &MoeWeights)>,
         rows: usize,
     ) -> Result<(), CudaError> {
-        stream.label("router");
         let shared = match own {
             Some((dp, MoeWeights { shared: Some(shared), .. })) => {
                 Some((&dp.buffers.shared, dp.beside(stream, shared, rows)?))
@@ -40,6 +39,7 @@ impl CudaModel {
             Some((_, MoeWeights { shared: None, .. })) | None => None,
         };
         if let Some((dp, weights)) = own {
+            stream.label("router");
             self.route(stream, (dp, weights), rows)?;
             self.exchange.signal(stream, dp.inputs.count())?;
         }

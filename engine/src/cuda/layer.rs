@@ -18,8 +18,8 @@ pub(super) struct Layer {
 
 #[derive(Debug)]
 pub(super) enum AttentionWeights {
-    Mla(MlaWeights),
-    Gqa(GqaWeights),
+    Mla(Box<MlaWeights>),
+    Gqa(Box<GqaWeights>),
 }
 
 /// Latent attention, absorbed as on the CPU.
@@ -54,8 +54,8 @@ pub(super) struct GqaWeights {
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
-    Dense(Mlp),
-    Moe(MoeWeights),
+    Dense(Box<Mlp>),
+    Moe(Box<MoeWeights>),
 }
 
 /// A gated feed-forward layer of one width.
@@ -85,12 +85,19 @@ impl Layer {
         let hidden = config.hidden_size;
         let name = |part: &str| layer_tensor(layer, part);
         let attention = match &config.attention {
-            Attention::Mla(mla) => AttentionWeights::Mla(MlaWeights::load(source, config, mla, layer)?),
-            Attention::Gqa(gqa) => AttentionWeights::Gqa(GqaWeights::load(source, config, gqa, layer)?),
+            Attention::Mla(mla) => {
+                AttentionWeights::Mla(MlaWeights::load(source, config, mla, layer)?.into())
+            }
+            Attention::Gqa(gqa) => {
+                AttentionWeights::Gqa(GqaWeights::load(source, config, gqa, layer)?.into())
+            }
         };
         let feed_forward = match config.moe_layer_of[layer] {
-            Some(moe_layer) => FeedForward::Moe(MoeWeights::load(source, config, layer, moe_layer)?),
-            None => FeedForward::Dense(Mlp::load(source, layer, "mlp", (hidden, config.intermediate_size))?),
+            Some(moe_layer) => FeedForward::Moe(MoeWeights::load(source, config, layer, moe_layer)?.into()),
+            None => {
+                let shape = (hidden, config.intermediate_size);
+                FeedForward::Dense(Mlp::load(source, layer, "mlp", shape)?.into())
+            }
         };
         Ok(Self {
             input_norm: source.vector(name("input_layernorm"), hidden)?,

@@ -184,7 +184,7 @@ impl CudaModel {
 impl Dp {
     fn moe_layers(&self) -> impl Iterator<Item = &super::layer::MoeWeights> {
         self.layers.iter().filter_map(|layer| match &layer.feed_forward {
-            FeedForward::Moe(moe) => Some(moe),
+            FeedForward::Moe(moe) => Some(&**moe),
             FeedForward::Dense(_) => None,
         })
     }
