@@ -76,6 +76,9 @@ pub(crate) struct BenchSlice {
     /// Decoder layers; the first three have no experts.
     #[arg(long, default_value_t = 61, value_parser = clap::value_parser!(u32).range(4..=61))]
     pub(crate) layers: u32,
+    /// Decode once more, at the first batch and context, while experts are replaced one after the other.
+    #[arg(long)]
+    pub(crate) remap: bool,
     /// Steps to time for each measurement of decode.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) steps: u32,

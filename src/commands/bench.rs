@@ -35,7 +35,7 @@ fn slice(why: &SliceError) -> anyhow::Error {
         SliceError::KvRoom { .. } => {
             Failure::error(FAILED, format!("{why}: lower --batch or --context, or measure fewer --layers"))
         }
-        SliceError::Config(_) | SliceError::Load(_) | SliceError::Step(_) => {
+        SliceError::Config(_) | SliceError::Load(_) | SliceError::Step(_) | SliceError::Pool(_) => {
             Failure::error(FAILED, why.to_string())
         }
     }
@@ -77,6 +77,7 @@ fn slice_options(args: &BenchSlice) -> Options {
         layers: Some(args.layers as usize),
         graphs: !args.no_graphs,
         chunk: args.chunk as usize,
+        remap: args.remap,
         ..gpu_options(&args.gpu)
     }
 }
@@ -95,6 +96,7 @@ fn gpu_options(gpu: &BenchGpu) -> Options {
         layers: None,
         graphs: true,
         chunk: 4096,
+        remap: false,
     }
 }
 

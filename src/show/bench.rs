@@ -2,7 +2,7 @@
 
 use super::{render, table};
 use comfy_table::{CellAlignment, Table};
-use heliostat_actors::bench::{DecodeReport, OpReport, OpsReport, PartReport, SliceReport};
+use heliostat_actors::bench::{DecodeReport, OpReport, OpsReport, PartReport, RemapReport, SliceReport};
 
 /// Every operation.
 pub(crate) fn ops(report: &OpsReport) -> String {
@@ -60,6 +60,9 @@ pub(crate) fn slice(report: &SliceReport) -> String {
         text.push_str("\nDecode\n");
         text.push_str(&decode(&report.decode));
     }
+    if let Some(remap) = &report.remap {
+        text.push_str(&self::remap(remap));
+    }
     if !report.prefill.is_empty() {
         let mut table = table(["prompt", "tokens/s/gpu"]);
         for prefill in &report.prefill {
@@ -68,9 +71,22 @@ pub(crate) fn slice(report: &SliceReport) -> String {
         text.push_str(&format!("\nPrefill\n{}", right(table)));
     }
     for decode in &report.decode {
-        text.push_str(&parts(decode));
+        let (batch, context, step_ms) = (decode.batch, decode.context, decode.step_ms);
+        let what = format!("{batch} x {context} goes, {step_ms:.2} ms when kernels overlap");
+        text.push_str(&parts(&what, &decode.parts));
+    }
+    for prefill in &report.prefill {
+        text.push_str(&parts(&format!("prefill of {} goes", prefill.prompt), &prefill.parts));
     }
     text
+}
+
+fn remap(report: &RemapReport) -> String {
+    let RemapReport { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms } = *report;
+    format!(
+        "\nWhile {moves} experts were replaced ({gb_per_s:.1} GB/s from the host), {batch} x {context}: \
+         {step_ms:.2} ms/step and {longest_ms:.2} ms the longest, {before_ms:.2} ms/step before\n"
+    )
 }
 
 fn decode(reports: &[DecodeReport]) -> String {
@@ -91,10 +107,10 @@ fn decode(reports: &[DecodeReport]) -> String {
     right(table)
 }
 
-fn parts(decode: &DecodeReport) -> String {
+fn parts(what: &str, parts: &[PartReport]) -> String {
     let mut table =
         table(["part", "us/step", "layers", "us/layer", "% of sum", "floor us/layer", "% of floor"]);
-    for part in &decode.parts {
+    for part in parts {
         let PartReport { us, layers, layer_us, share, floor_layer_us, .. } = *part;
         let of_floor = floor_layer_us.zip(layer_us).map(|(floor, us)| floor / us);
         table.add_row([
@@ -107,12 +123,9 @@ fn parts(decode: &DecodeReport) -> String {
             percent(of_floor),
         ]);
     }
-    let sum_ms = decode.parts.iter().map(|part| part.us).sum::<f64>() / 1e3;
+    let sum_ms = parts.iter().map(|part| part.us).sum::<f64>() / 1e3;
     format!(
-        "\nWhere a step of {} x {} goes, every kernel timed on its own: {sum_ms:.2} ms in all, {:.2} ms when they overlap\n{}",
-        decode.batch,
-        decode.context,
-        decode.step_ms,
+        "\nWhere a step of {what}; {sum_ms:.2} ms in all, every kernel timed on its own\n{}",
         right(table)
     )
 }
@@ -197,7 +210,16 @@ mod tests {
                 roofline_share: 0.745,
                 parts: vec![part],
             }],
-            prefill: vec![PrefillReport { prompt: 2048, tokens_per_s: 12_345.6 }],
+            remap: Some(RemapReport {
+                batch: 128,
+                context: 4096,
+                moves: 12,
+                gb_per_s: 5.25,
+                before_ms: 31.0,
+                step_ms: 31.5,
+                longest_ms: 33.0,
+            }),
+            prefill: vec![PrefillReport { prompt: 2048, tokens_per_s: 12_345.6, parts: Vec::new() }],
         };
         let text = slice(&report);
         let lines: Vec<String> =
@@ -208,6 +230,7 @@ mod tests {
             "128 4096 31.00 31.50 4129 2% 23.10 74%",
             "2048 12346",
             "MLA 13420 61 220.0 40% 184.8 84%",
+            "While 12 experts were replaced (5.2 GB/s from the host), 128 x 4096: 31.50 ms/step and 33.00 ms the longest, 31.00 ms/step before",
         ] {
             assert!(lines.iter().any(|line| line == wanted), "{wanted:?} is missing:\n{text}");
         }

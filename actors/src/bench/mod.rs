@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use heliostat_kernels::cuda::{CudaError, Device, DeviceOptions};
 
 pub use ops::{OpReport, OpsReport, ops};
-pub use report::{DecodeReport, PartReport, PrefillReport, SliceReport, slice};
+pub use report::{DecodeReport, PartReport, PrefillReport, RemapReport, SliceReport, slice};
 pub use slice::SliceError;
 
 /// What to measure, and on what.
@@ -39,6 +39,8 @@ pub struct Options {
     pub graphs: bool,
     /// Tokens of one prefill step of the slice.
     pub chunk: usize,
+    /// Decode once more while experts move.
+    pub remap: bool,
 }
 
 impl Options {

@@ -31,8 +31,29 @@ pub struct SliceReport {
     pub steps: usize,
     /// Steady-state decode.
     pub decode: Vec<DecodeReport>,
+    /// Decode while experts move, if asked for.
+    pub remap: Option<RemapReport>,
     /// Prefill.
     pub prefill: Vec<PrefillReport>,
+}
+
+/// Decode while experts are replaced one after the other, as fast as they come from the host.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RemapReport {
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens before the first measured one.
+    pub context: usize,
+    /// Experts replaced.
+    pub moves: usize,
+    /// Weights that came in, gigabytes per second.
+    pub gb_per_s: f64,
+    /// Median milliseconds of a step without moves, right before.
+    pub before_ms: f64,
+    /// Median milliseconds of a step.
+    pub step_ms: f64,
+    /// The longest step, milliseconds.
+    pub longest_ms: f64,
 }
 
 /// Steady-state decode of one batch and context.
@@ -76,12 +97,14 @@ pub struct PartReport {
 }
 
 /// Prefill of prompts of one length.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PrefillReport {
     /// Tokens of a prompt.
     pub prompt: usize,
     /// Tokens per second and GPU.
     pub tokens_per_s: f64,
+    /// Parts of one step, every kernel timed on its own. Without floors: those are decode's.
+    pub parts: Vec<PartReport>,
 }
 
 /// Loads the slice and measures all that `options` asks for; `progress` hears a line for each measurement.
@@ -99,6 +122,7 @@ pub fn slice(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<SliceR
         graphs: options.graphs,
         depth: 2,
         layers: options.layers,
+        remap: options.remap,
     };
     let config = args.config()?;
     let layers = config.num_layers;
@@ -113,6 +137,7 @@ pub fn slice(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<SliceR
         chunk_tokens: args.chunk,
         steps: args.steps,
         decode: Vec::new(),
+        remap: None,
         prefill: Vec::new(),
     };
     for row in rows {
@@ -139,8 +164,13 @@ impl SliceReport {
                     parts: part_reports(&parts, &floors),
                 });
             }
-            SliceRow::Prefill { prompt, tokens_per_s } => {
-                self.prefill.push(PrefillReport { prompt, tokens_per_s });
+            SliceRow::Remap { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms } => {
+                let report = RemapReport { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms };
+                self.remap = Some(report);
+            }
+            SliceRow::Prefill { prompt, tokens_per_s, parts } => {
+                let parts = part_reports(&parts, &[]);
+                self.prefill.push(PrefillReport { prompt, tokens_per_s, parts });
             }
         }
     }
@@ -168,7 +198,12 @@ fn line(row: &SliceRow) -> String {
         SliceRow::Decode { batch, context, step_ms, tokens_per_s, .. } => {
             format!("decode {batch} x {context}: {step_ms:.2} ms, {tokens_per_s:.0} tokens/s")
         }
-        SliceRow::Prefill { prompt, tokens_per_s } => {
+        SliceRow::Remap { moves, step_ms, longest_ms, .. } => {
+            format!(
+                "{moves} experts replaced while decoding: {step_ms:.2} ms a step, {longest_ms:.2} ms the longest"
+            )
+        }
+        SliceRow::Prefill { prompt, tokens_per_s, .. } => {
             format!("prefill of {prompt}: {tokens_per_s:.0} tokens/s")
         }
     }
@@ -191,6 +226,7 @@ mod tests {
             chunk_tokens: 4096,
             steps: 10,
             decode: Vec::new(),
+            remap: None,
             prefill: Vec::new(),
         };
         let parts = vec![("MLA", 61.0 * 220.0), ("dispatch", 58.0 * 20.0), ("something new", 0.0)];
@@ -206,7 +242,7 @@ mod tests {
                 parts,
             },
         );
-        report.add(&config, SliceRow::Prefill { prompt: 2048, tokens_per_s: 9000.0 });
+        report.add(&config, SliceRow::Prefill { prompt: 2048, tokens_per_s: 9000.0, parts: Vec::new() });
         let decode = &report.decode[0];
         assert!((decode.roofline_share - 0.5).abs() < 0.01, "{}", decode.roofline_share);
         let [mla, dispatch, new] = &decode.parts[..] else { panic!("three parts") };

@@ -4,11 +4,13 @@
 //! Per expert it carries the same rows, FLOPs and weight bytes as 32 ranks with 288 slots; it does not carry their link
 //! bytes, fan-out and skew. Steps go through the scheduler, the recorded graphs and the sampler, as when serving.
 
+mod remap;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heliostat_engine::config::{ConfigError, ModelConfig};
-use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, KvRoom, LoadError, Weights};
+use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, KvRoom, LoadError, PoolError, Weights};
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::map::MapShape;
 use heliostat_engine::model::ExchangeError;
@@ -41,6 +43,8 @@ pub struct SliceArgs {
     pub depth: usize,
     /// Layers; fewer make a quick trial.
     pub layers: Option<usize>,
+    /// Decode once more, at the first batch and context, while experts move.
+    pub remap: bool,
 }
 
 impl SliceArgs {
@@ -74,12 +78,31 @@ pub enum SliceRow {
         /// which kernels overlap.
         parts: Vec<(&'static str, f64)>,
     },
+    /// Decode while experts are replaced one after the other, as fast as they come from the host.
+    Remap {
+        /// Sequences.
+        batch: usize,
+        /// Tokens before the first measured one.
+        context: usize,
+        /// Experts replaced.
+        moves: usize,
+        /// Weights that came in.
+        gb_per_s: f64,
+        /// Median milliseconds of a step without moves, right before.
+        before_ms: f64,
+        /// Median milliseconds of a step.
+        step_ms: f64,
+        /// The longest step.
+        longest_ms: f64,
+    },
     /// Prefill.
     Prefill {
         /// Tokens of a prompt.
         prompt: usize,
         /// Tokens per second.
         tokens_per_s: f64,
+        /// Microseconds of each part of one step, as in decode.
+        parts: Vec<(&'static str, f64)>,
     },
 }
 
@@ -98,6 +121,9 @@ pub enum SliceError {
     /// A step failed.
     #[error(transparent)]
     Step(#[from] ExchangeError),
+    /// Experts could not be moved.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// The measurement does not fit the device.
     #[error(
         "{batch} sequences of {context} tokens do not fit: there is room for {tokens} tokens of KV cache"
@@ -132,6 +158,9 @@ pub fn slice(
         for &batch in &args.batches {
             push(decode(&mut rank, args, batch, context)?);
         }
+    }
+    if let (true, Some(&batch), Some(&context)) = (args.remap, args.batches.first(), args.contexts.first()) {
+        push(remap::remap(&mut rank, args, (batch, context))?);
     }
     for &prompt in &args.prompts {
         push(prefill(&mut rank, args, prompt)?);
@@ -217,10 +246,12 @@ fn run(
     rank: &mut CudaRank,
     scheduler: &mut Scheduler,
     (depth, steps): (usize, usize),
+    between: &mut dyn FnMut(&mut CudaRank) -> Result<(), SliceError>,
 ) -> Result<Times, SliceError> {
     let mut times = Times::default();
     let mut last = Instant::now();
     while scheduler.has_work() && times.steps.len() < steps {
+        between(rank)?;
         while rank.in_flight() < depth && scheduler.can_schedule() {
             let step = scheduler.schedule();
             rank.launch(&step)?;
@@ -229,8 +260,7 @@ fn run(
         let (drawn, logits) = rank.finish()?;
         times.waited += began.elapsed();
         scheduler.complete_drawn(&drawn, &logits);
-        times.steps.push(last.elapsed());
-        last = Instant::now();
+        times.steps.push(remap::since(&mut last));
     }
     while rank.in_flight() > 0 {
         let (drawn, logits) = rank.finish()?;
@@ -239,13 +269,15 @@ fn run(
     Ok(times)
 }
 
-fn decode(
-    rank: &mut CudaRank,
+/// Steps before those that are timed.
+const WARM: usize = 4;
+
+/// Sequences that have `context` tokens and are about to decode.
+fn decoding(
+    rank: &CudaRank,
     args: &SliceArgs,
-    batch: usize,
-    context: usize,
-) -> Result<SliceRow, SliceError> {
-    const WARM: usize = 4;
+    (batch, context): (usize, usize),
+) -> Result<Scheduler, SliceError> {
     let mut scheduler = scheduler(rank, args);
     let vocab = rank.config().vocab_size;
     let tokens = rank.num_blocks() * BLOCK_SIZE;
@@ -255,15 +287,44 @@ fn decode(
             return Err(SliceError::KvRoom { batch, context, tokens });
         }
     }
-    run(rank, &mut scheduler, (args.depth, WARM))?;
-    let began = Instant::now();
-    let mut times = run(rank, &mut scheduler, (args.depth, args.steps))?;
-    let wall = began.elapsed();
+    Ok(scheduler)
+}
+
+/// Times of the steps of a decode run; `between` is called between two steps.
+fn decode_run(
+    rank: &mut CudaRank,
+    args: &SliceArgs,
+    shape: (usize, usize),
+    between: &mut dyn FnMut(&mut CudaRank) -> Result<(), SliceError>,
+) -> Result<Vec<Duration>, SliceError> {
+    let mut scheduler = decoding(rank, args, shape)?;
+    run(rank, &mut scheduler, (args.depth, WARM), &mut |_| Ok(()))?;
+    let mut times = run(rank, &mut scheduler, (args.depth, args.steps), between)?;
     // The first has no step before it.
     times.steps.remove(0);
+    Ok(times.steps)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+fn decode(
+    rank: &mut CudaRank,
+    args: &SliceArgs,
+    batch: usize,
+    context: usize,
+) -> Result<SliceRow, SliceError> {
+    let mut scheduler = decoding(rank, args, (batch, context))?;
+    run(rank, &mut scheduler, (args.depth, WARM), &mut |_| Ok(()))?;
+    let began = Instant::now();
+    let mut times = run(rank, &mut scheduler, (args.depth, args.steps), &mut |_| Ok(()))?;
+    let wall = began.elapsed();
+    times.steps.remove(0);
     times.steps.sort();
-    let median = times.steps[times.steps.len() / 2];
     let p99 = times.steps[(times.steps.len() * 99).div_ceil(100) - 1];
+    let median = median(times.steps);
     Ok(SliceRow::Decode {
         batch,
         context,
@@ -296,7 +357,10 @@ fn prefill(rank: &mut CudaRank, args: &SliceArgs, prompt: usize) -> Result<Slice
         scheduler.add(request(id, prompt, 1, vocab)).expect("the request is valid");
     }
     let began = Instant::now();
-    run(rank, &mut scheduler, (args.depth, usize::MAX))?;
+    run(rank, &mut scheduler, (args.depth, usize::MAX), &mut |_| Ok(()))?;
     let tokens_per_s = (prompts * prompt) as f64 / began.elapsed().as_secs_f64();
-    Ok(SliceRow::Prefill { prompt, tokens_per_s })
+    for id in 0..args.chunk.div_ceil(prompt) {
+        scheduler.add(request(id, prompt, 1, vocab)).expect("the request is valid");
+    }
+    Ok(SliceRow::Prefill { prompt, tokens_per_s, parts: parts(rank, &mut scheduler)? })
 }

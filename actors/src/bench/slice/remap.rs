@@ -1,0 +1,99 @@
+//! Decode while experts move: another thread copies weights to free places, and between two steps a slot is pointed at
+//! them, as in a remap whose experts come from the host.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::cuda::{CudaRank, ExpertPool, PoolError, PooledExpert};
+use heliostat_engine::model::Expert;
+use heliostat_kernels::weight::{Block, Weight};
+
+use super::{SLOTS, SliceArgs, SliceError, SliceRow, decode_run, median};
+
+/// Steps without moves, and then with.
+pub(super) fn remap(
+    rank: &mut CudaRank,
+    args: &SliceArgs,
+    (batch, context): (usize, usize),
+) -> Result<SliceRow, SliceError> {
+    let before = decode_run(rank, args, (batch, context), &mut |_| Ok(()))?;
+    let (pool, expert) = (rank.pool().expect("the rank has experts").clone(), made_up(rank.config()));
+    let bytes = expert.size_bytes() as u64;
+    let stop = AtomicBool::new(false);
+    let (sender, moved) = sync_channel(1);
+    let (during, moves) = std::thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let Some(pooled) = put(&pool, &expert)? else { continue };
+                // The other end is gone when the steps are over.
+                if sender.send(pooled).is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        });
+        let mut moves = 0;
+        let during = decode_run(rank, args, (batch, context), &mut |rank| take(rank, &moved, &mut moves));
+        stop.store(true, Ordering::Relaxed);
+        drop(moved);
+        let ended = mover.join().expect("the mover does not panic");
+        ended.map_err(SliceError::Pool)?;
+        during.map(|during| (during, moves))
+    })?;
+    let longest = during.iter().copied().max().unwrap_or(Duration::ZERO);
+    let seconds: f64 = during.iter().map(Duration::as_secs_f64).sum();
+    Ok(SliceRow::Remap {
+        batch,
+        context,
+        moves,
+        gb_per_s: (moves as u64 * bytes) as f64 / seconds / 1e9,
+        before_ms: median(before).as_secs_f64() * 1e3,
+        step_ms: median(during).as_secs_f64() * 1e3,
+        longest_ms: longest.as_secs_f64() * 1e3,
+    })
+}
+
+/// Copies an expert to a free place; `None` when all wait for their turn.
+fn put(pool: &ExpertPool, expert: &Expert) -> Result<Option<PooledExpert>, PoolError> {
+    match pool.put(expert) {
+        Ok(pooled) => Ok(Some(pooled)),
+        Err(PoolError::Full(_)) => {
+            std::thread::yield_now();
+            Ok(None)
+        }
+        Err(why) => Err(why),
+    }
+}
+
+/// Points the next slot at an expert that has arrived, if one has.
+fn take(rank: &mut CudaRank, moved: &Receiver<PooledExpert>, moves: &mut usize) -> Result<(), SliceError> {
+    let Ok(pooled) = moved.try_recv() else { return Ok(()) };
+    let (moe_layer, slot) = (*moves / SLOTS % rank.config().moe_layers(), *moves % SLOTS);
+    *moves += 1;
+    Ok(rank.swap(moe_layer, slot, pooled)?)
+}
+
+/// An expert of the model's shape in FP8.
+fn made_up(config: &ModelConfig) -> Expert {
+    let (hidden, width) = (config.hidden_size, config.moe.intermediate_size);
+    let matrix = |rows: usize, cols: usize, seed: u64| {
+        let code = |at: u64| {
+            let mixed = (at + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            // Any code but NaN.
+            (mixed as u8) & 0xf7
+        };
+        let codes = (0..(rows * cols) as u64).map(code).collect();
+        let scales = vec![2e-4; rows.div_ceil(128) * cols.div_ceil(128)];
+        Weight::from_f8(rows, cols, codes, scales, Block::DEEPSEEK).expect("no code is NaN")
+    };
+    Expert { gate: matrix(width, hidden, 1), up: matrix(width, hidden, 2), down: matrix(hidden, width, 3) }
+}
+
+/// The time between the ends of two steps.
+pub(super) fn since(last: &mut Instant) -> Duration {
+    let elapsed = last.elapsed();
+    *last = Instant::now();
+    elapsed
+}
