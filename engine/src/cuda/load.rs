@@ -10,7 +10,6 @@ use heliostat_kernels::cuda::exchange::{
     Exchange, ExchangeShape, Roles, RowFormat, SEGMENT_ALIGN, Transport,
 };
 use heliostat_kernels::cuda::gemm::{Gemm, Kind, Matrix};
-use heliostat_kernels::cuda::synthetic::{Distribution, Synthetic};
 use heliostat_kernels::cuda::{CudaError, Device, Priority, StoredAs};
 
 use super::buffers::{Activations, Buffers};
@@ -18,7 +17,7 @@ use super::draws::Draws;
 use super::inputs::{InputSizes, Inputs};
 use super::layer::Layer;
 use super::model::{AttentionKernel, CudaModel, Dp, Ep, Kv, Ops, angles, routing_rule};
-use super::pool::{ExpertPool, PoolShape, PooledExpert};
+use super::pool::{ExpertPool, PoolShape};
 use super::rank::{CudaRank, Loads};
 use super::source::{LoadError, WeightSource};
 use super::tables::Tables;
@@ -152,10 +151,14 @@ impl CudaRank {
                 ((total as f64 * share) as u64).saturating_sub(used).div_euclid(per_block) as usize
             }
         };
-        let needed = options.max_model_len.div_ceil(BLOCK_SIZE).min(1);
-        if self.num_blocks < needed {
+        if self.num_blocks == 0 {
             let (free, total) = device.memory()?;
-            return Err(CudaError::OutOfMemory { asked: per_block, free, total }.into());
+            return Err(LoadError::Unsupported(format!(
+                "there is no room for KV blocks of {per_block} bytes: weights and buffers leave {} of {} MiB of the GPU. \
+                 Raise gpu_memory_utilization, lower max_num_batched_tokens, or spread the experts over more ranks",
+                free >> 20,
+                total >> 20
+            )));
         }
         let rows = self.num_blocks * BLOCK_SIZE;
         let kv = |_| -> Result<Kv, CudaError> {
@@ -184,67 +187,6 @@ impl CudaRank {
         let idle = self.stream.capture(|stream| self.model.step(stream, 0, 0))?;
         self.graphs.insert(0, idle);
         Ok(())
-    }
-
-    /// For measurements, with [`CudaOptions::fold`]: makes up experts and KV blocks, and folds the map.
-    ///
-    /// # Errors
-    /// The device failed.
-    ///
-    /// # Panics
-    /// Without `fold`.
-    pub fn make_up(&mut self, fold: usize) -> Result<(), CudaError> {
-        assert_eq!(fold, self.local_slots, "the rank was loaded for another number of slots");
-        let slots = fold * self.topology.ep;
-        let stream = &self.stream;
-        if let Some(ep) = &self.model.ep {
-            let device = ep.gate_up.stack().data().device();
-            let mut source = WeightSource::synthetic(device, stream, true)?;
-            source.fill(ep.gate_up.stack())?;
-            source.fill(ep.down.stack())?;
-        }
-        if let Some(dp) = &self.model.dp {
-            let synthetic = Synthetic::new(dp.embedding.device())?;
-            let what = |seed| Distribution { seed, mean: 0.0, deviation: 1.0 };
-            for (layer, kv) in (0..).zip(&dp.kv) {
-                match kv {
-                    Kv::Latent(cache) => synthetic.bf16(stream, cache, what(layer))?,
-                    Kv::KeysValues(keys, values) => {
-                        synthetic.bf16(stream, keys, what(layer))?;
-                        synthetic.bf16(stream, values, what(layer + 1000))?;
-                    }
-                }
-            }
-        }
-        self.made_up.clear();
-        for moe_layer in 0..self.model.config.moe_layers() {
-            let taken = match &self.model.ep {
-                Some(ep) => (0..fold).map(|_| ep.pool.take().expect("one place per slot")).collect(),
-                None => Vec::new(),
-            };
-            self.made_up.push(taken);
-            self.fold(moe_layer, slots)?;
-        }
-        self.stream.synchronize()
-    }
-
-    /// For measurements, after [`CudaRank::make_up`]: puts other weights into a slot, as a remap does.
-    ///
-    /// # Errors
-    /// The device failed.
-    ///
-    /// # Panics
-    /// If there is no such slot.
-    pub fn swap(&mut self, moe_layer: usize, slot: usize, weights: PooledExpert) -> Result<(), CudaError> {
-        self.guard_weights()?;
-        self.made_up[moe_layer][slot] = weights;
-        self.fold(moe_layer, self.local_slots * self.topology.ep)
-    }
-
-    fn fold(&mut self, moe_layer: usize, slots: usize) -> Result<(), CudaError> {
-        let places: Vec<u32> = self.made_up[moe_layer].iter().map(PooledExpert::place).collect();
-        let experts = self.model.config.moe.num_experts;
-        self.model.tables.fold(&self.stream, moe_layer, (experts, slots), &places)
     }
 }
 

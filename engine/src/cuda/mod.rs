@@ -10,6 +10,7 @@ mod feed_forward;
 mod inputs;
 mod layer;
 mod load;
+mod made_up;
 mod model;
 mod pool;
 mod rank;

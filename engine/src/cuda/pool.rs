@@ -20,8 +20,10 @@ struct Inner {
     gate_up: WeightStack,
     /// `[hidden][width]` each.
     down: WeightStack,
-    /// Carries weights, behind the steps' stream.
+    /// Carries weights here, behind the steps' stream and behind steps that may read a place that is free now.
     stream: Stream,
+    /// Carries weights back to the host: waits for no step, since nobody writes to a place that is held.
+    reads: Stream,
     free: Mutex<Free>,
 }
 
@@ -76,6 +78,7 @@ impl ExpertPool {
             gate_up: WeightStack::new(device, stored, places, (2 * width, hidden))?,
             down: WeightStack::new(device, stored, places, (hidden, width))?,
             stream: device.stream(Priority::Low)?,
+            reads: device.stream(Priority::Low)?,
             free: Mutex::new(Free { places: (0..places as u32).rev().collect(), in_use_until: None }),
         })))
     }
@@ -95,11 +98,15 @@ impl ExpertPool {
     /// # Errors
     /// There is none.
     pub fn take(&self) -> Result<PooledExpert, PoolError> {
-        let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = free.places.pop().ok_or(PoolError::Full(self.0.gate_up.count()))?;
+        // The lock ends here: a handle that is dropped below takes it again.
+        let (place, in_use_until) = {
+            let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = free.places.pop().ok_or(PoolError::Full(self.0.gate_up.count()))?;
+            (place, free.in_use_until.clone())
+        };
         let taken = PooledExpert { pool: self.clone(), place };
-        if let Some(event) = &free.in_use_until {
-            self.0.stream.wait(event)?;
+        if let Some(event) = in_use_until {
+            self.0.stream.wait(&event)?;
         }
         Ok(taken)
     }
@@ -146,13 +153,13 @@ impl PooledExpert {
     /// # Errors
     /// The device failed.
     pub fn to_host(&self) -> Result<Expert, CudaError> {
-        let Inner { gate_up, down, stream, .. } = &*self.pool.0;
-        let both = gate_up.read(stream, self.place as usize)?;
+        let Inner { gate_up, down, reads, .. } = &*self.pool.0;
+        let both = gate_up.read(reads, self.place as usize)?;
         let width = both.rows() / 2;
         Ok(Expert {
             gate: both.row_slice(0..width),
             up: both.row_slice(width..2 * width),
-            down: down.read(stream, self.place as usize)?,
+            down: down.read(reads, self.place as usize)?,
         })
     }
 }

@@ -143,11 +143,15 @@ impl CudaRank {
     /// Ends the epoch of [`CudaRank::connect`]: what waits for peers gives up at once, and steps in flight are forgotten.
     ///
     /// # Errors
-    /// The device is lost.
+    /// The device is lost, or a kernel hangs.
     pub fn leave(&mut self, epoch: u64) -> Result<(), CudaError> {
         self.abort_handle().abort(epoch);
         self.in_flight.clear();
-        self.stream.synchronize()
+        let limit = self.timeout * 4;
+        match self.stream.record()?.wait_within(limit)? {
+            true => Ok(()),
+            false => Err(CudaError::Other(format!("a step hung for {limit:?}"))),
+        }
     }
 
     /// Takes the map of one MoE layer from the next step on; the slots hold its weights. Weights that are dropped after

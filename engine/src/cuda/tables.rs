@@ -5,7 +5,7 @@ use heliostat_kernels::cuda::{Buffer, CudaError, Device, Event, Pinned, Stream};
 
 use crate::eplb::map::{ExpertMap, MapShape};
 
-/// Words that wait to be copied, at most; a further one waits for the first.
+/// Messages that wait to be copied, at most; a further one waits for the first.
 const PENDING_MAX: usize = 64;
 
 /// Small host-to-device copies that do not block: each from its own place, which is used again when it was copied.
