@@ -16,20 +16,13 @@ use crate::messages::Busy;
 /// What a DP rank owns.
 pub(super) struct Attention {
     scheduler: Scheduler,
-    /// Steps in flight at a time.
-    depth: usize,
     owners: HashMap<RequestId, ActorAddr>,
 }
 
 impl Attention {
-    /// Without sequences.
+    /// Without sequences; up to `depth` steps are in flight at a time.
     pub(super) fn new(scheduler: Scheduler, depth: usize) -> Self {
-        Self { scheduler: scheduler.with_async_depth(depth), depth, owners: HashMap::new() }
-    }
-
-    /// Steps that are in flight at a time.
-    pub(super) fn depth(&self) -> usize {
-        self.depth
+        Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new() }
     }
 
     /// Queues a sequence; a refusal goes to its ingress as the sequence's end.

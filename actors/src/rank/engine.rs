@@ -13,7 +13,11 @@ use super::outlet::Outlet;
 /// The rank's device with what lies on it.
 pub(super) enum Engine {
     Cpu(Box<CpuEngine>),
-    Cuda(Box<CudaRank>),
+    Cuda {
+        rank: Box<CudaRank>,
+        /// Steps in flight at a time.
+        depth: usize,
+    },
 }
 
 /// A CPU device.
@@ -28,7 +32,9 @@ impl Engine {
     pub(super) fn store(&self) -> ExpertStore {
         match self {
             Self::Cpu(_) => ExpertStore::Host,
-            Self::Cuda(rank) => rank.pool().map_or(ExpertStore::Host, |pool| ExpertStore::Cuda(pool.clone())),
+            Self::Cuda { rank, .. } => {
+                rank.pool().map_or(ExpertStore::Host, |pool| ExpertStore::Cuda(pool.clone()))
+            }
         }
     }
 
@@ -42,13 +48,13 @@ impl Engine {
     ) -> Result<(), ExchangeError> {
         match self {
             Self::Cpu(engine) => engine.step(attention, group, outlet),
-            Self::Cuda(rank) => {
+            Self::Cuda { rank, depth } => {
                 let Some(attention) = attention else {
                     rank.launch(&Arc::default())?;
-                    return finish_all(rank);
+                    return finish_idle(rank, *depth - 1);
                 };
                 rank.launch(&attention.schedule())?;
-                finish(rank, attention, outlet, attention.depth() - 1)
+                finish(rank, attention, outlet, *depth - 1)
             }
         }
     }
@@ -61,8 +67,8 @@ impl Engine {
     ) -> Result<(), ExchangeError> {
         match (self, attention) {
             (Self::Cpu(_), _) => Ok(()),
-            (Self::Cuda(rank), Some(attention)) => finish(rank, attention, outlet, 0),
-            (Self::Cuda(rank), None) => finish_all(rank),
+            (Self::Cuda { rank, .. }, Some(attention)) => finish(rank, attention, outlet, 0),
+            (Self::Cuda { rank, .. }, None) => finish_idle(rank, 0),
         }
     }
 }
@@ -81,8 +87,9 @@ fn finish(
     Ok(())
 }
 
-fn finish_all(rank: &mut CudaRank) -> Result<(), ExchangeError> {
-    while rank.in_flight() > 0 {
+/// The same on a rank without sequences.
+fn finish_idle(rank: &mut CudaRank, left: usize) -> Result<(), ExchangeError> {
+    while rank.in_flight() > left {
         rank.finish()?;
     }
     Ok(())

@@ -56,7 +56,8 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError>
     let engine = match cx.device().map(|device| &device.kind) {
         Some(DeviceKind::Cuda { ordinal }) => {
             let rank = load_cuda(args, *ordinal, (&config, &checkpoint), &mut progress);
-            Engine::Cuda(Box::new(rank.map_err(CreateError::failed)?))
+            let rank = Box::new(rank.map_err(CreateError::failed)?);
+            Engine::Cuda { rank, depth: if args.engine.cuda.async_scheduling { 2 } else { 1 } }
         }
         Some(DeviceKind::Cpu { threads }) => load_cpu(args, *threads, (&config, &checkpoint), &mut progress)?,
         None => load_cpu(args, 1, (&config, &checkpoint), &mut progress)?,
@@ -165,7 +166,7 @@ fn attention(args: &RankArgs, config: &ModelConfig, device: &Engine) -> Result<A
     let engine = &args.engine;
     let (num_blocks, depth) = match device {
         Engine::Cpu(cpu) => (cpu.model.as_ref().map_or(0, |(_, kv)| kv.num_blocks()), 1),
-        Engine::Cuda(rank) => (rank.num_blocks(), if engine.cuda.async_scheduling { 2 } else { 1 }),
+        Engine::Cuda { rank, depth } => (rank.num_blocks(), *depth),
     };
     let scheduler = Scheduler::new(SchedulerConfig {
         block_size: engine.block_size as usize,
@@ -218,6 +219,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         view: None,
         stopping: false,
         exchange: 0,
+        unreachable: 0,
         args: args.clone(),
     };
     std::thread::Builder::new()
@@ -243,7 +245,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         loader: loaded.loader,
         peers: Vec::new(),
         staging: None,
-        encoded: std::sync::Mutex::new(None),
+        encoded: Arc::default(),
         args,
     })
 }

@@ -55,7 +55,7 @@ pub struct Rank {
     peers: Vec<ActorAddr>,
     staging: Option<(u64, JoinHandle<()>)>,
     /// The expert that was last read by a peer, encoded: large ones are read in several chunks.
-    encoded: Mutex<Option<Encoded>>,
+    encoded: Arc<Mutex<Option<Encoded>>>,
 }
 
 struct Encoded {
@@ -105,30 +105,12 @@ impl Rank {
         }
     }
 
-    fn chunk(&self, ask: FetchExpert) -> Option<ExpertChunk> {
-        let weights = self.slots.read().find(ask.moe_layer as usize, ask.logical)?;
-        let mut encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept =
-            encoded.take().filter(|kept| kept.moe_layer == ask.moe_layer && kept.weights.is_same(&weights));
-        let kept = match kept {
-            Some(kept) => kept,
-            None => {
-                let expert =
-                    weights.to_host().inspect_err(|why| tracing::error!("cannot read an expert: {why}"));
-                let expert = expert.ok()?;
-                let (bytes, checksum) = (expert.to_bytes(), expert.checksum());
-                Encoded { moe_layer: ask.moe_layer, weights, bytes, checksum }
-            }
-        };
-        let rest = kept.bytes.get(ask.offset as usize..).unwrap_or_default();
-        let chunk = ExpertChunk {
-            total: kept.bytes.len() as u64,
-            checksum: kept.checksum,
-            bytes: rest[..rest.len().min(ask.len as usize)].to_vec(),
-        };
-        let is_last = ask.offset + chunk.bytes.len() as u64 >= chunk.total;
-        *encoded = (!is_last).then_some(kept);
-        Some(chunk)
+    /// Drops an expert whose reader went away before its end.
+    fn forget_encoded(&self) {
+        // Whoever reads it now keeps it.
+        if let Ok(mut encoded) = self.encoded.try_lock() {
+            *encoded = None;
+        }
     }
 
     fn open(&mut self, message: ApplyPlan) -> Result<(), PlanRefused> {
@@ -158,9 +140,36 @@ impl Rank {
             link: self.link.clone(),
         };
         self.drop_staging();
+        self.forget_encoded();
         self.staging = Some((epoch, tokio::spawn(stager.run(plan))));
         Ok(())
     }
+}
+
+/// A part of an expert's bytes.
+fn chunk(slots: &SharedSlots, encoded: &Mutex<Option<Encoded>>, ask: FetchExpert) -> Option<ExpertChunk> {
+    let weights = slots.read().find(ask.moe_layer as usize, ask.logical)?;
+    let mut encoded = encoded.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept =
+        encoded.take().filter(|kept| kept.moe_layer == ask.moe_layer && kept.weights.is_same(&weights));
+    let kept = match kept {
+        Some(kept) => kept,
+        None => {
+            let expert = weights.to_host().inspect_err(|why| tracing::error!("cannot read an expert: {why}"));
+            let expert = expert.ok()?;
+            let (bytes, checksum) = (expert.to_bytes(), expert.checksum());
+            Encoded { moe_layer: ask.moe_layer, weights, bytes, checksum }
+        }
+    };
+    let rest = kept.bytes.get(ask.offset as usize..).unwrap_or_default();
+    let chunk = ExpertChunk {
+        total: kept.bytes.len() as u64,
+        checksum: kept.checksum,
+        bytes: rest[..rest.len().min(ask.len as usize)].to_vec(),
+    };
+    let is_last = ask.offset + chunk.bytes.len() as u64 >= chunk.total;
+    *encoded = (!is_last).then_some(kept);
+    Some(chunk)
 }
 
 impl Handler<GroupView> for Rank {
@@ -169,6 +178,7 @@ impl Handler<GroupView> for Rank {
     fn handle(&mut self, view: GroupView, _: &mut Self::Context) {
         // A plan that was open ends with the membership epoch: the ranks agree on that when they join.
         self.drop_staging();
+        self.forget_encoded();
         self.peers = view.members.iter().filter_map(|member| member.addr.clone()).collect();
         if !view.is_complete() {
             self.peers.clear();
@@ -226,10 +236,14 @@ impl Handler<AbandonPlan> for Rank {
 }
 
 impl Handler<FetchExpert> for Rank {
-    type Result = Result<ExpertChunk, NoSuchExpert>;
+    type Result = ResponseFuture<Result<ExpertChunk, NoSuchExpert>>;
 
     fn handle(&mut self, ask: FetchExpert, _: &mut Self::Context) -> Self::Result {
-        self.chunk(ask).ok_or(NoSuchExpert { moe_layer: ask.moe_layer, logical: ask.logical })
+        let (slots, encoded) = (self.slots.clone(), Arc::clone(&self.encoded));
+        let missing = NoSuchExpert { moe_layer: ask.moe_layer, logical: ask.logical };
+        // Encoding a large expert, or reading it from a GPU, takes longer than other messages should wait.
+        let read = tokio::task::spawn_blocking(move || chunk(&slots, &encoded, ask));
+        Box::pin(async move { read.await.ok().flatten().ok_or(missing) })
     }
 }
 

@@ -17,14 +17,18 @@ pub(super) struct OpenPlan {
     /// The EPLB actor.
     pub(super) reply_to: ActorAddr,
     state: Mutex<State>,
-    /// Rings when a layer was committed, so that the stager goes on.
-    committed: Notify,
+    /// Rings when the old weights of a layer are gone, so that the stager goes on.
+    released: Notify,
 }
 
 #[derive(Default)]
 struct State {
     staged: u32,
     committed: u32,
+    /// Committed layers whose old weights are gone.
+    released: u32,
+    /// Nothing of it is wanted any more.
+    ended: bool,
     /// Contents of the staged, uncommitted layers, in the plan's order: (local slot, weights).
     layers: VecDeque<Vec<(usize, Slot)>>,
     moved: Moved,
@@ -45,17 +49,17 @@ pub(super) struct Staging {
 impl OpenPlan {
     /// Nothing staged yet.
     pub(super) fn new(plan: Plan, reply_to: ActorAddr) -> Self {
-        Self { plan, reply_to, state: Mutex::default(), committed: Notify::new() }
+        Self { plan, reply_to, state: Mutex::default(), released: Notify::new() }
     }
 
-    /// Waits until fewer than `ahead` staged layers are uncommitted.
-    pub(super) async fn room(&self, ahead: u32) {
+    /// Waits until fewer than `ahead` staged layers keep weights beside those of the slots; false when the plan ended.
+    pub(super) async fn room(&self, ahead: u32) -> bool {
         loop {
-            let rung = self.committed.notified();
+            let rung = self.released.notified();
             {
                 let state = self.state();
-                if state.staged < state.committed + ahead.max(1) {
-                    return;
+                if state.ended || state.staged < state.released + ahead.max(1) {
+                    return !state.ended;
                 }
             }
             rung.await;
@@ -65,6 +69,9 @@ impl OpenPlan {
     /// Takes in the next layer's weights.
     pub(super) fn stage(&self, contents: Vec<(usize, Slot)>, moved: Moved) {
         let mut state = self.state();
+        if state.ended {
+            return;
+        }
         state.layers.push_back(contents);
         state.staged += 1;
         state.moved.local += moved.local;
@@ -83,8 +90,21 @@ impl OpenPlan {
         let mut state = self.state();
         let contents = state.layers.pop_front()?;
         state.committed += 1;
-        self.committed.notify_one();
         Some(contents)
+    }
+
+    /// Says that the slots hold the last layer handed out, and its old weights are dropped.
+    pub(super) fn released(&self) {
+        self.state().released += 1;
+        self.released.notify_one();
+    }
+
+    /// Drops what is staged and ends the staging.
+    pub(super) fn end(&self) {
+        let mut state = self.state();
+        state.ended = true;
+        state.layers.clear();
+        self.released.notify_one();
     }
 
     /// An expert among the staged, uncommitted layers.

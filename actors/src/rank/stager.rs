@@ -38,7 +38,9 @@ impl Stager {
     /// Stages all layers in order. A layer that cannot be staged ends the plan on all ranks.
     pub(super) async fn run(self, plan: Arc<OpenPlan>) {
         for layer in &plan.plan.layers {
-            plan.room(self.ahead).await;
+            if !plan.room(self.ahead).await {
+                return;
+            }
             match self.stage(layer).await {
                 Ok((contents, moved)) => plan.stage(contents, moved),
                 Err(why) => {

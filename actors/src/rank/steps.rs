@@ -116,10 +116,11 @@ impl StepThread {
             let layer = plan.plan.layers.get(index as usize).ok_or_else(|| bug("has fewer layers"))?;
             let contents = plan.commit_next().ok_or_else(|| bug("a committed layer is not staged here"))?;
             let moe_layer = layer.layer as usize;
-            if let Engine::Cuda(rank) = &self.engine {
+            if let Engine::Cuda { rank, .. } = &self.engine {
                 rank.guard_weights()?;
             }
             self.slots.replace(moe_layer, contents).map_err(|why| bug(&why.to_string()))?;
+            plan.released();
             let map = ExpertMap::new(self.layout.shape(), layer.physical_to_logical.clone())
                 .and_then(|map| self.layout.set_layer(moe_layer, map));
             map.map_err(|why| bug(&why.to_string()))?;
@@ -148,7 +149,7 @@ impl StepThread {
         self.outlet.count_step();
         match &mut self.engine {
             Engine::Cpu(_) => group.drain_loads(self.outlet.load_sums()),
-            Engine::Cuda(rank) => rank.drain_loads(self.outlet.load_sums()),
+            Engine::Cuda { rank, .. } => rank.drain_loads(self.outlet.load_sums()),
         }
         if self.outlet.load_is_due(self.args.engine.load_report_steps) {
             self.outlet.send_load();

@@ -29,6 +29,9 @@ use crate::messages::{PlanEnd, RankJoined};
 /// How long one attempt to link all ranks may take before views are looked at again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Joins in a row after which a peer's GPU counts as out of reach for good.
+const UNREACHABLE_MAX: u32 = 5;
+
 /// The thread's state.
 pub(super) struct StepThread {
     pub(super) args: RankArgs,
@@ -52,6 +55,8 @@ pub(super) struct StepThread {
     pub(super) stopping: bool,
     /// Newest epoch of a GPU's exchange.
     pub(super) exchange: u64,
+    /// Joins in a row at which a peer's GPU could not be reached.
+    pub(super) unreachable: u32,
 }
 
 impl StepThread {
@@ -151,12 +156,17 @@ impl StepThread {
         });
         self.attention.iter_mut().for_each(Attention::rewind);
         self.inbox.set_device(None);
-        // Whatever ended the epoch, the GPU may still wait for a peer that is gone.
-        let left = match &mut self.engine {
-            Engine::Cpu(_) => Ok(()),
-            Engine::Cuda(rank) => rank.leave(self.exchange),
+        let outcome = match (&mut self.engine, outcome) {
+            // What hangs on a failed GPU is not waited for.
+            (Engine::Cpu(_), outcome) | (Engine::Cuda { .. }, outcome @ Err(ExchangeError::Device(_))) => {
+                outcome
+            }
+            // Whatever ended the epoch, the GPU may still wait for a peer that is gone.
+            (Engine::Cuda { rank, .. }, outcome) => {
+                let left = rank.leave(self.exchange);
+                left.map_err(|why| ExchangeError::Device(why.to_string())).and(outcome)
+            }
         };
-        let outcome = left.map_err(|why| ExchangeError::Device(why.to_string())).and(outcome);
         match outcome {
             Ok(()) => {}
             Err(ExchangeError::Device(why)) => {
@@ -176,7 +186,7 @@ impl StepThread {
     fn cpu(&self) -> Cpu {
         match &self.engine {
             Engine::Cpu(engine) => engine.cpu.clone(),
-            Engine::Cuda(_) => Cpu::single_threaded(),
+            Engine::Cuda { .. } => Cpu::single_threaded(),
         }
     }
 
@@ -185,7 +195,7 @@ impl StepThread {
         let open = self.plan.as_ref().map_or(0, |plan| plan.plan.epoch);
         let heap = match &self.engine {
             Engine::Cpu(_) => Vec::new(),
-            Engine::Cuda(rank) => rank.handle().to_bytes().to_vec(),
+            Engine::Cuda { rank, .. } => rank.handle().to_bytes().to_vec(),
         };
         let (progress, exchange) = (self.progress, self.exchange);
         let mine = JoinState { progress, open, layout: self.layout.clone(), heap, exchange };
@@ -208,16 +218,21 @@ impl StepThread {
 
     /// Reaches the memory of the other ranks' GPUs; false on a CPU device.
     fn connect_device(&mut self, joined: &Joined) -> Result<bool, ExchangeError> {
-        let Engine::Cuda(rank) = &mut self.engine else { return Ok(false) };
+        let Engine::Cuda { rank, .. } = &mut self.engine else { return Ok(false) };
         let bad =
             |index: usize| ExchangeError::Other(format!("rank {index} has no GPU: a group is of one kind"));
         let handle =
             |(index, bytes): (usize, &Vec<u8>)| HeapHandle::from_bytes(bytes).ok_or_else(|| bad(index));
         let heaps = joined.heaps.iter().enumerate().map(handle).collect::<Result<Vec<_>, _>>()?;
         self.exchange = joined.exchange;
-        let reach =
-            |why| ExchangeError::Device(format!("the memory of a peer's GPU cannot be reached: {why}"));
-        rank.connect(joined.exchange, &heaps).map_err(reach)?;
+        if let Err(why) = rank.connect(joined.exchange, &heaps) {
+            self.unreachable += 1;
+            let said = format!("the memory of a peer's GPU cannot be reached: {why}");
+            // A peer that has just died is replaced; one that lives and cannot be reached never will be.
+            let give_up = why.is_fatal() || self.unreachable == UNREACHABLE_MAX;
+            return Err(if give_up { ExchangeError::Device(said) } else { ExchangeError::Other(said) });
+        }
+        self.unreachable = 0;
         rank.guard_weights()?;
         self.inbox.set_device(Some((rank.abort_handle(), joined.exchange)));
         Ok(true)
@@ -227,7 +242,7 @@ impl StepThread {
     pub(super) fn show_map(&mut self, moe_layer: usize) -> Result<(), ExchangeError> {
         match &mut self.engine {
             Engine::Cpu(_) => Ok(()),
-            Engine::Cuda(rank) => rank.set_layer(moe_layer, &self.layout, &self.slots),
+            Engine::Cuda { rank, .. } => rank.set_layer(moe_layer, &self.layout, &self.slots),
         }
     }
 
@@ -254,6 +269,7 @@ impl StepThread {
             let committed = if self.progress.epoch == plan.plan.epoch { self.progress.committed } else { 0 };
             self.progress.closed = self.progress.closed.max(plan.plan.epoch);
             self.outlet.plan_report(&plan, committed, Some(end), self.clock.end_watch());
+            plan.end();
         }
         self.inbox.set_closed_plan(self.progress.closed);
     }

@@ -113,7 +113,8 @@ impl CudaModel {
             rows: &permuted.segment_rows,
             pool_of_slot: &self.tables.places[moe_layer],
             rows_max,
-            rows_typical: (rows * self.exchange.shape().top_k).div_ceil(slots),
+            // What others bring is known on the device only; a rank without tokens guesses a decode step.
+            rows_typical: (rows.max(1) * self.exchange.shape().top_k).div_ceil(slots),
         };
         let x = operand_of(&permuted.rows, hidden, rows_max);
         let gate_up = Output::Bf16 { data: &ep.gate_up_out, stride: 2 * width };

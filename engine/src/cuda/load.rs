@@ -7,7 +7,7 @@ use std::time::Duration;
 use heliostat_kernels::cuda::activation::Activation;
 use heliostat_kernels::cuda::attention::{Gqa, GqaDims, Limits, Mla, MlaDims};
 use heliostat_kernels::cuda::exchange::{
-    Exchange, ExchangeShape, Roles, RowFormat, SEGMENT_ALIGN, Transport,
+    Exchange, ExchangeShape, RANKS_MAX, Roles, RowFormat, SEGMENT_ALIGN, SLOTS_MAX, Transport,
 };
 use heliostat_kernels::cuda::gemm::{Gemm, Kind, Matrix};
 use heliostat_kernels::cuda::{CudaError, Device, Priority, StoredAs};
@@ -26,11 +26,10 @@ use crate::config::{Attention, ModelConfig};
 use crate::ep::Topology;
 use crate::eplb::map::MapShape;
 use crate::model::load_expert;
+use crate::scheduler::PROMPT_LOGPROB_ROWS_MAX;
 
 /// Tokens of a KV block on a GPU.
 pub const BLOCK_SIZE: usize = 64;
-/// Rows of logits that one step may want beside those of its sequences: prompt log-probabilities come in chunks.
-const LOGIT_ROWS_MIN: usize = 512;
 /// Recorded decode steps have as many rows as one of these.
 const BUCKETS: [usize; 14] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256];
 
@@ -133,7 +132,7 @@ impl CudaRank {
             made_up: Vec::new(),
         };
         rank.make_kv(device, options)?;
-        rank.record(options.graph_rows_max)?;
+        rank.record(options.graph_rows_max.min(options.seqs_max))?;
         Ok(rank)
     }
 
@@ -146,9 +145,10 @@ impl CudaRank {
             KvRoom::Blocks(blocks) => blocks,
             KvRoom::Bytes(bytes) => (bytes / per_block) as usize,
             KvRoom::Utilization(share) => {
+                // Other processes' memory is not this rank's share, but it is not free either.
                 let (free, total) = device.memory()?;
-                let used = total - free;
-                ((total as f64 * share) as u64).saturating_sub(used).div_euclid(per_block) as usize
+                let left = ((total as f64 * share) as u64).saturating_sub(device.allocated());
+                (left.min(free) / per_block) as usize
             }
         };
         if self.num_blocks == 0 {
@@ -176,16 +176,15 @@ impl CudaRank {
 
     /// Records decode steps of up to `rows_max` rows.
     fn record(&mut self, rows_max: usize) -> Result<(), CudaError> {
-        if self.model.dp.is_none() || rows_max == 0 {
+        if rows_max == 0 {
             return Ok(());
         }
-        let limit = rows_max.min(self.model.exchange.shape().tokens_max);
-        for rows in BUCKETS.into_iter().filter(|&rows| rows <= limit) {
+        // A rank without tokens has one kind of step; and every rank may have nothing to do but for its peers.
+        let tokens = if self.model.dp.is_some() { rows_max } else { 0 };
+        for rows in buckets(tokens) {
             let graph = self.stream.capture(|stream| self.model.step(stream, rows, rows))?;
             self.graphs.insert(rows, graph);
         }
-        let idle = self.stream.capture(|stream| self.model.step(stream, 0, 0))?;
-        self.graphs.insert(0, idle);
         Ok(())
     }
 }
@@ -203,6 +202,12 @@ pub fn bytes_per_block(config: &ModelConfig) -> usize {
     config.num_layers * BLOCK_SIZE * config.kv_elements_per_token() * size_of::<half::bf16>()
 }
 
+/// Rows of the steps that are recorded for batches of up to `limit`.
+fn buckets(limit: usize) -> impl Iterator<Item = usize> {
+    let below = BUCKETS.into_iter().filter(move |&rows| rows < limit);
+    [0].into_iter().chain(below).chain((limit > 0).then_some(limit))
+}
+
 fn check_supported(config: &ModelConfig, options: &CudaOptions) -> Result<(), LoadError> {
     let refuse = |why: String| Err(LoadError::Unsupported(why));
     let size = options.topology.size();
@@ -214,13 +219,28 @@ fn check_supported(config: &ModelConfig, options: &CudaOptions) -> Result<(), Lo
     if !config.hidden_size.is_multiple_of(16) {
         return refuse(format!("a hidden size of {} is not a multiple of 16", config.hidden_size));
     }
-    if config.moe.num_experts > 512 || config.moe.top_k > 32 {
-        let (experts, top_k) = (config.moe.num_experts, config.moe.top_k);
-        return refuse(format!(
-            "{experts} experts of which {top_k} are chosen: at most 512 and 32 are served"
-        ));
+    let Topology { dp, ep, .. } = options.topology;
+    let (moe, router) = (&config.moe, &config.moe.router);
+    let head_dim = match &config.attention {
+        Attention::Mla(_) => 0,
+        Attention::Gqa(gqa) => gqa.head_dim,
+    };
+    let bounds = [
+        ("experts", moe.num_experts, 512),
+        ("experts per token", moe.top_k, 32),
+        ("groups of experts", router.n_group, 32),
+        ("slots per rank and layer", options.local_slots(), SLOTS_MAX),
+        ("ranks", dp.max(ep), RANKS_MAX),
+        ("choices in a step of all ranks", dp * options.rows_max * moe.top_k, i32::MAX as usize / 2),
+        ("tokens per sequence", options.max_model_len, 1 << 21),
+        ("tokens of the vocabulary", config.vocab_size, 400_000),
+        ("elements of the residual stream", config.hidden_size, 16_384),
+        ("elements of a head", head_dim, 256),
+    ];
+    match bounds.into_iter().find(|(_, found, max)| found > max) {
+        Some((what, found, max)) => refuse(format!("{found} {what}: GPU ranks serve at most {max}")),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// How the routed experts are stored: as the checkpoint has them, where the kernels take that.
@@ -273,7 +293,8 @@ fn load_ep(
 ) -> Result<Ep, CudaError> {
     let (hidden, width) = (config.hidden_size, config.moe.intermediate_size);
     let slots = options.local_slots();
-    let places = slots * (config.moe_layers() + options.stage_ahead.max(1));
+    // Those of the slots, of the layers that wait for their commit, one that a peer reads and one on its way here.
+    let places = slots * (config.moe_layers() + options.stage_ahead.max(1)) + 2;
     let pool = ExpertPool::new(device, PoolShape { places, hidden, width, stored })?;
     let rows_max = exchange.shape().rows_max;
     Ok(Ep {
@@ -304,7 +325,8 @@ fn load_dp(
         true => embedding.clone(),
         false => source.matrix("lm_head.weight", vocab, hidden)?,
     };
-    let logit_rows_max = options.seqs_max.max(LOGIT_ROWS_MIN.min(tokens_max)) + options.seqs_max;
+    // What the scheduler bounds: one row per sequence, and those of prompt log-probabilities.
+    let logit_rows_max = options.seqs_max + PROMPT_LOGPROB_ROWS_MAX.min(tokens_max);
     let sizes = InputSizes {
         rows_max: tokens_max,
         logit_rows_max,

@@ -149,7 +149,11 @@ impl CudaRank {
         self.in_flight.clear();
         let limit = self.timeout * 4;
         match self.stream.record()?.wait_within(limit)? {
-            true => Ok(()),
+            // The memory of a peer that is gone is freed by the last who lets go of it.
+            true => {
+                self.model.exchange.disconnect();
+                Ok(())
+            }
             false => Err(CudaError::Other(format!("a step hung for {limit:?}"))),
         }
     }

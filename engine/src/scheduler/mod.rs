@@ -36,6 +36,7 @@ pub use kv::{BlockHash, CacheChanges, block_hashes};
 use kv::BlockPool;
 use pipeline::Pipeline;
 use sequence::Sequence;
+pub use share::PROMPT_LOGPROB_ROWS_MAX;
 use share::{Found, StepBuilder, advance, chunk};
 
 /// Who goes first: smaller priority, then earlier arrival. Never used twice, so it also names a sequence.
@@ -325,20 +326,25 @@ impl Scheduler {
             }
         }
         let preempted = self.running.len() < running_before;
+        let mut prompt_rows = PROMPT_LOGPROB_ROWS_MAX;
         for turn in prefills {
-            if let Some(sequence) = self.running.get(&turn)
-                && budget > 0
-            {
-                let len = chunk(sequence, budget);
+            let Some(sequence) = self.running.get(&turn) else { continue };
+            let len = chunk(sequence, budget, &mut prompt_rows);
+            if len > 0 {
                 plan.push((turn, len));
                 budget -= len;
             }
         }
         while !preempted && budget > 0 {
+            // Who is next waits rather than being overtaken.
+            let first = self.waiting.values().next();
+            if prompt_rows == 0 && first.is_some_and(Sequence::owes_prompt_logprobs) {
+                break;
+            }
             let Some(turn) = self.admit_next() else {
                 break;
             };
-            let len = chunk(&self.running[&turn], budget);
+            let len = chunk(&self.running[&turn], budget, &mut prompt_rows);
             plan.push((turn, len));
             budget -= len;
         }

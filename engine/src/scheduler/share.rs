@@ -6,9 +6,9 @@ use crate::sampler::{Draw, SampleError, Sampler, TEMPERATURE_MIN, token_logprob,
 
 use super::sequence::Sequence;
 
-/// Rows of one sequence that get logits in one step, at most, when prompt log-probabilities are asked for: a row is a
-/// whole vocabulary of floats.
-const PROMPT_LOGPROB_ROWS_MAX: usize = 512;
+/// Rows of one step that get logits for prompt log-probabilities, at most, over all sequences: a row is a whole
+/// vocabulary of floats. Each other sequence of a step wants one row at most.
+pub const PROMPT_LOGPROB_ROWS_MAX: usize = 512;
 
 /// What the computing of a share left.
 #[derive(Debug)]
@@ -19,10 +19,15 @@ pub(super) enum Found<'a> {
     Drawn(&'a Result<Drawn, SampleError>),
 }
 
-/// Tokens that a sequence computes at this step.
-pub(super) fn chunk(sequence: &Sequence, budget: usize) -> usize {
+/// Tokens that a sequence computes at this step, out of `budget`; `prompt_rows` are left for prompt log-probabilities.
+pub(super) fn chunk(sequence: &Sequence, budget: usize, prompt_rows: &mut usize) -> usize {
     let len = sequence.remaining().min(budget);
-    if sequence.owes_prompt_logprobs() { len.min(PROMPT_LOGPROB_ROWS_MAX) } else { len }
+    if !sequence.owes_prompt_logprobs() {
+        return len;
+    }
+    let len = len.min(*prompt_rows);
+    *prompt_rows -= len;
+    len
 }
 
 /// A step to which shares are added.
@@ -81,7 +86,9 @@ fn sampling(sequence: &Sequence, logits: LogitRows) -> Sampling {
     let penalties =
         params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
     let forbids = forbidden(sequence, position).into_iter().any(|tokens| !tokens.is_empty());
-    let adjusted = penalties || forbids || !params.logit_bias.is_empty();
+    // Where the last chunk of such a prompt begins depends on the batch, and the draw must not: the host draws it always.
+    let after_prompt = request.prompt_logprobs.is_some() && position == 0;
+    let adjusted = penalties || forbids || after_prompt || !params.logit_bias.is_empty();
     match logits {
         LogitRows::None => Sampling::None,
         LogitRows::All => Sampling::Host,

@@ -14,7 +14,9 @@ use std::sync::Arc;
 
 use heliostat_engine::batch::{Batch, LogitRows, Step};
 use heliostat_engine::request::{FinishReason, Request, RequestId, SamplingParams};
-use heliostat_engine::scheduler::{RefuseReason, Scheduler, SchedulerConfig, block_hashes};
+use heliostat_engine::scheduler::{
+    PROMPT_LOGPROB_ROWS_MAX, RefuseReason, Scheduler, SchedulerConfig, block_hashes,
+};
 use proptest::prelude::*;
 
 use rig::{FakeModel, Received, alone, config, request, roomy, simple};
@@ -302,4 +304,36 @@ fn what_can_never_run_is_refused() {
     let full = scheduler.add(simple(9, vec![1], 1)).unwrap_err().reason;
     assert_eq!((full.is_retryable(), full), (true, RefuseReason::QueueFull { waiting: 4 }));
     assert!(Scheduler::new(SchedulerConfig { max_num_batched_tokens: 3, ..roomy() }).is_err());
+}
+
+/// A row of logits is a whole vocabulary, and a device has room for so many of them.
+#[test]
+fn prompt_logprobs_of_many_sequences_share_the_rows_of_a_step() {
+    let config = SchedulerConfig {
+        num_blocks: 1000,
+        max_num_seqs: 6,
+        max_num_batched_tokens: 4096,
+        max_model_len: 1000,
+        max_waiting: 8,
+        ..roomy()
+    };
+    let mut rank = Rank::new(&config);
+    let prompt = |id: u32| (0..400).map(|at| (at + id) % 13).collect::<Vec<u32>>();
+    for id in 0..5 {
+        let wants = (id != 2).then_some(0);
+        let request = Request { prompt_logprobs: wants, ..simple(u128::from(id), prompt(id), 3) };
+        rank.scheduler.add(request).unwrap();
+    }
+    let mut received = Received::default();
+    let mut steps = 0;
+    while rank.scheduler.has_work() {
+        let step = rank.schedule();
+        let wanted = step.host_rows().count() + step.device_draws().count();
+        assert!(wanted <= PROMPT_LOGPROB_ROWS_MAX + config.max_num_seqs, "{wanted} rows of logits");
+        let logits = rank.model.forward(&step);
+        received.take(rank.scheduler.complete(&logits));
+        steps += 1;
+    }
+    assert!(steps > 4, "1,600 rows of 512 at a time took {steps} steps");
+    rank.assert_empty();
 }

@@ -64,6 +64,14 @@ pub struct Compiler {
     version: (i32, i32),
 }
 
+/// What versions of NVRTC call the file with their builtins.
+const BUILTINS: [&str; 4] = [
+    "libnvrtc-builtins.so.13.0",
+    "libnvrtc-builtins.so.13.1",
+    "libnvrtc-builtins.so.13.2",
+    "libnvrtc-builtins.so.13.3",
+];
+
 /// NVRTC is not known to be reentrant over all versions, and compiling is rare.
 static COMPILING: Mutex<()> = Mutex::new(());
 
@@ -74,8 +82,10 @@ impl Compiler {
     /// NVRTC is not found.
     pub fn load(chip: &str, dirs: &[PathBuf], cache: Option<PathBuf>) -> Result<Self, CudaError> {
         let package = "nvidia-cuda-nvrtc";
-        // NVRTC opens its builtins by name, from the loader's path only; other versions name them otherwise.
-        std::mem::forget(preload("libnvrtc-builtins.so.13.0", package, dirs));
+        // NVRTC opens its builtins by a name with its version, from the loader's path only.
+        for builtins in BUILTINS {
+            std::mem::forget(preload(builtins, package, dirs));
+        }
         std::mem::forget(preload("libnvrtc.so.13", package, dirs)?);
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both places are valid; the library is loaded.

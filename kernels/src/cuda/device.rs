@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -44,12 +45,24 @@ pub struct Properties {
 #[derive(Clone, Debug)]
 pub struct Device(Arc<Inner>);
 
+/// A device that this handle does not keep open.
+#[derive(Debug)]
+pub(super) struct WeakDevice(Weak<Inner>);
+
+impl WeakDevice {
+    pub(super) fn upgrade(&self) -> Option<Device> {
+        self.0.upgrade().map(Device)
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     ordinal: i32,
     context: sys::CUcontext,
     properties: Properties,
     compiler: Compiler,
+    /// Bytes of device memory that this process has allocated through it.
+    allocated: AtomicU64,
     modules: Mutex<HashMap<Source, Module>>,
 }
 
@@ -115,8 +128,14 @@ impl Device {
         check("cuDevicePrimaryCtxRetain", unsafe {
             sys::cuDevicePrimaryCtxRetain(&mut context, ordinal as i32)
         })?;
-        let inner =
-            Inner { ordinal: ordinal as i32, context, properties, compiler, modules: Mutex::default() };
+        let inner = Inner {
+            ordinal: ordinal as i32,
+            context,
+            properties,
+            compiler,
+            allocated: AtomicU64::new(0),
+            modules: Mutex::default(),
+        };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -140,6 +159,23 @@ impl Device {
         // SAFETY: the context is bound and both places are valid.
         check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Bytes of device memory that this process holds through this device and its clones.
+    pub fn allocated(&self) -> u64 {
+        self.0.allocated.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn downgrade(&self) -> WeakDevice {
+        WeakDevice(Arc::downgrade(&self.0))
+    }
+
+    pub(super) fn count_allocated(&self, bytes: u64) {
+        self.0.allocated.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_freed(&self, bytes: u64) {
+        self.0.allocated.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// A module compiled from `source`, loaded once per device.
@@ -175,6 +211,9 @@ impl Device {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // Modules are unloaded in their context.
+        // SAFETY: it is released below and not before.
+        unsafe { sys::cuCtxSetCurrent(self.context) };
         self.modules.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         // SAFETY: retained once when it was opened. A failure leaves nothing to do.
         unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.ordinal) };

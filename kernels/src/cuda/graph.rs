@@ -30,7 +30,13 @@ impl Stream {
         let mut graph = std::ptr::null_mut();
         // SAFETY: capture was begun on this stream, `graph` is a valid place.
         let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.raw(), &mut graph) });
-        worked.and(ended)?;
+        if let Err(why) = worked.and(ended) {
+            if !graph.is_null() {
+                // SAFETY: `graph` was just captured and is not used again.
+                unsafe { sys::cuGraphDestroy(graph) };
+            }
+            return Err(why);
+        }
         let mut executable = std::ptr::null_mut();
         // SAFETY: `graph` was just captured, `executable` is a valid place.
         let made = check("cuGraphInstantiate", unsafe {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::sys;
 
+use super::device::WeakDevice;
 use super::error::check;
 use super::{CudaError, Device, Stream};
 
@@ -19,7 +20,11 @@ const SHARED_BYTES_DEFAULT: u32 = 48 << 10;
 pub struct Module(Arc<Loaded>);
 
 #[derive(Debug)]
-struct Loaded(sys::CUmodule);
+struct Loaded {
+    module: sys::CUmodule,
+    /// It keeps its modules, so they do not keep it.
+    device: WeakDevice,
+}
 
 // SAFETY: a module is a handle that any thread of the process may use.
 unsafe impl Send for Loaded {}
@@ -32,7 +37,7 @@ impl Module {
         let mut module = std::ptr::null_mut();
         // SAFETY: `cubin` is machine code as NVRTC made it, `module` a valid place, the context is bound.
         check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) })?;
-        Ok(Self(Arc::new(Loaded(module))))
+        Ok(Self(Arc::new(Loaded { module, device: device.downgrade() })))
     }
 
     /// The entry point `name`.
@@ -40,21 +45,29 @@ impl Module {
     /// # Errors
     /// There is none of this name.
     pub fn kernel(&self, name: &str) -> Result<Kernel, CudaError> {
+        let device = self.0.device.upgrade();
+        let device = device.ok_or_else(|| CudaError::Other("a module's device was closed".to_owned()))?;
         let c_name = CString::new(name).map_err(|_| CudaError::Other(format!("kernel name {name:?}")))?;
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded, the name NUL-terminated, `function` a valid place.
         check("cuModuleGetFunction", unsafe {
-            sys::cuModuleGetFunction(&mut function, self.0.0, c_name.as_ptr())
+            sys::cuModuleGetFunction(&mut function, self.0.module, c_name.as_ptr())
         })?;
         let shared = Arc::new(AtomicU32::new(SHARED_BYTES_DEFAULT));
-        Ok(Kernel { name: name.into(), function, shared_bytes: shared, _module: self.clone() })
+        Ok(Kernel {
+            name: name.into(),
+            function,
+            shared_bytes: shared,
+            _module: self.clone(),
+            _device: device,
+        })
     }
 }
 
 impl Drop for Loaded {
     fn drop(&mut self) {
-        // SAFETY: loaded once and not used again. Fails only when the context is gone, which frees it too.
-        unsafe { sys::cuModuleUnload(self.0) };
+        // SAFETY: loaded once and not used again. The device, which goes last, binds its context before.
+        unsafe { sys::cuModuleUnload(self.module) };
     }
 }
 
@@ -93,7 +106,9 @@ pub struct Kernel {
     function: sys::CUfunction,
     /// What it was allowed so far.
     shared_bytes: Arc<AtomicU32>,
+    // Unloaded before the device is closed.
     _module: Module,
+    _device: Device,
 }
 
 // SAFETY: a function is a handle that any thread of the process may use.

@@ -25,10 +25,12 @@ elements!(u8, u16, u32, u64, i32, f32, half::bf16);
 struct Allocation {
     device: Device,
     address: u64,
+    bytes: u64,
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        self.device.count_freed(self.bytes);
         // SAFETY: allocated once and freed once; the driver waits for kernels that use it.
         let freed =
             self.device.bind().and_then(|()| check("cuMemFree", unsafe { sys::cuMemFree_v2(self.address) }));
@@ -70,7 +72,8 @@ impl Device {
             return Err(CudaError::OutOfMemory { asked: bytes as u64, free, total });
         }
         check("cuMemAlloc", result)?;
-        let allocation = Arc::new(Allocation { device: self.clone(), address });
+        self.count_allocated(bytes as u64);
+        let allocation = Arc::new(Allocation { device: self.clone(), address, bytes: bytes as u64 });
         // SAFETY: the memory was just allocated with this length. The legacy stream orders it before what follows.
         check("cuMemsetD8", unsafe { sys::cuMemsetD8_v2(address, 0, bytes) })?;
         self.synchronize()?;
@@ -283,7 +286,7 @@ impl<T: Element> Buffer<T> {
 }
 
 /// Page-locked host memory that the device can read and write at any time. It is never borrowed: host accesses are
-/// volatile copies.
+/// copies, of single elements volatile ones.
 #[derive(Debug)]
 pub struct Pinned<T> {
     device: Device,

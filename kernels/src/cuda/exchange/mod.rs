@@ -230,6 +230,11 @@ impl Exchange {
         self.restart(stream)
     }
 
+    /// Lets go of the peers' heaps. No round may run before the next [`Exchange::connect`], and none may be under way.
+    pub fn disconnect(&mut self) {
+        self.peers.clear();
+    }
+
     /// Counts rounds anew under `epoch` and forgets a failure; the members stay. As [`Exchange::connect`], on all ranks.
     ///
     /// # Errors
