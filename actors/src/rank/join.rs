@@ -12,7 +12,7 @@ use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::{ExpertStore, ExpertWeights, PlanProgress, SharedSlots, Slot};
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::model::{ExchangeError, Expert, load_expert};
-use heliostat_kernels::fabric::{Fabric, Kind, Tag};
+use heliostat_kernels::fabric::{Fabric, FabricError, Kind, Tag};
 
 /// What a rank brings.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
@@ -56,6 +56,31 @@ pub(super) fn agree(fabric: &mut Fabric, size: usize, mine: &JoinState) -> Resul
         states.push(state);
     }
     choose(states).map_err(ExchangeError::Other)
+}
+
+/// Waits until all ranks hold the experts of their slots. One that starts anew may read for minutes; `slow` hears of a
+/// rank each time that it has said nothing for as long as a call may take.
+pub(super) fn await_filled(
+    fabric: &mut Fabric,
+    size: usize,
+    mut slow: impl FnMut(u32),
+) -> Result<(), ExchangeError> {
+    let tag = Tag { kind: Kind::Header, step: 0, layer: 1 };
+    for rank in 0..size {
+        fabric.send(rank, tag, &[&[]])?;
+    }
+    for rank in 0..size {
+        loop {
+            match fabric.recv(rank, tag) {
+                Err(FabricError::Timeout { .. }) => slow(rank as u32),
+                other => {
+                    other?;
+                    break;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The furthest state; every plan that was open anywhere counts as closed.

@@ -205,6 +205,7 @@ impl StepThread {
         if device {
             (0..self.layout.layers().len()).try_for_each(|moe_layer| self.show_map(moe_layer))?;
         }
+        join::await_filled(fabric, self.args.topology.size(), |rank| self.suspect(view, rank))?;
         self.outlet.joined(RankJoined {
             rank: self.args.rank,
             addr: self.outlet.me(),

@@ -8,6 +8,9 @@ use heliostat_kernels::cuda::{Buffer, CudaError, Device, StoredAs};
 
 use crate::config::{Attention, ModelConfig};
 
+/// Of any storage.
+const BOTH: [StoredAs; 2] = [StoredAs::Bf16, StoredAs::Fp8];
+
 /// Rows that go into BF16 or FP8 products, or both.
 #[derive(Clone, Debug)]
 pub(super) struct Activations {
@@ -18,13 +21,19 @@ pub(super) struct Activations {
 }
 
 impl Activations {
-    /// Room for `rows_max` rows of up to `width_max`.
-    pub(super) fn new(device: &Device, rows_max: usize, width_max: usize) -> Result<Self, CudaError> {
+    /// Room for `rows_max` rows of up to `width_max`, for products with matrices stored as any of `stored`.
+    pub(super) fn new(
+        device: &Device,
+        (rows_max, width_max): (usize, usize),
+        stored: &[StoredAs],
+    ) -> Result<Self, CudaError> {
         let scale_stride = rows_max.next_multiple_of(4);
+        let room = |wanted: StoredAs, len: usize| if stored.contains(&wanted) { len } else { 0 };
+        let elements = rows_max * width_max;
         Ok(Self {
-            bf16: device.alloc(rows_max * width_max)?,
-            codes: device.alloc(rows_max * width_max)?,
-            scales: device.alloc(width_max.div_ceil(128) * scale_stride)?,
+            bf16: device.alloc(room(StoredAs::Bf16, elements))?,
+            codes: device.alloc(room(StoredAs::Fp8, elements))?,
+            scales: device.alloc(room(StoredAs::Fp8, width_max.div_ceil(128) * scale_stride))?,
             scale_stride,
         })
     }
@@ -115,11 +124,12 @@ pub(super) struct Buffers {
 
 impl Buffers {
     /// For `rows_max` tokens, of which `logit_rows_max` may want logits.
+    /// `head`: how the LM head is stored.
     pub(super) fn new(
         device: &Device,
         config: &ModelConfig,
-        rows_max: usize,
-        logit_rows_max: usize,
+        (rows_max, logit_rows_max): (usize, usize),
+        head: StoredAs,
     ) -> Result<Self, CudaError> {
         let hidden = config.hidden_size;
         let widths = AttentionWidths::of(config);
@@ -128,8 +138,8 @@ impl Buffers {
         Ok(Self {
             residual: device.alloc(rows_max * hidden)?,
             branch: rows(hidden)?,
-            normed: Activations::new(device, rows_max, hidden)?,
-            inner: Activations::new(device, rows_max, widths.inner.max(feed_forward))?,
+            normed: Activations::new(device, (rows_max, hidden), &BOTH)?,
+            inner: Activations::new(device, (rows_max, widths.inner.max(feed_forward)), &BOTH)?,
             wide: rows(widths.first.max(2 * feed_forward))?,
             query: rows(widths.query)?,
             absorbed: rows(widths.absorbed)?,
@@ -138,7 +148,7 @@ impl Buffers {
             router_logits: device.alloc(rows_max * config.moe.num_experts)?,
             ids: device.alloc(rows_max * config.moe.top_k)?,
             weights: device.alloc(rows_max * config.moe.top_k)?,
-            last: Activations::new(device, logit_rows_max, hidden)?,
+            last: Activations::new(device, (logit_rows_max, hidden), &[head])?,
             logits: device.alloc(logit_rows_max * config.vocab_size)?,
         })
     }

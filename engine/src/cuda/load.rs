@@ -304,7 +304,7 @@ fn load_ep(
         down: Matrix::new(device, pool.down().clone(), Kind::Pool)?,
         pool,
         gate_up_out: device.alloc(rows_max * 2 * width)?,
-        inner: Activations::new(device, rows_max, width)?,
+        inner: Activations::new(device, (rows_max, width), &[stored])?,
         results: device.alloc(rows_max * hidden)?,
     })
 }
@@ -333,7 +333,7 @@ fn load_dp(
         seqs_max: options.seqs_max,
         blocks_max: options.max_model_len.div_ceil(BLOCK_SIZE),
     };
-    let buffers = Buffers::new(device, config, tokens_max, logit_rows_max)?;
+    let buffers = Buffers::new(device, config, (tokens_max, logit_rows_max), head.stored())?;
     let moe_input = buffers.normed.with_rows(&exchange.outgoing().rows, tokens_max);
     let loads = device.alloc::<u32>(config.moe_layers() * config.moe.num_experts)?;
     let experts = config.moe.num_experts;
