@@ -121,13 +121,19 @@ pub(crate) struct Supervised {
 #[command(after_help = "\
 Examples:
   helio head cluster.toml
-  helio node --join 10.0.0.1:6379 --token-file token      on every machine")]
+  helio node --join 10.0.0.1:6379 --token-file token      on every machine
+
+With store = \"etcd\" several heads may run, one on each of several machines, with `peers` in [head]: the first leads, the
+others stand by. One takes over within 2 to 3 s (`lease_s`) when the leader dies, hangs or is cut off from etcd.")]
 pub(crate) struct Head {
     /// The cluster to deploy.
     pub(crate) file: Option<PathBuf>,
     /// Run directory, instead of that of the file.
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
+    /// Wait for an etcd that does not answer: this process led before.
+    #[arg(long, hide = true)]
+    pub(crate) stood_down: bool,
     /// How it was started.
     #[command(flatten)]
     pub(crate) supervised: Supervised,
@@ -139,10 +145,11 @@ pub(crate) struct Head {
 Examples:
   helio node --join 127.0.0.1:6379
   helio node --join 10.0.0.1:6379 --devices cpu=8 --name b --token-file /etc/helio/token
+  helio node --join 10.0.0.1,10.0.0.2                   two heads: the one that leads is found, also later
   helio node --join 10.0.0.1:6379 --devices cuda=4-7    GPUs 4 to 7 of those that CUDA_VISIBLE_DEVICES shows")]
 pub(crate) struct Node {
-    /// Address of the head.
-    #[arg(long, value_name = "HOST:PORT")]
+    /// Address of the head; several, with commas between, are tried in turn. The leader names the others.
+    #[arg(long, value_name = "HOST:PORT[,...]")]
     pub(crate) join: String,
     /// Devices to offer: cpu=COUNT, cuda=COUNT, cuda=FIRST-LAST, cuda (all GPUs), or auto (all GPUs, or cpu=4 without any).
     #[arg(long, default_value = "auto", value_parser = parse_devices)]
@@ -190,8 +197,9 @@ pub(crate) struct Worker {
 /// Which cluster a command talks to.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Target {
-    /// Address of the head. Without it: the one in the run directory, else 127.0.0.1:6379.
-    #[arg(long, value_name = "HOST:PORT", global = true)]
+    /// Address of the head; of several, with commas between, the leader is found. Without it: the one in the run
+    /// directory, else 127.0.0.1:6379.
+    #[arg(long, value_name = "HOST:PORT[,...]", global = true)]
     pub(crate) address: Option<String>,
     /// Run directory of the cluster. Without it: that of ./cluster.toml, else ./run.
     #[arg(long, value_name = "DIR", global = true)]
@@ -311,6 +319,16 @@ fn parse_devices(text: &str) -> Result<Offer, String> {
     }
 }
 
+/// Port of a head, as Ray's.
+pub(crate) const DEFAULT_PORT: u16 = 6379;
+
+/// Reads addresses with commas between, any of which may lack the port.
+pub(crate) fn with_ports(addresses: &str, port: u16) -> String {
+    let all: Vec<String> =
+        addresses.split(',').map(str::trim).filter(|a| !a.is_empty()).map(|a| with_port(a, port)).collect();
+    all.join(",")
+}
+
 /// Reads an address that may lack the port.
 pub(crate) fn with_port(address: &str, port: u16) -> String {
     let has_port = address.parse::<SocketAddr>().is_ok()
@@ -352,5 +370,6 @@ mod tests {
         assert_eq!(with_port("::1", 6379), "[::1]:6379");
         assert_eq!(with_port("[::1]:5", 6379), "[::1]:5");
         assert_eq!(with_port("head", 6379), "head:6379");
+        assert_eq!(with_ports("a, b:1,", 6379), "a:6379,b:1");
     }
 }

@@ -1,6 +1,6 @@
 //! How a command reaches a cluster: the address it was given, else that of the run directory, else the default.
 
-use crate::args::{self, with_port};
+use crate::args::{self, DEFAULT_PORT, with_ports};
 use crate::config::{Config, Token};
 use crate::failure::{Failure, NO_CLUSTER};
 use crate::rundir::{RunDir, read_token};
@@ -11,15 +11,13 @@ use heliostat_runtime::system::Secret;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Port of a head, as Ray's.
-const DEFAULT_PORT: u16 = 6379;
 /// How long a head may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where a head is and how to prove that one may talk to it.
 #[derive(Debug, Clone)]
 pub(crate) struct Access {
-    /// HOST:PORT of the head.
+    /// HOST:PORT of the head; of several, with commas between.
     pub(crate) address: String,
     /// The cluster token.
     pub(crate) token: Option<Token>,
@@ -28,9 +26,11 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// To the head of a configuration, from this machine.
+    /// To the heads of a configuration, from this machine.
     pub(crate) fn of(config: &Config) -> Self {
-        let address = reachable(config.bind).to_string();
+        let own = reachable(config.bind).to_string();
+        let others = config.peers.iter().filter(|peer| **peer != own).cloned();
+        let address = std::iter::once(own.clone()).chain(others).collect::<Vec<_>>().join(",");
         Self { address, token: config.token.clone(), source: "of cluster.toml".into() }
     }
 
@@ -42,7 +42,7 @@ impl Access {
             None => read_token(&run.token_path()).ok(),
         };
         let (address, source) = match (&target.address, run.address()) {
-            (Some(address), _) => (with_port(address, DEFAULT_PORT), "of --address".into()),
+            (Some(address), _) => (with_ports(address, DEFAULT_PORT), "of --address".into()),
             (None, Some(address)) => (address, format!("of {}", run.path().display())),
             (None, None) => (
                 format!("127.0.0.1:{DEFAULT_PORT}"),
@@ -83,7 +83,12 @@ fn cause(why: &str) -> &str {
 
 /// The cluster's status now.
 pub(crate) async fn status(access: &Access) -> Result<ClusterStatus> {
-    Ok(access.connect().await?.status().await?)
+    let cluster = access.connect().await?;
+    let status = cluster.status().await?;
+    if let Some((head, _)) = cluster.stood_by() {
+        eprintln!("the head at {head} stands by; {} leads", status.head.endpoint);
+    }
+    Ok(status)
 }
 
 /// The run directory that a command works on: the one it was given, else that of its cluster.toml, else `run`.
@@ -99,7 +104,7 @@ pub(crate) fn run_dir(given: Option<&Path>, file: Option<&Path>) -> Result<RunDi
 }
 
 /// An address to connect to for an address to listen on.
-pub(crate) fn reachable(bind: std::net::SocketAddr) -> std::net::SocketAddr {
+fn reachable(bind: std::net::SocketAddr) -> std::net::SocketAddr {
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     match bind.ip() {
         ip if !ip.is_unspecified() => bind,

@@ -122,6 +122,7 @@ impl EngineLink for RankLink {
                 WireRefusal::NoSuchActor
                 | WireRefusal::WrongIncarnation
                 | WireRefusal::WrongProcess
+                | WireRefusal::Elsewhere(_)
                 | WireRefusal::Unreachable(_) => Refusal::Gone,
                 WireRefusal::UnknownMessage | WireRefusal::Unsendable(_) => {
                     Refusal::Unservable(reason.to_string())

@@ -4,18 +4,20 @@ pub mod status;
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use actix::Handler;
 
 use self::status::ClusterStatus;
 use crate::actor::{RemoteActor, WireMessage};
-use crate::handle::{ActorAddr, ActorId, AskError, Handle, Refusal};
+use crate::backoff::Backoff;
+use crate::handle::{ActorAddr, ActorId, AskError, Handle, Refusal, Refused};
 use crate::head::HeadActor;
+use crate::head::finder::Heads;
 pub use crate::head::messages::{Applied, LogChunk};
 use crate::head::messages::{
-    Apply, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
+    Apply, ApplyError, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
 };
 use crate::node::NodeActor;
 use crate::spec::{ActorSpec, InvalidSpec};
@@ -23,6 +25,12 @@ use crate::system::{Secret, System, SystemConfig, SystemError};
 
 /// Limit of a question to the head.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Limit of one attempt where another head may answer.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// After so long without a head the cluster counts as ended, when that was asked for.
+const TAKEOVER_MAX: Duration = Duration::from_secs(4);
+/// Longest wait for news of one head where another may have taken over.
+const WATCH_PART: Duration = Duration::from_secs(2);
 
 /// Why a request to the cluster failed.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +49,9 @@ pub enum ClusterError {
     /// A spec cannot work.
     #[error(transparent)]
     Spec(#[from] InvalidSpec),
+    /// It took place, but may be lost with the head.
+    #[error("not durable yet: {0}; repeat it")]
+    NotDurable(String),
     /// The head, or a node, says no.
     #[error("{0}")]
     Refused(String),
@@ -53,13 +64,16 @@ pub enum ClusterError {
 #[derive(Clone)]
 pub struct Cluster {
     system: System,
-    head: Handle<HeadActor>,
+    heads: Arc<Mutex<Heads>>,
+    /// A head that stood by, and the leader that it named.
+    stood_by: Arc<Mutex<Option<(String, String)>>>,
     /// Addresses that were looked up.
     known: Arc<Mutex<HashMap<String, ActorAddr>>>,
 }
 
 impl Cluster {
-    /// Connects to the head at `host:port`; fails if it does not answer.
+    /// Connects to the head at `host:port`; fails if it does not answer. Several heads, with commas between, are tried
+    /// in turn until the leader is found.
     pub async fn connect(head: &str, token: Option<Secret>) -> Result<Self, ClusterError> {
         let mut config = SystemConfig::loopback();
         config.token = token;
@@ -70,8 +84,8 @@ impl Cluster {
 
     /// A client that uses a system which is there already. Connects when it is used.
     pub fn with_system(system: System, head: &str) -> Self {
-        let head = system.handle_at(head, ActorId::HEAD);
-        Self { system, head, known: Arc::default() }
+        let heads = Arc::new(Mutex::new(Heads::new(head)));
+        Self { system, heads, stood_by: Arc::default(), known: Arc::default() }
     }
 
     /// The system that it uses.
@@ -79,20 +93,53 @@ impl Cluster {
         &self.system
     }
 
-    /// Where the head listens.
-    pub fn head(&self) -> &str {
-        &self.head.addr().endpoint
+    /// Where the head listens that leads, as far as is known.
+    pub fn head(&self) -> String {
+        self.heads().current().to_owned()
+    }
+
+    /// A head that was asked and stood by, and the leader that it named (empty if it knew none).
+    pub fn stood_by(&self) -> Option<(String, String)> {
+        self.stood_by.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn heads(&self) -> MutexGuard<'_, Heads> {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn head_handle(&self) -> Handle<HeadActor> {
+        self.system.handle_at(&self.head(), ActorId::HEAD)
+    }
+
+    /// The present head leads, and these are the others.
+    pub(crate) fn found(&self, others: &[String]) {
+        let mut heads = self.heads();
+        heads.found();
+        heads.learn(others.iter().map(String::as_str));
+    }
+
+    /// The present head does not lead; whether the next one may be tried at once.
+    pub(crate) fn missed(&self, leader: &str) -> bool {
+        self.heads().missed(leader)
     }
 
     /// Applies specs, all or none. The same spec again changes nothing, but revives a dead actor; another spec of a
     /// known name restarts it. Actors that are not listed stay.
     pub async fn apply(&self, specs: Vec<ActorSpec>) -> Result<Applied, ClusterError> {
-        Ok(self.ask(Apply { specs, mode: ApplyMode::Merge }).await??)
+        self.apply_as(specs, ApplyMode::Merge).await
+    }
+
+    async fn apply_as(&self, specs: Vec<ActorSpec>, mode: ApplyMode) -> Result<Applied, ClusterError> {
+        // Harmless twice: the same specs again change nothing.
+        self.ask(Apply { specs, mode }).await?.map_err(|error| match error {
+            ApplyError::Spec(invalid) => invalid.into(),
+            ApplyError::NotDurable(why) => ClusterError::NotDurable(why),
+        })
     }
 
     /// Applies specs and removes every actor that is not listed.
     pub async fn apply_exactly(&self, specs: Vec<ActorSpec>) -> Result<Applied, ClusterError> {
-        Ok(self.ask(Apply { specs, mode: ApplyMode::Exactly }).await??)
+        self.apply_as(specs, ApplyMode::Exactly).await
     }
 
     /// The cluster at this moment.
@@ -102,9 +149,18 @@ impl Cluster {
 
     /// The cluster as soon as it differs from version `since`, or after `wait`.
     pub async fn watch(&self, since: u64, wait: Duration) -> Result<ClusterStatus, ClusterError> {
-        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let head = self.head.with_deadline(wait.saturating_add(ANSWER_TIMEOUT));
-        head.ask(Watch { since, wait_ms }).await.map_err(|error| self.no_answer(&error))
+        let started = Instant::now();
+        loop {
+            let left = wait.saturating_sub(started.elapsed());
+            // A leader that is frozen says nothing for ever.
+            let part = if self.heads().are_several() { left.min(WATCH_PART) } else { left };
+            let wait_ms = u64::try_from(part.as_millis()).unwrap_or(u64::MAX);
+            let status = self.ask_within(Watch { since, wait_ms }, part, true).await?;
+            self.found(&status.head.heads);
+            if since == 0 || status.version != since || part == left {
+                return Ok(status);
+            }
+        }
     }
 
     /// Waits until the status is as wanted and returns it. `None` if it is not within `limit`, or the head is away
@@ -197,29 +253,97 @@ impl Cluster {
     /// Ends the cluster: all workers, then all nodes, then the head. Its specs are forgotten. Returns when all nodes
     /// are gone.
     pub async fn shutdown(&self) -> Result<(), ClusterError> {
-        match self.head.ask(Shutdown).await {
-            // The head goes as soon as the last node has gone, maybe before its answer is out.
-            Ok(()) | Err(AskError::Stopped | AskError::PeerLost(_) | AskError::NoReply) => Ok(()),
-            Err(error) => Err(self.no_answer(&error)),
+        loop {
+            match self.head_handle().ask(Shutdown).await {
+                Ok(()) => return Ok(()),
+                // The head goes as soon as the last node has gone, maybe before its answer is out.
+                Err(AskError::Stopped | AskError::PeerLost(_) | AskError::NoReply) => {
+                    // Unless it was lost: then another one leads soon, or does already.
+                    let another = tokio::time::timeout(TAKEOVER_MAX, self.status());
+                    if !self.heads().are_several() || !matches!(another.await, Ok(Ok(_))) {
+                        return Ok(());
+                    }
+                }
+                Err(AskError::Refused(Refused { reason: Refusal::Elsewhere(_), .. })) => {
+                    self.status().await?;
+                }
+                Err(error) => return Err(self.no_answer(&error)),
+            }
         }
     }
 
     async fn control(&self, actor: &str, action: ControlAction) -> Result<(), ClusterError> {
         self.forget(actor);
-        let done = self.ask(Control { actor: actor.to_owned(), action }).await?;
+        // A restart is not harmless twice.
+        let again = action != ControlAction::Restart;
+        let control = Control { actor: actor.to_owned(), action };
+        let done = self.ask_within(control, Duration::ZERO, again).await?;
         done.map_err(ClusterError::Refused)
     }
 
     async fn ask<M>(&self, message: M) -> Result<M::Result, ClusterError>
     where
-        M: WireMessage,
+        M: WireMessage + Clone,
         HeadActor: Handler<M>,
     {
-        self.head.with_deadline(ANSWER_TIMEOUT).ask(message).await.map_err(|error| self.no_answer(&error))
+        self.ask_within(message, Duration::ZERO, true).await
+    }
+
+    /// Asks the leader, which may take `wait` for its answer, and looks for it where that one does not lead. A message
+    /// that may have been handled is sent to another head only if it may be sent `again`.
+    async fn ask_within<M>(&self, message: M, wait: Duration, again: bool) -> Result<M::Result, ClusterError>
+    where
+        M: WireMessage + Clone,
+        HeadActor: Handler<M>,
+    {
+        let (started, mut backoff) = (Instant::now(), Backoff::reconnect());
+        loop {
+            let several = self.heads().are_several();
+            let limit = wait.saturating_add(if several { ATTEMPT_TIMEOUT } else { ANSWER_TIMEOUT });
+            let head = self.head_handle();
+            let error = match head.with_deadline(limit).ask(message.clone()).await {
+                Ok(answer) => {
+                    self.found(&[]);
+                    return Ok(answer);
+                }
+                Err(error) => error,
+            };
+            let failed = ClusterError::Head { head: head.addr().endpoint.clone(), why: error.to_string() };
+            let (leader, try_on) = elsewhere(&error, several, again);
+            if let Some(leader) = &leader {
+                let stood_by = (head.addr().endpoint.clone(), leader.clone());
+                self.stood_by.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(stood_by);
+            }
+            if !try_on || started.elapsed() >= wait.saturating_add(ANSWER_TIMEOUT) {
+                return Err(failed);
+            }
+            if !self.missed(leader.as_deref().unwrap_or_default()) {
+                backoff.pause().await;
+            }
+        }
     }
 
     fn no_answer<M>(&self, error: &AskError<M>) -> ClusterError {
-        ClusterError::Head { head: self.head().to_owned(), why: error.to_string() }
+        ClusterError::Head { head: self.head(), why: error.to_string() }
+    }
+}
+
+/// The leader that the asked head named, and whether another head may be asked.
+fn elsewhere<M>(error: &AskError<M>, several: bool, again: bool) -> (Option<String>, bool) {
+    match error {
+        AskError::Refused(refused) => match &refused.reason {
+            Refusal::Elsewhere(leader) => (Some(leader.clone()), true),
+            Refusal::Unreachable(_) | Refusal::NoSuchActor | Refusal::WrongProcess => (None, several),
+            Refusal::WrongIncarnation
+            | Refusal::MailboxFull
+            | Refusal::UnknownMessage
+            | Refusal::QueueFull
+            | Refusal::Unsendable(_) => (None, false),
+        },
+        AskError::Deadline | AskError::PeerLost(_) | AskError::Stopped | AskError::NoReply => {
+            (None, several && again)
+        }
+        AskError::Panicked(_) | AskError::Codec(_) => (None, false),
     }
 }
 
@@ -282,6 +406,7 @@ fn is_gone(reason: &Refusal) -> bool {
         Refusal::NoSuchActor
         | Refusal::WrongIncarnation
         | Refusal::WrongProcess
+        | Refusal::Elsewhere(_)
         | Refusal::Unreachable(_) => true,
         Refusal::MailboxFull | Refusal::UnknownMessage | Refusal::QueueFull | Refusal::Unsendable(_) => false,
     }

@@ -9,12 +9,15 @@ use crate::deploy;
 use crate::failure::{FAILED, Failure};
 use anyhow::{Context, Result};
 use heliostat_runtime::cluster::ClusterError;
-use heliostat_runtime::head::{self, HeadConfig, Patience};
+use heliostat_runtime::head::{self, Ending, HeadConfig, Patience, Role};
 use heliostat_runtime::spec::ActorSpec;
 use heliostat_runtime::state::StateConfig;
 use heliostat_runtime::system::Secret;
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
+/// Told to the process that takes the place of one that led.
+const STOOD_DOWN: &str = "--stood-down";
 /// Attempts to apply the deployment to the head of this very process.
 const APPLY_ATTEMPTS: u32 = 5;
 
@@ -33,14 +36,44 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     };
     run.create()?;
     let specs = deploy::specs(&config)?;
-    let head = head::run(head_config(&config)).await?;
+    let head = head::run(head_config(&config, args.stood_down)).await?;
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;
-    apply(&config, specs).await?;
-    Ok(head.serve().await?)
+    let mut role = head.role();
+    let deployed = async {
+        match role.wait_for(|role| matches!(role, Role::Leads { .. } | Role::Over(_))).await.as_deref() {
+            Ok(Role::Leads { succeeds: false, .. }) => apply(&config, specs).await?,
+            Ok(Role::Leads { .. }) => tracing::info!("took over; goes on with what is deployed"),
+            Ok(_) | Err(_) => {}
+        }
+        // From here on only its end is awaited.
+        std::future::pending::<Result<()>>().await
+    };
+    let ending = tokio::select! {
+        ending = head.serve() => ending?,
+        failed = deployed => return failed,
+    };
+    match ending {
+        Ending::Signal | Ending::Closed => Ok(()),
+        Ending::Failed(why) => Err(Failure::error(FAILED, why)),
+        Ending::Deposed(why) => {
+            tracing::warn!(why, "leads no more; starts over and stands by");
+            Err(start_over())
+        }
+    }
 }
 
-fn head_config(config: &Config) -> HeadConfig {
+/// Becomes a fresh process, which knows nothing of what this one believed. Returns only if that fails.
+fn start_over() -> anyhow::Error {
+    let mut args: Vec<_> = std::env::args_os().skip(1).collect();
+    if !args.iter().any(|arg| arg == STOOD_DOWN) {
+        args.push(STOOD_DOWN.into());
+    }
+    let error = std::process::Command::new("/proc/self/exe").arg0("helio").args(args).exec();
+    anyhow::Error::new(error).context("cannot start over")
+}
+
+fn head_config(config: &Config, stood_down: bool) -> HeadConfig {
     let s = &config.supervision;
     let state = match &config.state {
         State::Embedded { dir } => StateConfig::Embedded { dir: dir.clone() },
@@ -51,6 +84,9 @@ fn head_config(config: &Config) -> HeadConfig {
     let mut head = HeadConfig::new(config.bind, state);
     head.advertise.clone_from(&config.advertise);
     head.token = config.token.as_ref().map(|Token(text)| Secret::new(text));
+    head.peers.clone_from(&config.peers);
+    head.lease = Duration::from_secs(u64::from(config.lease_s));
+    head.await_store = stood_down;
     head.patience = Patience {
         // Silence is noticed at three missed reports, and never later than the node would be given up.
         heartbeat_timeout: Duration::from_millis(u64::from(s.heartbeat_ms) * 3),

@@ -1,7 +1,7 @@
 //! `helio node`: this machine's node agent.
 
 use super::up::family::end_with_supervisor;
-use crate::args::{self, Offer, with_port};
+use crate::args::{self, DEFAULT_PORT, Offer, with_ports};
 use crate::config::Token;
 use crate::gpus;
 use crate::rundir::read_token;
@@ -14,8 +14,6 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Port of a head that was named without one.
-const DEFAULT_PORT: u16 = 6379;
 /// CPU devices of a node that is told nothing and has no GPU.
 const CPU_DEVICES: u32 = 4;
 
@@ -32,9 +30,10 @@ pub(crate) async fn run(args: &args::Node) -> Result<()> {
 }
 
 fn config(args: &args::Node) -> Result<NodeConfig> {
-    let head = with_port(&args.join, DEFAULT_PORT);
+    let head = with_ports(&args.join, DEFAULT_PORT);
     let name = args.name.clone().map_or_else(host_name, Ok)?;
-    let ip = args.bind.map_or_else(|| local_address_towards(&head), Ok)?;
+    let first = head.split(',').next().unwrap_or_default();
+    let ip = args.bind.map_or_else(|| local_address_towards(first), Ok)?;
     let mut config = NodeConfig::new(name, head, &args.run_dir);
     config.bind = SocketAddr::new(ip, 0);
     config.worker_bind = ip;

@@ -41,6 +41,10 @@ pub(crate) struct Config {
     pub(crate) bind: SocketAddr,
     /// By which host others reach it, where that is not the address of `bind`.
     pub(crate) advertise: Option<String>,
+    /// Where the other heads listen, each with its port.
+    pub(crate) peers: Vec<String>,
+    /// How long a silent leader leads, in seconds.
+    pub(crate) lease_s: u32,
     /// Where the head keeps its state.
     pub(crate) state: State,
     /// At least one, with devices of one kind.

@@ -82,6 +82,13 @@ section! {
         bind: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 6379)),
         /// Host name or address by which others reach it. Needed where `bind` is a wildcard such as 0.0.0.0.
         advertise: Option<String> = None,
+        /// Addresses (HOST:PORT) of the cluster's other heads, which run `helio head` with the same etcd: one leads, the
+        /// others stand by and take over. With any, a leader that cannot reach etcd gives no more orders once its lease
+        /// may have run out; without, it goes on from memory.
+        peers: Vec<String> = Vec::new(),
+        /// How long a leader may be silent in etcd before another takes over, in whole seconds. etcd itself takes up to
+        /// half a second more to notice. At least 2, etcd's own minimum.
+        lease_s: u32 = 2,
     }
 }
 

@@ -14,6 +14,7 @@ use super::raw::{Device, Raw};
 use super::read::locate;
 use super::section::Count;
 use super::{Config, Model, Node, Parallel};
+use crate::args::{DEFAULT_PORT, with_port};
 use heliostat_engine::config::ModelConfig;
 use std::path::{Path, PathBuf};
 
@@ -49,6 +50,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let token = check.token(&raw, facts);
     let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
     check.listeners(&raw, token.is_some());
+    check.heads(&raw);
     let kind = check.kind(&raw, facts);
     let nodes = check.nodes(&raw, facts, kind);
     check.http_node(&raw, &nodes);
@@ -79,6 +81,8 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         token,
         bind: raw.head.bind,
         advertise: raw.head.advertise,
+        peers: raw.head.peers.iter().map(|peer| with_port(peer, DEFAULT_PORT)).collect(),
+        lease_s: raw.head.lease_s,
         state,
         nodes,
         model,

@@ -21,12 +21,18 @@ pub(crate) fn status(status: &ClusterStatus, terminal: Terminal) -> String {
     };
     let _ = writeln!(
         text,
-        "{state}: {ready} of {} actors; head {} (pid {}, up {})",
+        "{state}: {ready} of {} actors; head {} (pid {}, up {}, term {})",
         status.actors.len(),
         head.endpoint,
         head.pid,
-        seconds(head.uptime_s)
+        seconds(head.uptime_s),
+        head.term
     );
+    if head.heads.len() > 1 {
+        let others: Vec<&str> =
+            head.heads.iter().filter(|at| **at != head.endpoint).map(String::as_str).collect();
+        let _ = writeln!(text, "other heads: {}", others.join(", "));
+    }
     let store = &status.state_store;
     match &store.error {
         None => drop(writeln!(text, "state store: {}", store.kind)),

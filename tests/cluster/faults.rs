@@ -177,15 +177,15 @@ async fn an_exhausted_eplb_or_ingress_comes_back() {
 }
 
 /// A real etcd on free ports.
-struct Etcd {
+pub(crate) struct Etcd {
     dir: tempfile::TempDir,
-    client: u16,
+    pub(crate) client: u16,
     peer: u16,
     process: Child,
 }
 
 impl Etcd {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let (dir, client, peer) = (tempfile::tempdir().unwrap(), free_port(), free_port());
         let process = Self::spawn(&dir, client, peer);
         Self { dir, client, peer, process }
@@ -202,6 +202,13 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .expect("etcd is installed by scripts/setup")
+    }
+
+    /// Waits until it listens.
+    pub(crate) async fn answers(&self) {
+        while tokio::net::TcpStream::connect(("127.0.0.1", self.client)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     fn kill(&mut self) {

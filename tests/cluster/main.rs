@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed setup is a failed test")]
 
 mod cuda;
+mod failover;
 mod faults;
 mod hosts;
 mod lifecycle;

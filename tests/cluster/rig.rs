@@ -74,6 +74,13 @@ impl Cluster {
         Self::up_model(&bundled(), sections).await
     }
 
+    /// A directory and a port for a cluster whose processes are started by hand.
+    pub(crate) async fn by_hand() -> Self {
+        let turn = TURN.lock().await;
+        let dir = tempfile::tempdir().unwrap();
+        Self { dir, http: free_port(), client: reqwest::Client::new(), _turn: turn }
+    }
+
     pub(crate) async fn up_model(model: &Path, sections: &[(&str, &str)]) -> Self {
         let turn = TURN.lock().await;
         let dir = tempfile::tempdir().unwrap();

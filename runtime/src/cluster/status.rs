@@ -51,6 +51,10 @@ pub struct HeadStatus {
     pub closing: bool,
     /// Whether it was restarted and still waits for nodes to report.
     pub recovering: bool,
+    /// Its term of the election; grows from one leader to the next.
+    pub term: u64,
+    /// Where heads may be that stand by, and this one.
+    pub heads: Vec<String>,
 }
 
 /// A node.

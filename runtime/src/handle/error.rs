@@ -25,6 +25,9 @@ pub enum Refusal {
     /// Too many bytes already wait to be sent to the peer.
     #[error("the queue to the peer is full")]
     QueueFull,
+    /// The process stands by for another one that runs the actor, at that address; empty if none is known.
+    #[error("stands by for {}", if .0.is_empty() { "a leader that is not known yet" } else { .0.as_str() })]
+    Elsewhere(String),
     /// No connection could be made.
     #[error("unreachable: {0}")]
     Unreachable(String),
@@ -37,7 +40,7 @@ impl Refusal {
     /// Whether the same message to the same address may be accepted later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::MailboxFull | Self::QueueFull | Self::Unreachable(_) => true,
+            Self::MailboxFull | Self::QueueFull | Self::Elsewhere(_) | Self::Unreachable(_) => true,
             Self::NoSuchActor
             | Self::WrongIncarnation
             | Self::WrongProcess
@@ -56,6 +59,7 @@ impl Refusal {
             Self::QueueFull => (6, ""),
             Self::Unreachable(why) => (7, why),
             Self::Unsendable(why) => (8, why),
+            Self::Elsewhere(leader) => (9, leader),
         }
     }
 
@@ -69,6 +73,7 @@ impl Refusal {
             6 => Self::QueueFull,
             7 => Self::Unreachable(text.to_owned()),
             8 => Self::Unsendable(text.to_owned()),
+            9 => Self::Elsewhere(text.to_owned()),
             _ => return None,
         })
     }

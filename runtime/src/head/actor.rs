@@ -1,6 +1,7 @@
 //! The head as an actor: feeds what it hears to the pure core and carries out what that says.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::{
@@ -9,23 +10,24 @@ use actix::{
 use futures_util::stream;
 use tokio::sync::watch;
 
+use super::authority::Authority;
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::messages::{
-    Applied, Apply, Control, ControlAction, DeliverView, Dismiss, FindLog, Lookup, NodeReport, NodeVerdict,
-    ProcessStatus, Shutdown, StartWorker, StopNode, StopWorker, Watch, WorkerReport,
+    Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, FindLog, HeadSeen, Lookup,
+    NodeReport, NodeVerdict, ProcessStatus, Shutdown, StartWorker, StopNode, StopWorker, Watch, WorkerReport,
 };
+use super::tenure::Superseded;
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::backoff::Backoff;
 use crate::cluster::status::{ClusterStatus, HeadStatus, StoreHealth};
 use crate::handle::{ActorAddr, AskError, Handle, Incarnation, ProcessId};
 use crate::node::NodeActor;
-use crate::spec::InvalidSpec;
 use crate::system::{PeerEvent, System};
 use crate::worker::WorkerActor;
 
-/// Longest wait for the store before a client is told that its specs are applied; they are applied either way.
-const DURABLE_PATIENCE: Duration = Duration::from_secs(1);
+/// Longest wait for the store before a client is told that its change is not durable yet.
+const DURABLE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause before an order whose fate is unknown is repeated.
 const ORDER_PAUSE: Duration = Duration::from_millis(50);
 /// Attempts to deliver what must arrive, with growing pauses: about 4 s.
@@ -36,6 +38,9 @@ pub(crate) struct HeadActor {
     core: HeadState,
     system: System,
     keeper: Keeper,
+    authority: Arc<Authority>,
+    /// Where heads that stand by may be, beside this one.
+    heads: Vec<String>,
     started: Instant,
     nodes: HashMap<String, NodeLink>,
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
@@ -55,6 +60,9 @@ pub(super) struct Parts {
     pub(super) core: HeadState,
     pub(super) system: System,
     pub(super) keeper: Keeper,
+    pub(super) authority: Arc<Authority>,
+    /// Where heads may be, this one included.
+    pub(super) heads: Vec<String>,
     /// The moment that the core's time counts from.
     pub(super) started: Instant,
     pub(super) closed: watch::Sender<bool>,
@@ -62,12 +70,14 @@ pub(super) struct Parts {
 
 impl HeadActor {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { core, system, keeper, started, closed } = parts;
+        let Parts { core, system, keeper, authority, heads, started, closed } = parts;
         Self {
             version: watch::Sender::new(core.version()),
             core,
             system,
             keeper,
+            authority,
+            heads,
             started,
             nodes: HashMap::new(),
             workers: HashMap::new(),
@@ -97,32 +107,37 @@ impl HeadActor {
         self.rearm(ctx);
     }
 
+    /// HA-1: nothing is ordered by a head that may not lead any more.
     fn execute(&mut self, command: Command, ctx: &mut Context<Self>) {
+        if !self.authority.may_act() {
+            return tracing::debug!(?command, "not carried out: this head leads no more");
+        }
+        let term = self.core.term();
         match command {
             Command::StartWorker { node, order } => self.start_worker(node, order, ctx),
             Command::StopWorker { node, incarnation, manner } => {
                 if let Some(link) = self.nodes.get(&node) {
-                    insist(link.handle.clone(), StopWorker { incarnation, manner });
+                    self.insist(&link.handle, StopWorker { incarnation, manner, term });
                 }
             }
             Command::DismissWorker { incarnation, why } => {
                 if let Some(worker) = self.workers.remove(&incarnation) {
-                    insist(worker, Dismiss { why });
+                    self.insist(&worker, Dismiss { why, term });
                 }
             }
             Command::CreateActor(order) => {
                 if let Some(worker) = self.workers.get(&order.incarnation) {
-                    insist(worker.clone(), order);
+                    self.insist(worker, order);
                 }
             }
             Command::SendView { incarnation, view } => {
                 if let Some(worker) = self.workers.get(&incarnation) {
-                    insist(worker.clone(), DeliverView((*view).clone()));
+                    self.insist(worker, DeliverView { view: (*view).clone(), term });
                 }
             }
             Command::StopNode { node } => {
                 if let Some(link) = self.nodes.get(&node) {
-                    insist(link.handle.clone(), StopNode);
+                    self.insist(&link.handle, StopNode { term });
                 }
             }
             Command::Persist(write) => self.keeper.write(&write),
@@ -132,10 +147,13 @@ impl HeadActor {
     /// Orders a worker. The order is repeated while its fate is unknown: the node carries it out once.
     fn start_worker(&self, node: String, order: StartWorker, ctx: &mut Context<Self>) {
         let Some(link) = self.nodes.get(&node) else { return };
-        let (handle, head) = (link.handle.clone(), ctx.address());
+        let (handle, head, authority) = (link.handle.clone(), ctx.address(), self.authority.clone());
         actix::spawn(async move {
             match handle.ask(order.clone()).await {
-                Ok(outcome) => head.do_send(Ordered { incarnation: order.incarnation, outcome }),
+                Ok(Ok(outcome)) => head.do_send(Ordered { incarnation: order.incarnation, outcome }),
+                Ok(Err(Superseded { term })) => {
+                    authority.heard(term);
+                }
                 Err(error) => {
                     tracing::debug!(node, actor = order.actor, %error, "cannot order a worker");
                     tokio::time::sleep(ORDER_PAUSE).await;
@@ -143,6 +161,37 @@ impl HeadActor {
                 }
             }
         });
+    }
+
+    fn insist<A, M>(&self, to: &Handle<A>, message: M)
+    where
+        A: RemoteActor + Handler<M>,
+        M: WireMessage<Result = Result<(), Superseded>> + Clone,
+    {
+        insist(to.clone(), message, self.authority.clone());
+    }
+
+    /// This head, for those that report to it; an error once it leads no more.
+    fn seen(&self, term: u64) -> Result<HeadSeen, Superseded> {
+        if !self.authority.heard(term) {
+            return Err(Superseded { term });
+        }
+        Ok(HeadSeen { process: self.system.process(), term: self.core.term(), heads: self.heads.clone() })
+    }
+
+    /// Answers once everything up to here is durable.
+    fn durably<T: 'static>(&self, done: T) -> ResponseFuture<Result<T, String>> {
+        let (flushed, keeper) = (self.keeper.flushed(DURABLE_PATIENCE), self.keeper.clone());
+        let authority = self.authority.clone();
+        Box::pin(async move {
+            match (flushed.await, authority.may_act()) {
+                (true, true) => Ok(done),
+                (_, false) => Err("this head leads no more".to_owned()),
+                (false, true) => {
+                    Err(keeper.health().error.unwrap_or_else(|| "the state store is slow".to_owned()))
+                }
+            }
+        })
     }
 
     /// Has the core woken at its next deadline.
@@ -171,6 +220,8 @@ impl HeadActor {
             uptime_s: self.now().as_secs(),
             closing: false,
             recovering: false,
+            term: self.core.term(),
+            heads: self.heads.clone(),
         };
         ClusterStatus {
             version: self.core.version(),
@@ -184,17 +235,25 @@ impl HeadActor {
     }
 }
 
-/// Delivers a message that must arrive: tries again until it did, or the receiver is certainly gone.
-fn insist<A, M>(to: Handle<A>, message: M)
+/// Delivers an order that must arrive: tries again until it did, or the receiver is certainly gone, or this head leads
+/// no more.
+fn insist<A, M>(to: Handle<A>, message: M, authority: Arc<Authority>)
 where
     A: RemoteActor + Handler<M>,
-    M: WireMessage + Clone,
+    M: WireMessage<Result = Result<(), Superseded>> + Clone,
 {
     actix::spawn(async move {
         let mut backoff = Backoff::reconnect();
         for _ in 0..INSISTENCE {
+            if !authority.may_act() {
+                return;
+            }
             match to.ask(message.clone()).await {
-                Ok(_) => return,
+                Ok(Ok(())) => return,
+                Ok(Err(Superseded { term })) => {
+                    authority.heard(term);
+                    return;
+                }
                 Err(AskError::Refused(refused)) if !refused.reason.is_transient() => {
                     return tracing::debug!(message = M::NAME, to = %to.addr(), %refused, "not delivered");
                 }
@@ -304,7 +363,7 @@ impl Handler<OrderAgain> for HeadActor {
     type Result = ();
 
     fn handle(&mut self, again: OrderAgain, ctx: &mut Context<Self>) {
-        if self.core.awaits_start(again.order.incarnation) {
+        if self.core.awaits_start(again.order.incarnation) && self.authority.may_act() {
             self.start_worker(again.node, again.order, ctx);
         }
     }
@@ -322,6 +381,10 @@ impl Handler<NodeReport> for HeadActor {
     type Result = MessageResult<NodeReport>;
 
     fn handle(&mut self, report: NodeReport, ctx: &mut Context<Self>) -> Self::Result {
+        let seen = match self.seen(report.term) {
+            Ok(seen) => seen,
+            Err(superseded) => return MessageResult(NodeVerdict::Superseded(superseded)),
+        };
         if let Err(why) = self.core.admits(&report) {
             return MessageResult(NodeVerdict::Refused { why });
         }
@@ -335,7 +398,7 @@ impl Handler<NodeReport> for HeadActor {
             self.workers.remove(&worker.incarnation);
         }
         self.feed(Event::NodeReport(report), ctx);
-        MessageResult(NodeVerdict::Accepted { head: self.system.process() })
+        MessageResult(NodeVerdict::Accepted(seen))
     }
 }
 
@@ -343,38 +406,40 @@ impl Handler<WorkerReport> for HeadActor {
     type Result = MessageResult<WorkerReport>;
 
     fn handle(&mut self, report: WorkerReport, ctx: &mut Context<Self>) -> Self::Result {
+        let seen = match self.seen(report.term) {
+            Ok(seen) => seen,
+            Err(superseded) => return MessageResult(Err(superseded)),
+        };
         let known = self.workers.get(&report.incarnation).is_some_and(|worker| *worker.addr() == report.addr);
         if !known {
             self.workers.insert(report.incarnation, self.system.handle(report.addr.clone()));
         }
         self.feed(Event::WorkerReport(report), ctx);
-        MessageResult(self.system.process())
+        MessageResult(Ok(seen))
     }
 }
 
 impl Handler<Apply> for HeadActor {
-    type Result = ResponseFuture<Result<Applied, InvalidSpec>>;
+    type Result = ResponseFuture<Result<Applied, ApplyError>>;
 
     fn handle(&mut self, apply: Apply, ctx: &mut Context<Self>) -> Self::Result {
+        if !self.authority.may_act() {
+            return Box::pin(async { Err(ApplyError::NotDurable("this head leads no more".to_owned())) });
+        }
         let applied = match self.core.apply(self.now(), apply.specs, apply.mode) {
             Ok((applied, commands)) => {
                 self.carry_out(commands, ctx);
                 applied
             }
-            Err(invalid) => return Box::pin(async { Err(invalid) }),
+            Err(invalid) => return Box::pin(async { Err(ApplyError::Spec(invalid)) }),
         };
-        let flushed = self.keeper.flushed(DURABLE_PATIENCE);
-        Box::pin(async move {
-            if !flushed.await {
-                tracing::warn!("specs are applied but not yet durable");
-            }
-            Ok(applied)
-        })
+        let durable = self.durably(applied);
+        Box::pin(async move { durable.await.map_err(ApplyError::NotDurable) })
     }
 }
 
 impl Handler<Control> for HeadActor {
-    type Result = Result<(), String>;
+    type Result = ResponseFuture<Result<(), String>>;
 
     fn handle(&mut self, control: Control, ctx: &mut Context<Self>) -> Self::Result {
         let (now, name) = (self.now(), &control.actor);
@@ -383,9 +448,11 @@ impl Handler<Control> for HeadActor {
             ControlAction::Restart => self.core.restart_actor(now, name),
             ControlAction::Remove => self.core.remove_actor(now, name),
         };
-        let commands = commands.map_err(|error| error.to_string())?;
-        self.carry_out(commands, ctx);
-        Ok(())
+        match commands {
+            Ok(commands) => self.carry_out(commands, ctx),
+            Err(error) => return Box::pin(async move { Err(error.to_string()) }),
+        }
+        self.durably(())
     }
 }
 

@@ -150,6 +150,8 @@ const INCARNATION_BLOCK: u64 = 256;
 #[derive(Debug)]
 pub struct HeadState {
     patience: Patience,
+    /// HA-2: goes with every order.
+    term: u64,
     nodes: BTreeMap<String, Node>,
     actors: BTreeMap<String, Actor>,
     groups: BTreeMap<String, Group>,
@@ -171,6 +173,7 @@ impl HeadState {
     pub fn new(patience: Patience) -> Self {
         Self {
             patience,
+            term: 0,
             nodes: BTreeMap::new(),
             actors: BTreeMap::new(),
             groups: BTreeMap::new(),
@@ -183,6 +186,16 @@ impl HeadState {
             now: Duration::ZERO,
             out: Vec::new(),
         }
+    }
+
+    /// The same in that term of the election.
+    pub fn in_term(self, term: u64) -> Self {
+        Self { term, ..self }
+    }
+
+    /// The term of the election in which this head leads.
+    pub fn term(&self) -> u64 {
+        self.term
     }
 
     /// Takes one event at `now` (time since any fixed moment, never decreasing) and returns what to do, in order.

@@ -1,6 +1,7 @@
 //! Keeps the head's records in the state store, behind its back: the head never waits for the store.
 //!
-//! While the store does not answer, writes wait here, the latest of each key, and are tried again.
+//! While the store does not answer, writes wait here, the latest of each key, and are tried again. HA-3: every write
+//! happens only if this process still leads.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,10 +9,11 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
+use super::authority::Authority;
 use super::core::{Record, Write};
 use crate::backoff::Backoff;
 use crate::cluster::status::StoreHealth;
-use crate::state::{Op, StateConfig, StateError, StateStore};
+use crate::state::{Leadership, Op, StateConfig, StateError, StateStore};
 use crate::wire::{CodecError, from_bytes, to_bytes};
 
 /// Everything of the head is kept under this.
@@ -59,6 +61,8 @@ pub(super) struct Keeper {
 
 struct Shared {
     store: StateStore,
+    leadership: Leadership,
+    authority: Arc<Authority>,
     /// Latest value of each key that is to be written; `None` removes it.
     pending: Mutex<BTreeMap<String, Option<Vec<u8>>>>,
     news: Notify,
@@ -66,9 +70,13 @@ struct Shared {
 }
 
 impl Keeper {
-    /// Opens the store and reads what an earlier head kept.
-    pub(super) async fn open(config: &StateConfig) -> Result<(Self, Vec<Record>), LoadError> {
-        let store = StateStore::open(config).await?;
+    /// Reads what an earlier head kept, and keeps what this one writes for as long as it leads.
+    pub(super) async fn open(
+        config: &StateConfig,
+        store: StateStore,
+        leadership: Leadership,
+        authority: Arc<Authority>,
+    ) -> Result<(Self, Vec<Record>), LoadError> {
         let mut records = Vec::new();
         for entry in store.range(PREFIX).await?.entries {
             records
@@ -80,6 +88,8 @@ impl Keeper {
         };
         let shared = Arc::new(Shared {
             store,
+            leadership,
+            authority,
             pending: Mutex::default(),
             news: Notify::new(),
             health: watch::Sender::new(StoreHealth { kind, queued: 0, error: None }),
@@ -146,10 +156,15 @@ impl Shared {
                 Some(value) => Op::put(key.clone(), value.clone()),
                 None => Op::delete(key.clone()),
             });
+            let ops = std::iter::once(self.leadership.guard()).chain(ops);
             match self.store.txn(ops.collect()).await {
                 Ok(_) => {
                     backoff.reset();
                     self.written(&batch);
+                }
+                Err(error @ StateError::Conflict { .. }) => {
+                    self.health.send_modify(|health| health.error = Some(error.to_string()));
+                    return self.authority.end("another head was elected");
                 }
                 Err(error) => {
                     if self.health.borrow().error.is_none() {
@@ -181,6 +196,9 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use super::super::tenure::Tenure;
     use super::*;
     use crate::spec::ActorSpec;
 
@@ -189,7 +207,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = StateConfig::Embedded { dir: dir.path().to_owned() };
         let spec = |name: &str| Record::Spec(ActorSpec::new(name, "t", vec![1]));
-        let (keeper, records) = Keeper::open(&config).await.unwrap();
+        let store = StateStore::open(&config).await.unwrap();
+        let leadership = store.seize("head", "me").await.unwrap();
+        let authority = Authority::new(Tenure::sole(1), Instant::now());
+        let (keeper, records) =
+            Keeper::open(&config, store.clone(), leadership, authority.clone()).await.unwrap();
         assert_eq!(records, []);
         keeper.write(&Write::Put(spec("a")));
         keeper.write(&Write::Put(spec("b")));
@@ -199,6 +221,13 @@ mod tests {
         let read = keeper.shared.store.range(PREFIX).await.unwrap().entries;
         let read: Vec<Record> = read.iter().map(|entry| from_bytes(&entry.value).unwrap()).collect();
         assert_eq!(read, [Record::Incarnations(7), spec("a")]);
+
+        // HA-3: once another leads, nothing is written any more.
+        store.seize("head", "another").await.unwrap();
+        keeper.write(&Write::Put(spec("late")));
+        assert!(!keeper.flushed(Duration::from_secs(10)).await);
+        authority.over().await;
+        assert_eq!(store.get("head/spec/late").await.unwrap(), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use actix::Message;
 use bincode::{Decode, Encode};
 
 use super::core::Manner;
+use super::tenure::Superseded;
 use crate::actor::WireMessage;
 use crate::cluster::status::ClusterStatus;
 use crate::group::GroupView;
@@ -30,23 +31,23 @@ macro_rules! wire {
 wire! {
     // To the head.
     NodeReport = "head.node" -> NodeVerdict;
-    WorkerReport = "head.worker" -> ProcessId;
-    Apply = "head.apply" -> Result<Applied, InvalidSpec>;
+    WorkerReport = "head.worker" -> Result<HeadSeen, Superseded>;
+    Apply = "head.apply" -> Result<Applied, ApplyError>;
     Control = "head.control" -> Result<(), String>;
     Watch = "head.watch" -> ClusterStatus;
     Lookup = "head.lookup" -> Option<ActorAddr>;
     FindLog = "head.find_log" -> Result<ActorAddr, String>;
     Shutdown = "head.shutdown" -> ();
     // To a node agent.
-    StartWorker = "node.start" -> Result<(), String>;
-    StopWorker = "node.stop_worker" -> ();
-    StopNode = "node.stop" -> ();
+    StartWorker = "node.start" -> Result<Result<(), String>, Superseded>;
+    StopWorker = "node.stop_worker" -> Result<(), Superseded>;
+    StopNode = "node.stop" -> Result<(), Superseded>;
     WorkerHello = "node.hello" -> HelloReply;
     ReadLog = "node.read_log" -> Result<LogChunk, String>;
     // To a worker.
-    CreateActor = "worker.create" -> ();
-    DeliverView = "worker.view" -> ();
-    Dismiss = "worker.dismiss" -> ();
+    CreateActor = "worker.create" -> Result<(), Superseded>;
+    DeliverView = "worker.view" -> Result<(), Superseded>;
+    Dismiss = "worker.dismiss" -> Result<(), Superseded>;
 }
 
 /// What a node is and which workers it has. Its registration, its heartbeat and its news in one.
@@ -72,6 +73,8 @@ pub struct NodeReport {
     pub stage: NodeStage,
     /// Its workers: those that run and those whose end the head has not yet heard of.
     pub workers: Vec<WorkerProcess>,
+    /// Newest term that it has heard of; 0 for none.
+    pub term: u64,
 }
 
 /// Whether a node stays.
@@ -113,15 +116,25 @@ pub enum ProcessStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum NodeVerdict {
     /// What was reported is known now.
-    Accepted {
-        /// The head's process.
-        head: ProcessId,
-    },
+    Accepted(HeadSeen),
+    /// A newer head leads.
+    Superseded(Superseded),
     /// The node may not join.
     Refused {
         /// Why, and what to do.
         why: String,
     },
+}
+
+/// The head that answers.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct HeadSeen {
+    /// Its process.
+    pub process: ProcessId,
+    /// Its term.
+    pub term: u64,
+    /// Where it and those that stand by listen.
+    pub heads: Vec<String>,
 }
 
 /// What a worker says of its actor.
@@ -151,6 +164,8 @@ pub struct WorkerReport {
     pub views: Vec<(String, u64)>,
     /// The views themselves, when it registers: a restarted head may have lost the last ones.
     pub held: Vec<GroupView>,
+    /// Newest term that it has heard of; 0 for none.
+    pub term: u64,
 }
 
 /// How far a worker's actor is.
@@ -173,6 +188,17 @@ pub struct Apply {
     pub specs: Vec<ActorSpec>,
     /// What becomes of the others.
     pub mode: ApplyMode,
+}
+
+/// Why an apply is not acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum ApplyError {
+    /// A spec cannot work; nothing was changed.
+    #[error(transparent)]
+    Spec(InvalidSpec),
+    /// The change took place, but a head that starts anew may not know of it.
+    #[error("not durable yet: {0}; repeat it")]
+    NotDurable(String),
 }
 
 /// What becomes of actors that an apply does not list.
@@ -256,6 +282,8 @@ pub struct StartWorker {
     /// `NodeReport::seq` of the last report that the head had seen. A node refuses an order that is older than its
     /// last registration: the head has read from that that the worker does not exist.
     pub report_seq: u64,
+    /// Term of the head that orders it.
+    pub term: u64,
 }
 
 /// Has a node end a worker process.
@@ -265,11 +293,16 @@ pub struct StopWorker {
     pub incarnation: Incarnation,
     /// How.
     pub manner: Manner,
+    /// Term of the head that orders it.
+    pub term: u64,
 }
 
 /// Has a node end its workers and itself.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct StopNode;
+pub struct StopNode {
+    /// Term of the head that orders it.
+    pub term: u64,
+}
 
 /// A worker registers at its node.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -320,15 +353,24 @@ pub struct CreateActor {
     pub spec: ActorSpec,
     /// The device it owns.
     pub device: Option<Device>,
+    /// Term of the head that orders it.
+    pub term: u64,
 }
 
 /// Has a worker deliver a view to its actor.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct DeliverView(pub GroupView);
+pub struct DeliverView {
+    /// The view.
+    pub view: GroupView,
+    /// Term of the head that sends it.
+    pub term: u64,
+}
 
 /// Tells a worker to exit at once.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Dismiss {
     /// Why.
     pub why: String,
+    /// Term of the head that orders it.
+    pub term: u64,
 }

@@ -3,14 +3,18 @@
 //! It is never on the path of a token: nodes, workers and their actors go on without it.
 
 mod actor;
+mod authority;
 pub mod core;
+mod election;
+pub(crate) mod finder;
 mod keeper;
 pub mod messages;
 pub mod placement;
 mod service;
 pub mod supervise;
+pub mod tenure;
 
 pub(crate) use self::actor::HeadActor;
 pub use self::core::Patience;
 pub use self::keeper::LoadError;
-pub use self::service::{HeadConfig, HeadError, HeadHandle, run};
+pub use self::service::{Ending, HeadConfig, HeadError, HeadHandle, Role, run};

@@ -10,6 +10,8 @@ use crate::handle::{ActorId, Incarnation, Refusal};
 #[derive(Default)]
 pub(crate) struct Registry {
     entries: RwLock<HashMap<ActorId, Arc<Entry>>>,
+    /// Where actors are that this process stands by for.
+    elsewhere: RwLock<HashMap<ActorId, String>>,
 }
 
 impl Registry {
@@ -31,12 +33,22 @@ impl Registry {
     pub(crate) fn find(&self, id: ActorId, incarnation: Incarnation) -> Result<Arc<Entry>, Refusal> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         match entries.get(&id) {
-            None => Err(Refusal::NoSuchActor),
+            None => Err(self.absent(id)),
             Some(entry) if incarnation == Incarnation::ANY || entry.incarnation == incarnation => {
                 Ok(entry.clone())
             }
             Some(_) => Err(Refusal::WrongIncarnation),
         }
+    }
+
+    /// Whoever asks for an actor that is not here is sent to that endpoint; empty while it is not known.
+    pub(crate) fn redirect(&self, id: ActorId, endpoint: String) {
+        self.elsewhere.write().unwrap_or_else(PoisonError::into_inner).insert(id, endpoint);
+    }
+
+    fn absent(&self, id: ActorId) -> Refusal {
+        let elsewhere = self.elsewhere.read().unwrap_or_else(PoisonError::into_inner);
+        elsewhere.get(&id).cloned().map_or(Refusal::NoSuchActor, Refusal::Elsewhere)
     }
 
     /// All actors.

@@ -13,10 +13,12 @@ use super::{NodeConfig, logs};
 use crate::actor::{Accepts, RemoteActor};
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::head::core::Manner;
+use crate::head::finder::Heads;
 use crate::head::messages::{
     HelloReply, LogChunk, NodeReport, NodeStage, ProcessStatus, ReadLog, StartWorker, StopNode, StopWorker,
     WorkerHello, WorkerProcess,
 };
+use crate::head::tenure::{Allegiance, Superseded};
 use crate::spec::DeathCause;
 use crate::system::System;
 
@@ -31,6 +33,7 @@ pub(super) struct Agent {
     boot: u64,
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
+    heads: Mutex<Heads>,
     /// Something is to be reported.
     pub(super) news: Notify,
 }
@@ -44,6 +47,8 @@ struct State {
     registered_seq: u64,
     /// Highest incarnation that was ever ordered here.
     ordered: Incarnation,
+    /// HA-2: the newest head that was heard of.
+    allegiance: Allegiance,
     /// What the head last said to a report.
     verdict: Option<Result<(), String>>,
 }
@@ -67,6 +72,7 @@ enum Status {
 impl Agent {
     pub(super) fn new(config: NodeConfig, dir: RunDir, system: System) -> Self {
         Self {
+            heads: Mutex::new(Heads::new(&config.head)),
             config,
             dir,
             system,
@@ -79,6 +85,16 @@ impl Agent {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The known heads.
+    pub(super) fn heads(&self) -> MutexGuard<'_, Heads> {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// HA-2: whether to obey a head of that term.
+    pub(super) fn obey(&self, term: u64) -> Result<(), Superseded> {
+        self.lock().allegiance.obey(term)
     }
 
     /// Takes over the workers of an earlier agent.
@@ -179,7 +195,7 @@ impl Agent {
             incarnation: order.incarnation,
             device: order.device.as_ref().map(|device| device.index),
             node: self.config.name.clone(),
-            head: self.config.head.clone(),
+            head: self.heads().list(),
             bind: self.config.worker_bind,
             advertise: self.config.advertise.clone(),
             token_file: self.config.token.as_ref().map(|_| self.dir.token()),
@@ -243,7 +259,7 @@ impl Agent {
     /// What the head last said to a report; an error before its first word.
     pub(super) fn joined(&self) -> Result<(), String> {
         let verdict = self.lock().verdict.clone();
-        verdict.unwrap_or_else(|| Err(format!("no answer from the head at {} yet", self.config.head)))
+        verdict.unwrap_or_else(|| Err(format!("no answer from the head at {} yet", self.heads().list())))
     }
 
     pub(super) fn judged(&self, verdict: Result<(), String>) {
@@ -279,6 +295,7 @@ impl Agent {
             cpus: self.config.cpus,
             stage,
             workers: state.workers.values().filter_map(Worker::reported).collect(),
+            term: state.allegiance.term(),
         }
     }
 
@@ -354,34 +371,41 @@ impl RemoteActor for NodeActor {
 }
 
 impl Handler<StartWorker> for NodeActor {
-    type Result = ResponseFuture<Result<(), String>>;
+    type Result = ResponseFuture<Result<Result<(), String>, Superseded>>;
 
     fn handle(&mut self, order: StartWorker, _: &mut Self::Context) -> Self::Result {
+        if let Err(superseded) = self.agent.obey(order.term) {
+            return Box::pin(async move { Err(superseded) });
+        }
         let record = match self.agent.admit(&order) {
             Ok(Some(record)) => record,
-            Ok(None) => return Box::pin(async { Ok(()) }),
-            Err(why) => return Box::pin(async { Err(why) }),
+            Ok(None) => return Box::pin(async { Ok(Ok(())) }),
+            Err(why) => return Box::pin(async { Ok(Err(why)) }),
         };
         let agent = self.agent.clone();
         // Starting a process blocks for a moment.
         let started = self.agent.runtime.spawn_blocking(move || agent.launch(record));
-        Box::pin(async move { started.await.unwrap_or_else(|error| Err(error.to_string())) })
+        Box::pin(async move { Ok(started.await.unwrap_or_else(|error| Err(error.to_string()))) })
     }
 }
 
 impl Handler<StopWorker> for NodeActor {
-    type Result = ();
+    type Result = Result<(), Superseded>;
 
-    fn handle(&mut self, order: StopWorker, _: &mut Self::Context) {
+    fn handle(&mut self, order: StopWorker, _: &mut Self::Context) -> Self::Result {
+        self.agent.obey(order.term)?;
         self.agent.stop(order.incarnation, order.manner);
+        Ok(())
     }
 }
 
 impl Handler<StopNode> for NodeActor {
-    type Result = ();
+    type Result = Result<(), Superseded>;
 
-    fn handle(&mut self, _: StopNode, _: &mut Self::Context) {
+    fn handle(&mut self, order: StopNode, _: &mut Self::Context) -> Self::Result {
+        self.agent.obey(order.term)?;
         self.agent.leave();
+        Ok(())
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) struct WorkerRecord {
     pub(crate) device: Option<u32>,
     /// Name of its node.
     pub(crate) node: String,
-    /// Where the head listens.
+    /// Where heads listen, with commas between.
     pub(crate) head: String,
     /// Address that the worker listens at.
     pub(crate) bind: IpAddr,

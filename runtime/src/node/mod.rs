@@ -32,7 +32,7 @@ use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, Syst
 pub struct NodeConfig {
     /// Name, unique in the cluster.
     pub name: String,
-    /// Where the head listens, `host:port`.
+    /// Where the head listens, `host:port`; several, with commas between, are tried in turn.
     pub head: String,
     /// Where the agent listens. Default 127.0.0.1, a free port.
     pub bind: SocketAddr,

@@ -3,9 +3,9 @@
 use super::agent::Agent;
 use super::logs;
 use crate::backoff::Backoff;
-use crate::handle::{ActorId, Handle, ProcessId};
+use crate::handle::{ActorId, AskError, Handle, ProcessId, Refusal};
 use crate::head::HeadActor;
-use crate::head::messages::{NodeStage, NodeVerdict};
+use crate::head::messages::{HeadSeen, NodeReport, NodeStage, NodeVerdict};
 use crate::system::{PeerEvent, PeerEvents};
 
 /// Attempts to tell the head goodbye.
@@ -13,9 +13,6 @@ const GOODBYES: u32 = 5;
 
 /// Reports until the node has left.
 pub(super) async fn report(agent: &Agent) {
-    let timing = agent.config.timing;
-    let head: Handle<HeadActor> = agent.system.handle_at(&agent.config.head, ActorId::HEAD);
-    let head = head.with_deadline(timing.report_timeout);
     let mut peers = agent.system.peer_events();
     let mut backoff = Backoff::reconnect();
     let mut registering = true;
@@ -23,18 +20,19 @@ pub(super) async fn report(agent: &Agent) {
     loop {
         let report = agent.report(registering);
         let left = report.stage == NodeStage::Left;
-        let outcome = match head.ask(report.clone()).await {
-            Ok(NodeVerdict::Accepted { head }) => Ok(head),
-            Ok(NodeVerdict::Refused { why }) => {
-                Err(format!("the head at {} refused: {why}", agent.config.head))
-            }
-            Err(error) => Err(format!("cannot reach the head at {}: {error}", agent.config.head)),
-        };
         goodbyes += u32::from(left);
-        match outcome {
-            Ok(process) => {
+        match tell(agent, &report).await {
+            Ok(head) => {
+                agent.heads().found();
+                agent.heads().learn(head.heads.iter().map(String::as_str));
                 if registering {
-                    tracing::info!(node = agent.config.name, head = agent.config.head, "joined the cluster");
+                    let at = agent.heads().current().to_owned();
+                    tracing::info!(
+                        node = agent.config.name,
+                        head = at,
+                        term = head.term,
+                        "joined the cluster"
+                    );
                 }
                 agent.heard(&report);
                 agent.judged(Ok(()));
@@ -42,9 +40,9 @@ pub(super) async fn report(agent: &Agent) {
                     return;
                 }
                 backoff.reset();
-                registering = wait(agent, &mut peers, process).await;
+                registering = wait(agent, &mut peers, head.process).await;
             }
-            Err(why) => {
+            Err(Miss { leader, why }) => {
                 if left && goodbyes >= GOODBYES {
                     return;
                 }
@@ -53,12 +51,42 @@ pub(super) async fn report(agent: &Agent) {
                 }
                 agent.judged(Err(why));
                 registering = true;
+                if agent.heads().missed(&leader) {
+                    continue;
+                }
                 tokio::select! {
                     () = backoff.pause() => {}
                     () = agent.news.notified() => {}
                 }
             }
         }
+    }
+}
+
+/// Why a report was not taken, and where the leader is, if the one that was asked knows.
+struct Miss {
+    leader: String,
+    why: String,
+}
+
+/// Reports to the present head.
+async fn tell(agent: &Agent, report: &NodeReport) -> Result<HeadSeen, Miss> {
+    let at = agent.heads().current().to_owned();
+    let head: Handle<HeadActor> = agent.system.handle_at(&at, ActorId::HEAD);
+    let miss = |why: String| Miss { leader: String::new(), why };
+    match head.with_deadline(agent.config.timing.report_timeout).ask(report.clone()).await {
+        // HA-2: a head that is older than one that was heard of is left alone.
+        Ok(NodeVerdict::Accepted(head)) => match agent.obey(head.term) {
+            Ok(()) => Ok(head),
+            Err(superseded) => Err(miss(format!("the head at {at}: {superseded}"))),
+        },
+        Ok(NodeVerdict::Superseded(superseded)) => Err(miss(format!("the head at {at}: {superseded}"))),
+        Ok(NodeVerdict::Refused { why }) => Err(miss(format!("the head at {at} refused: {why}"))),
+        Err(AskError::Refused(refused)) => match refused.reason {
+            Refusal::Elsewhere(leader) => Err(Miss { why: format!("the head at {at} stands by"), leader }),
+            reason => Err(miss(format!("cannot reach the head at {at}: {reason}"))),
+        },
+        Err(error) => Err(miss(format!("cannot reach the head at {at}: {error}"))),
     }
 }
 

@@ -3,7 +3,7 @@
 //! The revision of the key is the fencing token: a leader that adds `Leadership::guard` to its transactions cannot
 //! overwrite what a later leader wrote.
 
-use super::{Expect, LeaseId, Op, Revision, StateError, StateStore};
+use super::{Entry, Expect, LeaseId, Op, Revision, StateError, StateStore};
 
 /// Proof of having been elected.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,21 +32,52 @@ impl StateStore {
         value: impl Into<Vec<u8>>,
         lease: LeaseId,
     ) -> Result<Leadership, StateError> {
-        let key = election_key(election);
         let value = value.into();
         loop {
-            let put = Op::Put {
-                key: key.clone(),
-                value: value.clone(),
-                expect: Expect::Absent,
-                lease: Some(lease),
-            };
-            match self.txn(vec![put]).await {
-                Ok(revision) => return Ok(Leadership { key, revision }),
-                Err(StateError::Conflict { .. }) => self.wait_until_absent(&key).await?,
-                Err(error) => return Err(error),
+            if let Some(leadership) = self.stand(election, value.clone(), lease).await? {
+                return Ok(leadership);
             }
+            self.vacant(election).await?;
         }
+    }
+
+    /// Is elected, unless somebody leads.
+    pub async fn stand(
+        &self,
+        election: &str,
+        value: impl Into<Vec<u8>>,
+        lease: LeaseId,
+    ) -> Result<Option<Leadership>, StateError> {
+        let key = election_key(election);
+        let put =
+            Op::Put { key: key.clone(), value: value.into(), expect: Expect::Absent, lease: Some(lease) };
+        match self.txn(vec![put]).await {
+            Ok(revision) => Ok(Some(Leadership { key, revision })),
+            Err(StateError::Conflict { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Leads from now on, whoever led before and without a lease: for a store that one process alone can open.
+    pub async fn seize(&self, election: &str, value: impl Into<Vec<u8>>) -> Result<Leadership, StateError> {
+        let key = election_key(election);
+        let revision = self.txn(vec![Op::put(key.clone(), value)]).await?;
+        Ok(Leadership { key, revision })
+    }
+
+    /// Ends the leadership that was won in that revision, if it lasts: its holder is known to be gone.
+    pub async fn evict(&self, election: &str, won: Revision) -> Result<(), StateError> {
+        self.resign(Leadership { key: election_key(election), revision: won }).await
+    }
+
+    /// Waits until nobody leads.
+    pub async fn vacant(&self, election: &str) -> Result<(), StateError> {
+        self.wait_until_absent(&election_key(election)).await
+    }
+
+    /// The present leader's entry: what it said of itself, and the revision in which it won.
+    pub async fn leader_entry(&self, election: &str) -> Result<Option<Entry>, StateError> {
+        self.get(&election_key(election)).await
     }
 
     /// What the present leader said of itself.

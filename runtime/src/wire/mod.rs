@@ -14,7 +14,7 @@ mod outbound;
 pub use codec::{CodecError, from_bytes, to_bytes};
 
 /// Version of handshake and frames. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Largest frame that any configuration allows, bytes.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;

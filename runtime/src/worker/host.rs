@@ -11,6 +11,7 @@ use crate::actor::{Accepts, ActorCx, ActorTypes, CreateError, CxParts, RemoteAct
 use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::head::messages::{CreateActor, DeliverView, Dismiss, WorkerPhase, WorkerReport};
+use crate::head::tenure::{Allegiance, Superseded};
 use crate::node::files::WorkerRecord;
 use crate::spec::{DeathCause, Progress};
 use crate::system::{ActorEnd, System};
@@ -33,7 +34,7 @@ pub(super) enum Ending {
 pub(super) struct Host {
     pub(super) record: WorkerRecord,
     pub(super) system: System,
-    cluster: Cluster,
+    pub(super) cluster: Cluster,
     types: ActorTypes,
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
@@ -50,6 +51,8 @@ struct State {
     phase: WorkerPhase,
     announced: Option<Vec<u8>>,
     seq: u64,
+    /// HA-2: the newest head that was heard of.
+    allegiance: Allegiance,
 }
 
 impl Host {
@@ -61,7 +64,12 @@ impl Host {
             cluster,
             types,
             runtime: tokio::runtime::Handle::current(),
-            state: Mutex::new(State { phase: WorkerPhase::Waiting, announced: None, seq: 0 }),
+            state: Mutex::new(State {
+                phase: WorkerPhase::Waiting,
+                announced: None,
+                seq: 0,
+                allegiance: Allegiance::default(),
+            }),
             over: watch::Sender::new(None),
             end_reported: watch::Sender::new(false),
             news: Notify::new(),
@@ -71,6 +79,11 @@ impl Host {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// HA-2: whether to obey a head of that term.
+    pub(super) fn obey(&self, term: u64) -> Result<(), Superseded> {
+        self.lock().allegiance.obey(term)
     }
 
     fn actor(&self) -> ActorId {
@@ -210,6 +223,7 @@ impl Host {
             announced: state.announced.clone(),
             views: self.views.epochs(),
             held: if registering { self.views.held() } else { Vec::new() },
+            term: state.allegiance.term(),
         }
     }
 
@@ -245,25 +259,31 @@ impl RemoteActor for WorkerActor {
 }
 
 impl Handler<CreateActor> for WorkerActor {
-    type Result = ();
+    type Result = Result<(), Superseded>;
 
-    fn handle(&mut self, order: CreateActor, _: &mut Self::Context) {
+    fn handle(&mut self, order: CreateActor, _: &mut Self::Context) -> Self::Result {
+        self.host.obey(order.term)?;
         self.host.create(order);
+        Ok(())
     }
 }
 
 impl Handler<DeliverView> for WorkerActor {
-    type Result = ();
+    type Result = Result<(), Superseded>;
 
-    fn handle(&mut self, DeliverView(view): DeliverView, _: &mut Self::Context) {
+    fn handle(&mut self, DeliverView { view, term }: DeliverView, _: &mut Self::Context) -> Self::Result {
+        self.host.obey(term)?;
         self.host.views.deliver(view);
+        Ok(())
     }
 }
 
 impl Handler<Dismiss> for WorkerActor {
-    type Result = ();
+    type Result = Result<(), Superseded>;
 
-    fn handle(&mut self, Dismiss { why }: Dismiss, _: &mut Self::Context) {
+    fn handle(&mut self, Dismiss { why, term }: Dismiss, _: &mut Self::Context) -> Self::Result {
+        self.host.obey(term)?;
         self.host.end(Ending::Fenced(why));
+        Ok(())
     }
 }

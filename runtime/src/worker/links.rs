@@ -7,44 +7,66 @@ use tokio::time::Instant;
 
 use super::host::{Ending, Host};
 use crate::backoff::Backoff;
-use crate::handle::{ActorId, Handle, ProcessId};
-use crate::head::HeadActor;
-use crate::head::messages::WorkerHello;
+use crate::handle::{ActorId, AskError, Handle, ProcessId, Refusal, Refused};
+use crate::head::messages::{HeadSeen, WorkerHello, WorkerReport};
 use crate::node::NodeActor;
 use crate::node::files::{self, AgentRecord, RunDir};
 use crate::system::{PeerEvent, PeerEvents};
 
 /// Limit of one report or hello.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// A worker without news reports this often.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Progress is reported at most this often.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(50);
 
 /// Reports to the head for ever. While the head is away the worker serves.
 pub(super) async fn to_head(host: Arc<Host>) {
-    let head: Handle<HeadActor> = host.system.handle_at(&host.record.head, ActorId::HEAD);
-    let head = head.with_deadline(ANSWER_TIMEOUT);
     let mut peers = host.system.peer_events();
     let mut backoff = Backoff::reconnect();
     let mut registering = true;
     loop {
         let report = host.report(registering);
-        match head.ask(report.clone()).await {
-            Ok(process) => {
+        match tell(&host, &report).await {
+            Ok(head) => {
+                host.cluster.found(&head.heads);
                 host.heard(&report);
                 backoff.reset();
                 let pause = Instant::now() + PROGRESS_PAUSE;
                 tokio::select! {
                     () = host.news.notified() => registering = false,
                     () = progress(&host, pause) => registering = false,
-                    () = lost(&mut peers, process) => registering = true,
+                    // A head that is frozen or cut off keeps its connections.
+                    () = tokio::time::sleep(HEARTBEAT) => registering = false,
+                    () = lost(&mut peers, head.process) => registering = true,
                 }
             }
-            Err(error) => {
-                tracing::debug!(head = host.record.head, %error, "cannot report to the head");
+            Err((leader, why)) => {
+                tracing::debug!(why, "cannot report to the head");
                 registering = true;
-                backoff.pause().await;
+                if !host.cluster.missed(&leader) {
+                    backoff.pause().await;
+                }
             }
         }
+    }
+}
+
+/// Reports to the present head. The error names the leader, if the one that was asked knows.
+async fn tell(host: &Host, report: &WorkerReport) -> Result<HeadSeen, (String, String)> {
+    let head = host.cluster.head_handle().with_deadline(ANSWER_TIMEOUT);
+    let at = head.addr().endpoint.clone();
+    match head.ask(report.clone()).await {
+        // HA-2: a head that is older than one that was heard of is left alone.
+        Ok(Ok(head)) => match host.obey(head.term) {
+            Ok(()) => Ok(head),
+            Err(superseded) => Err((String::new(), format!("the head at {at}: {superseded}"))),
+        },
+        Ok(Err(superseded)) => Err((String::new(), format!("the head at {at}: {superseded}"))),
+        Err(AskError::Refused(Refused { reason: Refusal::Elsewhere(leader), .. })) => {
+            Err((leader, format!("the head at {at} stands by")))
+        }
+        Err(error) => Err((String::new(), format!("the head at {at}: {error}"))),
     }
 }
 

@@ -46,7 +46,8 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     config.patience.heartbeat_timeout = Duration::from_millis(1500);
     serve(async {
         let head = head::run(config).await.unwrap();
-        head.serve().await.unwrap();
+        let ending = head.serve().await.unwrap();
+        tracing::info!(?ending, "head ended");
     })
 }
 

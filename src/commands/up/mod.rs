@@ -9,7 +9,7 @@ mod report;
 mod watch;
 
 use crate::args;
-use crate::cluster::{Access, reachable};
+use crate::cluster::Access;
 use crate::config::{Config, Devices, Node};
 use crate::deploy;
 use crate::failure::{self, Failure, NOT_STARTED};
@@ -147,7 +147,7 @@ impl Supervisor<'_> {
             url: ready.url.clone(),
         };
         self.run.set_owner(&owner)?;
-        self.run.set_address(&ready.head)?;
+        self.run.set_address(&Access::of(self.config).address)?;
         self.run.set_token(self.config.token.as_ref())
     }
 
@@ -263,7 +263,7 @@ fn head_args(snapshot: &Path, run: &RunDir) -> Vec<String> {
 
 fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
     let dir = run.path().join("nodes").join(&node.name);
-    let mut args: Vec<String> = vec!["node".into(), "--join".into(), reachable(config.bind).to_string()];
+    let mut args: Vec<String> = vec!["node".into(), "--join".into(), Access::of(config).address];
     args.extend(["--name".into(), node.name.clone()]);
     args.extend(node.devices.args());
     args.extend(["--run-dir".into(), dir.display().to_string()]);
@@ -283,7 +283,9 @@ fn by_hand(config: &Config, node: &Node) -> String {
         Devices::Cpu { count, .. } => format!("--devices cpu={count}"),
         Devices::Cuda { .. } => node.devices.args().join(" "),
     };
-    format!("helio node --join {} --name {} {devices}{token}", config.bind, node.name)
+    let heads: Vec<String> =
+        std::iter::once(config.bind.to_string()).chain(config.peers.iter().cloned()).collect();
+    format!("helio node --join {} --name {} {devices}{token}", heads.join(","), node.name)
 }
 
 /// What a signal means.

@@ -8,6 +8,8 @@ use std::path::Path;
 
 /// Shortest token that is accepted.
 const TOKEN_CHARS_MIN: usize = 16;
+/// etcd raises shorter leases to this.
+const LEASE_S_MIN: u32 = 2;
 
 impl Check<'_> {
     pub(super) fn token(&mut self, raw: &Raw, facts: &Facts) -> Option<Token> {
@@ -82,6 +84,29 @@ impl Check<'_> {
                 "set `bind` in [head] to this machine's address",
             );
         }
+    }
+
+    pub(super) fn heads(&mut self, raw: &Raw) {
+        let head = &raw.head;
+        self.require(
+            head.peers.is_empty() || raw.state.store == Store::Etcd,
+            "head.peers",
+            "the embedded store has one head",
+            "set store = \"etcd\" in [state], or leave `peers` out",
+        );
+        let named = |peer: &String| !peer.trim().is_empty() && !peer.contains(',');
+        self.require(
+            head.peers.iter().all(named),
+            "head.peers",
+            "every peer is one HOST:PORT",
+            "peers = [\"10.0.0.2:6379\"]",
+        );
+        self.require(
+            head.lease_s >= LEASE_S_MIN,
+            "head.lease_s",
+            format!("`lease_s` = {} is shorter than etcd's shortest lease", head.lease_s),
+            format!("write {LEASE_S_MIN} or more"),
+        );
     }
 
     pub(super) fn state(&mut self, raw: &Raw, dir: &Path) -> State {

@@ -175,10 +175,10 @@ impl HeadState {
         live.pid = Some(report.pid);
         let phase = match report.phase {
             WorkerPhase::Waiting => {
-                let device = live.slot.device;
+                let (device, term) = (live.slot.device, self.term);
                 let node = live.slot.node.clone();
                 let device = device.and_then(|index| self.nodes.get(&node)?.device(index).cloned());
-                self.out.push(Command::CreateActor(CreateActor { incarnation, spec, device }));
+                self.out.push(Command::CreateActor(CreateActor { incarnation, spec, device, term }));
                 return;
             }
             WorkerPhase::Creating(progress) => Phase::Starting(progress),
@@ -365,7 +365,7 @@ impl HeadState {
         self.changed = true;
         let device = slot.device.and_then(|index| self.nodes.get(&slot.node)?.device(index).cloned());
         let report_seq = self.nodes.get(&slot.node).map_or(0, Node::seq);
-        let order = StartWorker { actor: name.to_owned(), incarnation, device, report_seq };
+        let order = StartWorker { actor: name.to_owned(), incarnation, device, report_seq, term: self.term };
         self.out.push(Command::StartWorker { node: slot.node, order });
         self.persist_actor(name);
     }

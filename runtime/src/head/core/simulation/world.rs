@@ -430,6 +430,7 @@ impl World {
             cpus: 8,
             stage: NodeStage::Serving,
             workers: running.chain(ended).collect(),
+            term: 0,
         };
         let link = Link::Node(name.to_owned());
         self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::NodeReport(report)));
@@ -518,6 +519,7 @@ impl World {
             announced,
             views: worker.views.iter().map(|(group, view)| (group.clone(), view.epoch)).collect(),
             held: if registering { worker.views.values().cloned().collect() } else { Vec::new() },
+            term: 0,
         };
         let link = Link::Worker(incarnation);
         self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::WorkerReport(report)));
