@@ -227,6 +227,11 @@ impl Host {
         }
     }
 
+    /// Whether views have come since a report that told of these.
+    pub(super) fn has_other_views(&self, told: &[(String, u64)]) -> bool {
+        self.views.epochs() != told
+    }
+
     /// The head has this report.
     pub(super) fn heard(&self, report: &WorkerReport) {
         if matches!(report.phase, WorkerPhase::Ended(_)) {

@@ -32,6 +32,10 @@ pub(super) async fn to_head(host: Arc<Host>) {
                 host.cluster.found(&head.heads);
                 host.heard(&report);
                 backoff.reset();
+                // Until this answer an older head was obeyed: what it sent meanwhile is told as well.
+                if registering && host.has_other_views(&report.views) {
+                    continue;
+                }
                 let pause = Instant::now() + PROGRESS_PAUSE;
                 tokio::select! {
                     () = host.news.notified() => registering = false,

@@ -1,11 +1,13 @@
 //! Nodes, workers, connections and a store that behave like the real ones, in virtual time.
 
 mod faults;
+mod ghost;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
+use self::ghost::Ghost;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -16,6 +18,7 @@ use crate::head::core::{Command, Event, HeadState, Manner, Patience, Record, Wri
 use crate::head::messages::{
     ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess, WorkerReport,
 };
+use crate::head::tenure::Allegiance;
 use crate::spec::{ActorSpec, DeathCause, Device};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
@@ -37,6 +40,12 @@ enum What {
     Step(Incarnation),
     Die(Incarnation, DeathCause),
     StartHead,
+    /// The head has taken a worker's registration that told of these views.
+    Registered(Incarnation, u64, Vec<(String, u64)>),
+    /// An order of an older head, to the agent with that boot.
+    Late(u64, u64, Command),
+    /// An older head wakes.
+    Haunt,
     StartAgent(String),
     Thaw(String, u64),
     Flush,
@@ -63,10 +72,17 @@ struct Node {
     /// Ends that the head has not heard of.
     ends: BTreeMap<Incarnation, (Worker, DeathCause)>,
     alone_since: Duration,
+    allegiance: Allegiance,
+    /// Newest term whose head it has heard; what `allegiance` must go by.
+    joined: u64,
 }
 
 #[derive(Clone)]
 struct Worker {
+    allegiance: Allegiance,
+    joined: u64,
+    /// Epoch of the last view that an older head sent.
+    late_epoch: u64,
     actor: String,
     node: String,
     device: Option<u32>,
@@ -85,6 +101,13 @@ pub(super) struct World {
     head: Option<HeadState>,
     /// Which head process; messages of another are lost.
     head_run: u64,
+    ghost: Option<Ghost>,
+    /// When the lease of the ghost ends in the store.
+    lease_until: Duration,
+    late_last: Duration,
+    /// Orders that an older head did not give any more, and late ones that were refused.
+    pub(super) fenced: u64,
+    pub(super) refused: u64,
     ticks: Option<Duration>,
     durable: BTreeMap<String, Record>,
     unwritten: Vec<Write>,
@@ -108,6 +131,11 @@ impl World {
             count: 0,
             head: None,
             head_run: 0,
+            ghost: None,
+            lease_until: Duration::ZERO,
+            late_last: Duration::ZERO,
+            fenced: 0,
+            refused: 0,
             ticks: None,
             durable: BTreeMap::new(),
             unwritten: Vec::new(),
@@ -204,18 +232,21 @@ impl World {
                 }
             }
             What::ToNode(link, generation, command) if self.is_open(&link, generation) => {
+                self.joins(&link);
                 self.node_told(link, command)
             }
             What::ToNode(Link::Node(node), _, Command::StartWorker { order, .. }) => {
                 self.order_again(&node, order)
             }
             What::ToWorker(link, generation, command) if self.is_open(&link, generation) => {
+                self.joins(&link);
                 self.worker_told(&link, command);
             }
             What::ToNode(..) | What::ToWorker(..) => {}
             What::Heard(Link::Node(name), generation, ends)
                 if self.is_open(&Link::Node(name.clone()), generation) =>
             {
+                self.joins(&Link::Node(name.clone()));
                 let node = self.nodes.get_mut(&name).expect("known");
                 node.ends.retain(|incarnation, _| !ends.contains(incarnation));
             }
@@ -230,6 +261,13 @@ impl World {
             What::Step(incarnation) => self.step(incarnation),
             What::Die(incarnation, cause) => self.die(incarnation, cause),
             What::StartHead => self.start_head(),
+            What::Registered(incarnation, generation, told) => {
+                if self.is_open(&Link::Worker(incarnation), generation) {
+                    self.registered(incarnation, &told);
+                }
+            }
+            What::Haunt => self.haunt(),
+            What::Late(term, boot, command) => self.arrive_late(term, boot, command),
             What::StartAgent(name) => self.start_agent(&name),
             What::Thaw(name, boot) => self.thaw(&name, boot),
             What::Flush => self.flush(),
@@ -256,10 +294,13 @@ impl World {
         if self.head.is_some() {
             return;
         }
+        if self.now < self.lease_until {
+            return self.at(self.lease_until, What::StartHead);
+        }
         self.head_run += 1;
         let records = self.durable.values().cloned().collect();
         let (head, commands) = HeadState::recover(Patience::default(), self.now, records);
-        self.head = Some(head);
+        self.head = Some(head.in_term(self.head_run));
         self.carry_out(commands);
         self.flush();
         for link in self.links.keys().cloned().collect::<Vec<_>>() {
@@ -305,6 +346,12 @@ impl World {
             let ends = ended.map(|worker| worker.incarnation).collect();
             self.feed(event);
             return self.send(&link.clone(), |generation| What::Heard(link.clone(), generation, ends));
+        }
+        if let (Event::WorkerReport(report), Link::Worker(incarnation)) = (&event, link)
+            && report.registering
+        {
+            let (incarnation, told) = (*incarnation, report.views.clone());
+            self.send(link, |generation| What::Registered(incarnation, generation, told));
         }
         self.feed(event);
     }
@@ -477,6 +524,9 @@ impl World {
         }
         node.ordered = incarnation;
         let worker = Worker {
+            allegiance: Allegiance::default(),
+            joined: 0,
+            late_epoch: 0,
             actor: order.actor,
             node: name.to_owned(),
             device: order.device.map(|device| device.index),
@@ -549,6 +599,10 @@ impl World {
         }
         let worker = self.workers.get_mut(&incarnation).expect("alive");
         let held = worker.views.get(&view.group).map_or(0, |held| held.epoch);
+        if view.epoch < worker.late_epoch {
+            // It crossed a late view of an older head. The worker passes the newer one on, and registers again.
+            return;
+        }
         assert!(view.epoch >= held, "{}: epoch {} after {held}", worker.actor, view.epoch);
         worker.views.insert(view.group.clone(), view.clone());
     }

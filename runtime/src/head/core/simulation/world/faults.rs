@@ -21,13 +21,14 @@ impl World {
         let name = NODES[self.roll(3) as usize].to_owned();
         let victim = self.roll(self.workers.len() as u64) as usize;
         let victim = self.workers.keys().nth(victim).copied();
-        match (self.roll(12), victim) {
+        match (self.roll(14), victim) {
             (0..=2, Some(victim)) => self.die(victim, DeathCause::Killed { signal: 9 }),
             (3, _) => self.kill_agent(&name, 3000),
             (4, _) => self.kill_agent(&name, 20_000),
             (5, _) => self.kill_host(&name),
             (6, _) => self.freeze(&name),
             (7, _) if !self.store_down => self.crash_head(),
+            (12 | 13, _) if !self.store_down => self.depose(true),
             (8, _) => self.cut(&Link::Node(name)),
             (9, Some(victim)) => self.cut(&Link::Worker(victim)),
             (10, _) => self.store_down = !self.store_down,
@@ -86,6 +87,8 @@ impl World {
     pub(in super::super) fn heal(&mut self) {
         self.healed = true;
         self.store_down = false;
+        let lease = self.lease_until.saturating_sub(self.now);
+        self.run_for(lease);
         self.flush();
         self.start_head();
         for name in NODES {
