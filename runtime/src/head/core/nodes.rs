@@ -114,6 +114,12 @@ impl HeadState {
             Some(Node { reach: Reach::Lost { why }, .. }) if !report.registering => {
                 Err(format!("the node was given up, because it {why}, and must register anew"))
             }
+            // Its registration refuses what an earlier head had ordered and is still on its way.
+            None | Some(Node { reach: Reach::Unreachable { awaited: true, .. }, .. })
+                if !report.registering =>
+            {
+                Err("the node must register at this head first".to_owned())
+            }
             _ => Ok(()),
         }
     }

@@ -34,12 +34,16 @@ impl World {
         self.ticks = None;
         self.hold_up();
         self.links.values_mut().for_each(|(generation, _)| *generation += 1);
-        let elected = renewed + TTL + Duration::from_millis(self.roll(500));
+        // At the very moment, at times: then only the margin keeps them apart.
+        let late = self.roll(500) * self.roll(2);
+        let elected = renewed + TTL + Duration::from_millis(late);
         self.lease_until = elected;
         self.at(elected, What::StartHead);
         for _ in 0..4 {
             self.after(8000, What::Haunt);
         }
+        let soon = Duration::from_millis(1 + self.roll(40));
+        self.at(elected + soon, What::Haunt);
     }
 
     /// Messages of the old leader are not lost with its lease.
