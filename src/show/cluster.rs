@@ -214,6 +214,8 @@ mod tests {
             uptime_s: 61,
             closing: false,
             recovering: false,
+            term: 1,
+            heads: vec![],
         };
         let store = StoreHealth { kind: "etcd".into(), queued: 3, error: Some("connection refused".into()) };
         let cluster = ClusterStatus {
@@ -227,7 +229,7 @@ mod tests {
         };
         let text = status(&cluster, Terminal { colour: false, width: 100 });
         assert!(
-            text.starts_with("not ready: 0 of 1 actors; head 127.0.0.1:6379 (pid 1, up 1 min 1 s)\n"),
+            text.starts_with("not ready: 0 of 1 actors; head 127.0.0.1:6379 (pid 1, up 1 min 1 s, term 1)\n"),
             "{text}"
         );
         assert!(text.contains(

@@ -167,8 +167,15 @@ mod tests {
     }
 
     fn cluster(actors: Vec<ActorStatus>, complete: bool) -> ClusterStatus {
-        let head =
-            HeadStatus { endpoint: "e".into(), pid: 1, uptime_s: 0, closing: false, recovering: false };
+        let head = HeadStatus {
+            endpoint: "e".into(),
+            pid: 1,
+            uptime_s: 0,
+            closing: false,
+            recovering: false,
+            term: 1,
+            heads: vec![],
+        };
         let group = GroupStatus { name: "ep".into(), epoch: 1, complete, members: vec![] };
         ClusterStatus {
             version: 1,
