@@ -213,6 +213,24 @@ c.toml:2:25: 100 redundant experts are more than one copy of each on every rank
 }
 
 #[test]
+fn several_heads_need_etcd() {
+    refused(
+        "[head]\npeers = [\"10.0.0.2\"]\nlease_s = 1\n",
+        "
+c.toml:2:9: the embedded store has one head
+  |
+2 | peers = [\"10.0.0.2\"]
+  |         ^^^^^^^^^^^^ set store = \"etcd\" in [state], or leave `peers` out
+c.toml:3:11: `lease_s` = 1 is shorter than etcd's shortest lease
+  |
+3 | lease_s = 1
+  |           ^ write 2 or more",
+    );
+    let config = parse("[head]\npeers = [\"10.0.0.2\"]\n[state]\nstore = \"etcd\"\n").expect("etcd");
+    assert_eq!((config.peers, config.lease_s), (vec!["10.0.0.2:6379".to_owned()], 2));
+}
+
+#[test]
 fn nothing_listens_beyond_loopback_without_a_token() {
     refused(
         "[head]\nbind = \"10.0.0.1:6379\"\n",

@@ -153,7 +153,8 @@ impl Drop for Party {
             }
         }
         for head in &self.heads {
-            let _ = Command::new("kill").args(["-CONT", &head.id().to_string()]).status();
+            let mut thaw = Command::new("kill");
+            let _ = thaw.args(["-CONT", &head.id().to_string()]).stderr(Stdio::null()).status();
         }
         self.cluster.helio(&["down"]);
         for child in self.heads.iter_mut().chain(&mut self.node) {
@@ -309,4 +310,19 @@ async fn a_leader_that_is_cut_off_from_etcd_stands_down() {
     assert!(party.log(0).contains("leads no more"), "{}", party.log(0));
     let expected = undisturbed(&party.cluster).await;
     party.heals("rank-0", &expected).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_reaches_no_node_hands_over_before_it_gives_their_actors_up() {
+    let party = Party::serving().await;
+    let before = party.cluster.pids();
+    let node = party.node.as_ref().unwrap();
+    signal(node, "-STOP");
+    let (took, _) = party.taken_over(1, Instant::now()).await;
+    eprintln!("no node can be reached: the next one leads after {took:?}");
+    party.stands_by(0, 1).await;
+    signal(node, "-CONT");
+    party.recovered().await;
+    party.cluster.until_healed().await;
+    assert_eq!(party.cluster.pids(), before, "no worker was restarted");
 }

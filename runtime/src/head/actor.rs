@@ -99,6 +99,9 @@ impl HeadActor {
         for command in commands {
             self.execute(command, ctx);
         }
+        if self.heads.len() > 1 && self.core.is_cut_off() {
+            self.authority.end("it reaches no node, another head may");
+        }
         let version = self.core.version();
         self.version.send_if_modified(|known| std::mem::replace(known, version) != version);
         if self.core.is_closed() {

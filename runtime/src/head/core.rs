@@ -222,7 +222,21 @@ impl HeadState {
     pub fn next_deadline(&self) -> Option<Duration> {
         let nodes = self.nodes.values().filter_map(|node| node.deadline(&self.patience));
         let actors = self.actors.values().filter_map(Actor::deadline);
-        nodes.chain(actors).chain(self.hold).min()
+        let missed = self.missed().filter(|at| *at > self.now);
+        nodes.chain(actors).chain(self.hold).chain(missed).min()
+    }
+
+    /// Whether this head has lost every node that it had, for half of the grace: another head may reach them, and takes
+    /// over before their actors are given up.
+    pub fn is_cut_off(&self) -> bool {
+        !self.closing && self.missed().is_some_and(|at| at <= self.now)
+    }
+
+    fn missed(&self) -> Option<Duration> {
+        if self.nodes.values().any(Node::is_connected) {
+            return None;
+        }
+        self.nodes.values().filter_map(|node| node.missed_at(&self.patience)).max()
     }
 
     /// Raised by every visible change.

@@ -314,8 +314,11 @@ impl HeadHandle {
     pub async fn stop(&self) {
         let shared = &self.shared;
         let led = shared.led.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(led) = led.filter(|led| led.authority.may_act()) {
-            led.keeper.flushed(FLUSH_PATIENCE).await;
+        if let Some(led) = led {
+            if led.authority.may_act() {
+                led.keeper.flushed(FLUSH_PATIENCE).await;
+            }
+            // Gives up no leadership but its own, so also one that led no more may try.
             let closed = *shared.role.borrow() == Role::Over(Ending::Closed);
             led.authority.end("it ends");
             let resigning = election::resign(&shared.store, led.leadership, led.lease, closed);

@@ -91,6 +91,14 @@ impl Node {
         }
     }
 
+    /// When a head that lost this node should let another one try; `None` unless it was here and is now silent.
+    pub(super) fn missed_at(&self, patience: &Patience) -> Option<Duration> {
+        match self.reach {
+            Reach::Unreachable { since, awaited: false, .. } => Some(since + patience.node_grace / 2),
+            Reach::Unreachable { awaited: true, .. } | Reach::Connected { .. } | Reach::Lost { .. } => None,
+        }
+    }
+
     /// Why nothing may be placed here, if so.
     fn closed(&self) -> Option<String> {
         match &self.reach {

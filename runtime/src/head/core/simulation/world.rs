@@ -2,21 +2,22 @@
 
 mod faults;
 mod ghost;
+mod workers;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::Duration;
 
-use self::ghost::Ghost;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use self::ghost::Ghost;
 use crate::cluster::status::NodeState;
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
 use crate::head::core::{Command, Event, HeadState, Manner, Patience, Record, Write};
 use crate::head::messages::{
-    ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess, WorkerReport,
+    ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
 };
 use crate::head::tenure::Allegiance;
 use crate::spec::{ActorSpec, DeathCause, Device};
@@ -547,85 +548,6 @@ impl World {
             node.frozen = false;
             self.report_node(name, false);
         }
-    }
-
-    // Workers -------------------------------------------------------------------------------------------------
-
-    fn report_worker(&mut self, incarnation: Incarnation, registering: bool) {
-        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
-        worker.seq += 1;
-        let announced =
-            matches!(worker.phase, WorkerPhase::Ready(_)).then(|| worker.actor.clone().into_bytes());
-        let report = WorkerReport {
-            actor: worker.actor.clone(),
-            incarnation,
-            seq: worker.seq,
-            registering,
-            addr: addr(ActorId::WORKER, Incarnation(0), incarnation.0),
-            pid: incarnation.0 as u32,
-            node: worker.node.clone(),
-            device: worker.device,
-            phase: worker.phase.clone(),
-            announced,
-            views: worker.views.iter().map(|(group, view)| (group.clone(), view.epoch)).collect(),
-            held: if registering { worker.views.values().cloned().collect() } else { Vec::new() },
-            term: 0,
-        };
-        let link = Link::Worker(incarnation);
-        self.send(&link.clone(), |generation| What::ToHead(link, generation, Event::WorkerReport(report)));
-    }
-
-    fn worker_told(&mut self, link: &Link, command: Command) {
-        let Link::Worker(incarnation) = *link else { return };
-        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
-        match command {
-            Command::CreateActor(_) if worker.phase == WorkerPhase::Waiting => {
-                worker.phase = WorkerPhase::Creating(Default::default());
-                self.after(200, What::Step(incarnation));
-            }
-            Command::SendView { view, .. } => self.view_arrives(incarnation, &view),
-            Command::DismissWorker { .. } => {
-                self.after(5, What::Die(incarnation, DeathCause::Exited { code: 1 }))
-            }
-            _ => {}
-        }
-    }
-
-    /// GR-1, GR-2: never an older view after a newer one, and all that live agree on what an epoch says.
-    fn view_arrives(&mut self, incarnation: Incarnation, view: &GroupView) {
-        for worker in self.workers.values() {
-            let held = worker.views.get(&view.group).filter(|held| held.epoch == view.epoch);
-            assert!(held.is_none_or(|held| held == view), "epoch {} has two meanings", view.epoch);
-        }
-        let worker = self.workers.get_mut(&incarnation).expect("alive");
-        let held = worker.views.get(&view.group).map_or(0, |held| held.epoch);
-        if view.epoch < worker.late_epoch {
-            // It crossed a late view of an older head. The worker passes the newer one on, and registers again.
-            return;
-        }
-        assert!(view.epoch >= held, "{}: epoch {} after {held}", worker.actor, view.epoch);
-        worker.views.insert(view.group.clone(), view.clone());
-    }
-
-    fn step(&mut self, incarnation: Incarnation) {
-        let fails = !self.healed && self.roll(10) == 0;
-        let Some(worker) = self.workers.get_mut(&incarnation) else { return };
-        worker.phase = match fails {
-            true => WorkerPhase::Ended(DeathCause::CreateFailed { message: "bad luck".into() }),
-            false => WorkerPhase::Ready(addr(ActorId::named(&worker.actor), incarnation, incarnation.0)),
-        };
-        self.report_worker(incarnation, false);
-        if fails {
-            self.after(500, What::Die(incarnation, DeathCause::Exited { code: 1 }));
-        }
-    }
-
-    fn die(&mut self, incarnation: Incarnation, cause: DeathCause) {
-        let Some(worker) = self.workers.remove(&incarnation) else { return };
-        let name = worker.node.clone();
-        let node = self.nodes.get_mut(&name).expect("known");
-        node.ends.insert(incarnation, (worker, cause));
-        self.report_node(&name, false);
     }
 }
 

@@ -1,5 +1,7 @@
 //! What can break in the simulated world, and how it heals.
 
+use std::time::Duration;
+
 use super::{AGENT_GRACE, Link, NODES, What, World};
 use crate::spec::DeathCause;
 
@@ -13,6 +15,16 @@ impl World {
     pub(in super::super) fn kill(&mut self, actor: &str) {
         for incarnation in self.alive(actor) {
             self.die(incarnation, DeathCause::Killed { signal: 9 });
+        }
+    }
+
+    /// All agents fall silent for 10 s.
+    pub(in super::super) fn freeze_all(&mut self) {
+        for name in NODES {
+            let node = self.nodes.get_mut(name).expect("known");
+            node.frozen = true;
+            let boot = node.boot;
+            self.at(self.now + Duration::from_secs(10), What::Thaw(name.to_owned(), boot));
         }
     }
 
