@@ -63,7 +63,7 @@ pub(super) async fn elect(
     stands_by: impl Fn(&str),
 ) -> Result<Outcome, StateError> {
     let mut closed: Option<Option<Revision>> = None;
-    let mut succeeds = false;
+    let (mut succeeds, mut said) = (false, false);
     loop {
         match step(store, own, (ttl, started), &mut closed, &stands_by).await {
             Ok(Step::Elected(elected)) => {
@@ -73,7 +73,9 @@ pub(super) async fn elect(
             Ok(Step::Succeeds) => succeeds = true,
             Ok(Step::Closed) => return Ok(Outcome::Closed),
             Err(StateError::Unavailable(why)) => {
-                tracing::warn!(why, "cannot stand for election");
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(why, "cannot stand for election, tries again");
+                }
                 tokio::time::sleep(STORE_PAUSE).await;
             }
             Err(StateError::LeaseExpired) => {}

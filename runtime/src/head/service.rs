@@ -190,10 +190,13 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
 }
 
 async fn open(config: &HeadConfig) -> Result<StateStore, StateError> {
+    let mut said = false;
     loop {
         match StateStore::open(&config.state).await {
             Err(StateError::Unavailable(why)) if config.await_store => {
-                tracing::warn!(why, "waits for the state store");
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(why, "waits for the state store");
+                }
                 tokio::time::sleep(STORE_PAUSE).await;
             }
             opened => return opened,
