@@ -16,6 +16,7 @@ use heliostat_runtime::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
 
 use crate::eplb::{Eplb, EplbArgs, EplbConfig};
 use crate::ingress_actor::{IngressActor, IngressArgs};
+use crate::jobs::{JobsActor, JobsArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
 
 /// Name of the group of ranks.
@@ -24,6 +25,9 @@ pub const GROUP: &str = "ep";
 pub const EPLB: &str = "eplb";
 /// Name of the ingress actor.
 pub const INGRESS: &str = "ingress";
+
+/// Name of the jobs actor.
+pub const JOBS: &str = "jobs";
 
 /// Name of a rank's actor.
 pub fn rank_name(rank: u32) -> String {
@@ -128,9 +132,7 @@ impl Deployment {
     }
 
     fn spec(&self, name: &str, type_name: &str, args: &impl Encode) -> Result<ActorSpec, DeployError> {
-        let args = heliostat_runtime::wire::to_bytes(args)
-            .map_err(|why| DeployError::Encode(name.to_owned(), why))?;
-        Ok(ActorSpec { restart: self.restart, ..ActorSpec::new(name, type_name, args) })
+        spec(name, type_name, args, self.restart)
     }
 
     /// The layout before any load is known.
@@ -153,4 +155,23 @@ impl Deployment {
             None => Layout::initial(moe_layers, shape, self.strategy)?,
         })
     }
+}
+
+/// The jobs actor, which needs no model.
+///
+/// # Errors
+/// Arguments that do not encode.
+pub fn jobs_spec(args: &JobsArgs, restart: RestartPolicy) -> Result<ActorSpec, DeployError> {
+    spec(JOBS, JobsActor::TYPE, args, restart)
+}
+
+fn spec(
+    name: &str,
+    type_name: &str,
+    args: &impl Encode,
+    restart: RestartPolicy,
+) -> Result<ActorSpec, DeployError> {
+    let args =
+        heliostat_runtime::wire::to_bytes(args).map_err(|why| DeployError::Encode(name.to_owned(), why))?;
+    Ok(ActorSpec { restart, ..ActorSpec::new(name, type_name, args) })
 }

@@ -1,10 +1,11 @@
-//! The product: DP and EP ranks, EPLB, router and ingress. The only room where runtime and engine meet.
+//! The product: DP and EP ranks, EPLB, router, ingress and jobs. The only room where runtime and engine meet.
 
 pub mod bench;
 pub mod deployment;
 pub mod eplb;
 pub mod ingress;
 pub mod ingress_actor;
+pub mod jobs;
 pub mod messages;
 pub mod rank;
 
@@ -12,5 +13,9 @@ use heliostat_runtime::actor::ActorTypes;
 
 /// Every actor type that a worker of this binary can create.
 pub fn actor_types() -> ActorTypes {
-    ActorTypes::new().with::<rank::Rank>().with::<eplb::Eplb>().with::<ingress_actor::IngressActor>()
+    ActorTypes::new()
+        .with::<rank::Rank>()
+        .with::<eplb::Eplb>()
+        .with::<ingress_actor::IngressActor>()
+        .with::<jobs::JobsActor>()
 }

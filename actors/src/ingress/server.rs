@@ -188,11 +188,11 @@ async fn wrong_method(http: HttpRequest) -> HttpResponse {
 
 /// A secret that is never printed.
 #[derive(Clone)]
-struct ApiKey(String);
+pub(crate) struct ApiKey(pub(crate) String);
 
 impl ApiKey {
     /// Compares in a time that does not tell how much is right.
-    fn matches(&self, header: Option<&HeaderValue>) -> bool {
+    pub(crate) fn matches(&self, header: Option<&HeaderValue>) -> bool {
         let given = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer ")).unwrap_or_default();
         let pairs = given.bytes().zip(self.0.bytes());
         let differing = pairs.fold(0, |differing, (given, own)| differing | (given ^ own));

@@ -1,0 +1,120 @@
+//! The jobs actor: opens the directory, serves REST, and ends its jobs when it is stopped in good order.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use actix::{Actor, Context};
+use bincode::{Decode, Encode};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
+
+use super::core::Limits;
+use super::http::{self, HttpArgs, HttpServer};
+use super::service::{Jobs, JobsConfig};
+use crate::ingress::server::ServeError;
+
+/// Arguments of the jobs actor.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct JobsArgs {
+    /// Where records, logs and packages are kept.
+    pub dir: PathBuf,
+    /// Where REST is served.
+    pub bind: SocketAddr,
+    /// What clients must prove to know; required beyond loopback.
+    pub api_key: Option<String>,
+    /// Jobs that run at once.
+    pub running_max: u32,
+    /// Jobs that wait.
+    pub queued_max: u32,
+    /// Ended jobs that are remembered.
+    pub kept_max: u32,
+    /// CPUs that jobs may reserve; none: the cores of this machine.
+    pub cpus: Option<u32>,
+    /// Bytes of a job's log that are kept.
+    pub log_bytes_max: u64,
+    /// Largest package.
+    pub package_bytes_max: u64,
+    /// All packages together.
+    pub packages_bytes_max: u64,
+    /// Between SIGTERM and SIGKILL.
+    pub stop_grace: Duration,
+    /// How long a job lives on without this actor.
+    pub orphan_grace: Duration,
+}
+
+impl JobsArgs {
+    fn limits(&self) -> Limits {
+        let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        Limits {
+            running_max: self.running_max as usize,
+            queued_max: self.queued_max as usize,
+            kept_max: self.kept_max as usize,
+            millicpus: self.cpus.map_or_else(cores, u64::from) * 1000,
+        }
+    }
+}
+
+/// The actor.
+pub struct JobsActor {
+    jobs: Jobs,
+    /// Serves for as long as the actor lives.
+    _server: HttpServer,
+}
+
+impl Actor for JobsActor {
+    type Context = Context<Self>;
+
+    /// Stopped in good order: the cluster ends, and its jobs with it. One that is killed leaves them to the next.
+    fn stopped(&mut self, _: &mut Self::Context) {
+        self.jobs.terminate_all();
+    }
+}
+
+impl RemoteActor for JobsActor {
+    const TYPE: &'static str = "jobs";
+
+    fn messages(_: &mut Accepts<Self>) {}
+}
+
+impl Spawn for JobsActor {
+    type Args = JobsArgs;
+
+    async fn create(args: JobsArgs, cx: ActorCx) -> Result<Self, CreateError> {
+        let head = cx.cluster().map(|cluster| cluster.head().to_owned()).unwrap_or_default();
+        // The binary that this worker runs, even where its file was replaced since.
+        let keeper = vec!["/proc/self/exe".to_owned(), "entrypoint".to_owned()];
+        let config = JobsConfig {
+            dir: args.dir.clone(),
+            limits: args.limits(),
+            keeper,
+            head,
+            url: http::url(args.bind),
+            log_bytes_max: args.log_bytes_max,
+            package_bytes_max: args.package_bytes_max,
+            packages_bytes_max: args.packages_bytes_max,
+            stop_grace: args.stop_grace,
+            orphan_grace: args.orphan_grace,
+        };
+        // The port first: a busy one must not cost the jobs that an earlier actor left anything.
+        let http = HttpArgs { bind: args.bind, api_key: args.api_key };
+        let listener = http.listen().map_err(failed)?;
+        let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
+        let server = HttpServer::start(http, listener, jobs.clone()).map_err(failed)?;
+        tracing::info!("jobs are taken at {}", http::url(args.bind));
+        Ok(Self { jobs, _server: server })
+    }
+}
+
+fn failed(error: ServeError) -> CreateError {
+    CreateError::Failed(match error {
+        ServeError::OpenWithoutKey(bind) => {
+            format!(
+                "the dashboard would listen on {bind}, which others can reach: set `api_key_file` in [dashboard]"
+            )
+        }
+        ServeError::Bind { bind, cause } if cause.kind() == std::io::ErrorKind::AddrInUse => format!(
+            "the dashboard cannot listen on {bind}: something listens there; change `port` in [dashboard]"
+        ),
+        ServeError::Bind { .. } => format!("the dashboard: {error}"),
+    })
+}

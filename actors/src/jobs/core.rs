@@ -1,0 +1,407 @@
+//! What becomes of jobs: which may start, which wait, how each ends.
+//!
+//! Pure: events and the time in, commands out. It never touches a file, a process or a clock; `service` executes.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::request::Submission;
+
+/// Bounds of everything that jobs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Jobs that run at once.
+    pub running_max: usize,
+    /// Jobs that wait.
+    pub queued_max: usize,
+    /// Ended jobs that are remembered.
+    pub kept_max: usize,
+    /// Thousandths of CPUs that running jobs reserve together.
+    pub millicpus: u64,
+}
+
+/// How a job is, in Ray's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Status {
+    /// It waits, or is being started.
+    Pending,
+    /// Its entrypoint runs.
+    Running,
+    /// Somebody stopped it.
+    Stopped,
+    /// Its entrypoint ended with code 0.
+    Succeeded,
+    /// Anything else.
+    Failed,
+}
+
+impl Status {
+    /// Whether the job has ended.
+    pub fn is_terminal(self) -> bool {
+        match self {
+            Self::Pending | Self::Running => false,
+            Self::Stopped | Self::Succeeded | Self::Failed => true,
+        }
+    }
+}
+
+/// Why a job failed, in Ray's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum ErrorType {
+    /// Its working directory could not be made.
+    RuntimeEnvSetupFailure,
+    /// The process that keeps it could not be started.
+    JobSupervisorActorStartFailure,
+    /// The process that keeps it was killed.
+    JobSupervisorActorDied,
+    /// The shell could not be started.
+    JobEntrypointCommandStartError,
+    /// The entrypoint ended with another code than 0.
+    JobEntrypointCommandError,
+}
+
+/// The process that keeps an entrypoint; the start time tells it from a later one of the same id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Process id.
+    pub pid: u32,
+    /// Field 22 of `/proc/<pid>/stat`.
+    pub start_time: u64,
+}
+
+/// One job, as it is kept on disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    /// Its submission id.
+    pub id: String,
+    /// Rises with every submission; never used twice.
+    pub number: u64,
+    /// What was asked for.
+    pub submission: Submission,
+    /// How it is.
+    pub status: Status,
+    /// Whether somebody asked to stop it.
+    pub stop_requested: bool,
+    /// What happened, for people.
+    pub message: Option<String>,
+    /// Why it failed.
+    pub error_type: Option<ErrorType>,
+    /// When it was submitted, milliseconds since 1970.
+    pub start_time: u64,
+    /// When it ended.
+    pub end_time: Option<u64>,
+    /// Exit code of the entrypoint; minus the signal that killed it.
+    pub exit_code: Option<i32>,
+    /// The process that keeps its entrypoint.
+    pub keeper: Option<ProcessId>,
+}
+
+/// How the process that keeps an entrypoint ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "end", rename_all = "snake_case")]
+pub enum End {
+    /// The entrypoint ended by itself.
+    Exited {
+        /// Its exit code; minus the signal that killed it.
+        code: i32,
+    },
+    /// SIGTERM was asked for: by a stop, or by the end of the cluster.
+    Terminated,
+    /// No jobs actor was there for too long.
+    Orphaned,
+    /// The shell could not be started.
+    NotStarted {
+        /// The system's words.
+        why: String,
+    },
+    /// The keeper itself was killed; what it kept is ended.
+    Lost,
+}
+
+/// What the shell is to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Write the job to disk.
+    Save(String),
+    /// Start its entrypoint and say `started` or `not_started`.
+    Start(String),
+    /// Ask its keeper to end it.
+    Stop(String),
+    /// Delete all that is kept of it.
+    Forget(String),
+}
+
+/// Why a request about jobs is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The id is taken.
+    #[error("Job with submission_id {0} already exists. Please use a different submission_id.")]
+    Exists(String),
+    /// It could never run.
+    #[error(
+        "entrypoint_num_cpus: the job asks for {} CPUs and jobs have {} together (`job_cpus` in [dashboard])",
+        *.asked as f64 / 1000.0, *.there as f64 / 1000.0
+    )]
+    TooLarge {
+        /// Thousandths of CPUs it asks for.
+        asked: u64,
+        /// Those that jobs have.
+        there: u64,
+    },
+    /// Too many wait.
+    #[error("{0} jobs wait already (`max_jobs_queued` in [dashboard]); submit again later")]
+    QueueFull(usize),
+    /// There is no such job.
+    #[error("Job {0} does not exist")]
+    NoSuchJob(String),
+    /// It has not ended.
+    #[error("Attempted to delete job '{id}', but it is in a non-terminal state {status:?}.")]
+    NotEnded {
+        /// Its id.
+        id: String,
+        /// How it is.
+        status: Status,
+    },
+}
+
+/// All jobs.
+#[derive(Debug)]
+pub struct JobsState {
+    limits: Limits,
+    jobs: BTreeMap<String, Entry>,
+    next_number: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    job: Job,
+    /// `Start` was ordered and nothing was heard of it yet.
+    starting: bool,
+}
+
+impl Entry {
+    /// Whether it takes one of the places and its CPUs.
+    fn is_active(&self) -> bool {
+        self.starting || self.job.status == Status::Running
+    }
+}
+
+impl JobsState {
+    /// The jobs that were kept on disk. Those that ran are active until `recovered` or `ended` says more.
+    pub fn new(limits: Limits, jobs: Vec<Job>) -> Self {
+        let next_number = jobs.iter().map(|job| job.number + 1).max().unwrap_or(0);
+        let jobs = jobs.into_iter().map(|job| (job.id.clone(), Entry { job, starting: false }));
+        Self { limits, jobs: jobs.collect(), next_number }
+    }
+
+    /// One job.
+    pub fn get(&self, id: &str) -> Option<&Job> {
+        self.jobs.get(id).map(|entry| &entry.job)
+    }
+
+    /// All jobs, oldest first.
+    pub fn list(&self) -> Vec<&Job> {
+        let mut jobs: Vec<&Job> = self.jobs.values().map(|entry| &entry.job).collect();
+        jobs.sort_by_key(|job| job.number);
+        jobs
+    }
+
+    /// Takes a job, or says why not.
+    ///
+    /// # Errors
+    /// The id is taken, the queue is full, or it asks for more than there is.
+    pub fn submit(&mut self, id: &str, submission: Submission, now: u64) -> Result<Vec<Command>, Refused> {
+        if self.jobs.contains_key(id) {
+            return Err(Refused::Exists(id.to_owned()));
+        }
+        let (asked, there) = (submission.millicpus, self.limits.millicpus);
+        if asked > there {
+            return Err(Refused::TooLarge { asked, there });
+        }
+        let fits = self.fits(asked) && self.queued().next().is_none();
+        if !fits && self.queued().count() >= self.limits.queued_max {
+            return Err(Refused::QueueFull(self.limits.queued_max));
+        }
+        let job = Job {
+            id: id.to_owned(),
+            number: self.next_number,
+            submission,
+            status: Status::Pending,
+            stop_requested: false,
+            message: None,
+            error_type: None,
+            start_time: now,
+            end_time: None,
+            exit_code: None,
+            keeper: None,
+        };
+        self.next_number += 1;
+        self.jobs.insert(id.to_owned(), Entry { job, starting: false });
+        let mut commands = vec![Command::Save(id.to_owned())];
+        commands.extend(self.start_what_fits());
+        Ok(commands)
+    }
+
+    /// The keeper runs.
+    pub fn started(&mut self, id: &str, keeper: ProcessId) -> Vec<Command> {
+        let Some(entry) = self.jobs.get_mut(id) else { return Vec::new() };
+        entry.starting = false;
+        entry.job.status = Status::Running;
+        entry.job.keeper = Some(keeper);
+        let mut commands = vec![Command::Save(id.to_owned())];
+        if entry.job.stop_requested {
+            commands.push(Command::Stop(id.to_owned()));
+        }
+        commands
+    }
+
+    /// The keeper could not be started.
+    pub fn not_started(&mut self, id: &str, error: ErrorType, why: String, now: u64) -> Vec<Command> {
+        self.finish(id, now, |job| {
+            job.status = if job.stop_requested { Status::Stopped } else { Status::Failed };
+            job.message = Some(why);
+            job.error_type = (!job.stop_requested).then_some(error);
+        })
+    }
+
+    /// The keeper ended; `tail` holds the last lines of the log.
+    pub fn ended(&mut self, id: &str, end: End, tail: &str, now: u64) -> Vec<Command> {
+        self.finish(id, now, |job| {
+            if job.stop_requested {
+                job.status = Status::Stopped;
+                return;
+            }
+            let failed = |job: &mut Job, error, message: String| {
+                (job.status, job.error_type, job.message) = (Status::Failed, Some(error), Some(message));
+            };
+            match end {
+                End::Exited { code: 0 } => (job.status, job.exit_code) = (Status::Succeeded, Some(0)),
+                End::Exited { code } => {
+                    job.exit_code = Some(code);
+                    let logs = match tail {
+                        "" => "No logs available.".to_owned(),
+                        tail => format!("last available logs (truncated to 20,000 chars):\n{tail}"),
+                    };
+                    let separator = if tail.is_empty() { ". " } else { ", " };
+                    let message =
+                        format!("Job entrypoint command failed with exit code {code}{separator}{logs}");
+                    failed(job, ErrorType::JobEntrypointCommandError, message);
+                }
+                End::Terminated => {
+                    job.status = Status::Stopped;
+                    job.message = Some("The cluster was stopped while the job ran.".into());
+                }
+                End::Orphaned => {
+                    let message = "The job was ended because no jobs actor was there for too long \
+                                   (`orphan_grace_s` in [dashboard]).";
+                    failed(job, ErrorType::JobSupervisorActorDied, message.into());
+                }
+                End::NotStarted { why } => failed(job, ErrorType::JobEntrypointCommandStartError, why),
+                End::Lost => {
+                    let message = "The process that kept the job was killed: how the job ended is lost.";
+                    failed(job, ErrorType::JobSupervisorActorDied, message.into());
+                }
+            }
+        })
+    }
+
+    /// Asks for the end of a job. False where it has ended already.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn stop(&mut self, id: &str, now: u64) -> Result<(bool, Vec<Command>), Refused> {
+        let entry = self.jobs.get_mut(id).ok_or_else(|| Refused::NoSuchJob(id.to_owned()))?;
+        if entry.job.status.is_terminal() {
+            return Ok((false, Vec::new()));
+        }
+        entry.job.stop_requested = true;
+        let save = Command::Save(id.to_owned());
+        let commands = match (entry.job.status, entry.starting) {
+            (Status::Running, _) => vec![save, Command::Stop(id.to_owned())],
+            (_, true) => vec![save],
+            (_, false) => self.finish(id, now, |job| job.status = Status::Stopped),
+        };
+        Ok((true, commands))
+    }
+
+    /// Forgets an ended job.
+    ///
+    /// # Errors
+    /// There is no such job, or it has not ended.
+    pub fn delete(&mut self, id: &str) -> Result<Vec<Command>, Refused> {
+        let job = self.get(id).ok_or_else(|| Refused::NoSuchJob(id.to_owned()))?;
+        if !job.status.is_terminal() {
+            return Err(Refused::NotEnded { id: id.to_owned(), status: job.status });
+        }
+        self.jobs.remove(id);
+        Ok(vec![Command::Forget(id.to_owned())])
+    }
+
+    /// A submission that could not be written never was.
+    pub fn withdraw(&mut self, id: &str) {
+        self.jobs.remove(id);
+    }
+
+    /// After a restart, once what runs was found: stops that were asked for are asked for again, and what waits starts.
+    pub fn recovered(&mut self) -> Vec<Command> {
+        let stopping = |entry: &&Entry| entry.job.status == Status::Running && entry.job.stop_requested;
+        let again = self.jobs.values().filter(stopping).map(|entry| Command::Stop(entry.job.id.clone()));
+        let mut commands: Vec<Command> = again.collect();
+        commands.extend(self.start_what_fits());
+        commands
+    }
+
+    fn queued(&self) -> impl Iterator<Item = &Entry> {
+        self.jobs.values().filter(|entry| entry.job.status == Status::Pending && !entry.starting)
+    }
+
+    /// Whether one more that asks for so much may run beside those that do.
+    fn fits(&self, millicpus: u64) -> bool {
+        let active = || self.jobs.values().filter(|entry| entry.is_active());
+        let used: u64 = active().map(|entry| entry.job.submission.millicpus).sum();
+        active().count() < self.limits.running_max && used + millicpus <= self.limits.millicpus
+    }
+
+    /// In the order of submission: a large job that waits is not overtaken for ever by small ones.
+    fn start_what_fits(&mut self) -> Vec<Command> {
+        let mut commands = Vec::new();
+        while let Some(next) = self.queued().min_by_key(|entry| entry.job.number) {
+            if !self.fits(next.job.submission.millicpus) {
+                break;
+            }
+            let id = next.job.id.clone();
+            if let Some(entry) = self.jobs.get_mut(&id) {
+                entry.starting = true;
+            }
+            commands.push(Command::Start(id));
+        }
+        commands
+    }
+
+    fn finish(&mut self, id: &str, now: u64, how: impl FnOnce(&mut Job)) -> Vec<Command> {
+        let Some(entry) = self.jobs.get_mut(id).filter(|entry| !entry.job.status.is_terminal()) else {
+            return Vec::new();
+        };
+        entry.starting = false;
+        how(&mut entry.job);
+        entry.job.end_time = Some(now);
+        entry.job.keeper = None;
+        let mut commands = vec![Command::Save(id.to_owned())];
+        commands.extend(self.forget_oldest());
+        commands.extend(self.start_what_fits());
+        commands
+    }
+
+    fn forget_oldest(&mut self) -> Option<Command> {
+        let ended = || self.jobs.values().filter(|entry| entry.job.status.is_terminal());
+        if ended().count() <= self.limits.kept_max {
+            return None;
+        }
+        let oldest = ended().min_by_key(|entry| entry.job.number)?.job.id.clone();
+        self.jobs.remove(&oldest);
+        Some(Command::Forget(oldest))
+    }
+}

@@ -1,0 +1,19 @@
+//! Jobs: commands that users submit, as Ray's Jobs API has them.
+//!
+//! `core` decides, `service` executes, `http` speaks REST, `keeper` is the process that runs one entrypoint, `store` is
+//! what stays on disk. [`JobsActor`] is the cluster's one jobs actor: no token ever passes it, and it never touches a rank.
+
+mod actor;
+pub mod core;
+#[cfg(test)]
+mod core_tests;
+pub mod http;
+pub mod keeper;
+pub mod log;
+pub mod package;
+pub mod process;
+pub mod request;
+pub mod service;
+pub mod store;
+
+pub use actor::{JobsActor, JobsArgs};
