@@ -1,9 +1,10 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{All2All, Config, Cuda, KvCache, PlacementStrategy, Policy, Token};
+use crate::config::{All2All, Config, Count, Cuda, KvCache, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
-use heliostat_actors::deployment::{Deployment, INGRESS};
+use heliostat_actors::deployment::{Deployment, INGRESS, jobs_spec};
 use heliostat_actors::eplb::EplbConfig;
+use heliostat_actors::jobs::JobsArgs;
 use heliostat_actors::rank::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs};
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::Topology;
@@ -56,7 +57,42 @@ pub(crate) fn specs(config: &Config) -> Result<Vec<ActorSpec>> {
     if let (Some(node), Some(ingress)) = (&config.serve.node, specs.iter_mut().find(|s| s.name == INGRESS)) {
         ingress.placement = Placement::Node(node.clone());
     }
+    if config.dashboard.enabled {
+        let jobs = jobs_spec(&jobs_args(config), restart(config))?;
+        specs.push(ActorSpec { placement: jobs_placement(config), ..jobs });
+    }
     Ok(specs)
+}
+
+/// Where the jobs actor goes: its records do not move, so it is pinned where there is a choice.
+fn jobs_placement(config: &Config) -> Placement {
+    let here = config.nodes.iter().find(|node| node.host.is_none()).or(config.nodes.first());
+    match (&config.dashboard.node, here) {
+        (Some(node), _) => Placement::Node(node.clone()),
+        (None, Some(node)) if config.nodes.len() > 1 => Placement::Node(node.name.clone()),
+        (None, _) => Placement::Anywhere,
+    }
+}
+
+fn jobs_args(config: &Config) -> JobsArgs {
+    let d = &config.dashboard;
+    JobsArgs {
+        dir: config.run_dir.join("jobs"),
+        bind: SocketAddr::new(d.host, d.port),
+        api_key: config.dashboard_key.as_ref().map(|Token(text)| text.clone()),
+        running_max: d.max_jobs_running,
+        queued_max: d.max_jobs_queued,
+        kept_max: d.max_jobs_kept,
+        cpus: match d.job_cpus {
+            Count::Auto => None,
+            Count::Exactly(cpus) => Some(cpus),
+        },
+        log_bytes_max: d.max_log_bytes.0,
+        package_bytes_max: d.max_package_bytes.0,
+        packages_bytes_max: d.max_packages_bytes.0,
+        stop_grace: Duration::from_secs_f64(d.stop_grace_s),
+        orphan_grace: Duration::from_secs_f64(d.orphan_grace_s),
+    }
 }
 
 /// How often actors, head and nodes are started again.

@@ -1,6 +1,6 @@
 //! Processes of this machine: children of this one, and all that belong to a run directory.
 //!
-//! Reads /proc only. A head, node agent or worker belongs to a run directory when its command line names a path in it.
+//! Reads /proc only. A head, node agent, worker or keeper of a job belongs to a run directory when its command line names a path in it.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Commands that run as long as the cluster, beside `helio up`.
-const ROLES: [&str; 3] = ["head", "node", "worker"];
+const ROLES: [&str; 4] = ["head", "node", "worker", "entrypoint"];
 
 /// A process as /proc shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -93,7 +93,7 @@ impl RunDir {
 
     /// Forgets who ran here.
     pub(crate) fn clear_owner(&self) {
-        for name in ["cluster.json", "address", "token"] {
+        for name in ["cluster.json", "address", "token", "dashboard", "dashboard-key"] {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
@@ -107,6 +107,30 @@ impl RunDir {
     /// Writes the head's address for commands to find.
     pub(crate) fn set_address(&self, address: &str) -> Result<()> {
         self.write_private("address", &format!("{address}\n"))
+    }
+
+    /// URL of the dashboard, if one was written here.
+    pub(crate) fn dashboard(&self) -> Option<String> {
+        let text = fs::read_to_string(self.path.join("dashboard")).ok()?;
+        Some(text.trim().to_string()).filter(|t| !t.is_empty())
+    }
+
+    /// Writes the dashboard's URL and key for commands to find, or removes old ones.
+    pub(crate) fn set_dashboard(&self, url: Option<&str>, key: Option<&Token>) -> Result<()> {
+        for (name, text) in [("dashboard", url), ("dashboard-key", key.map(|Token(text)| text.as_str()))] {
+            match text {
+                Some(text) => self.write_private(name, text)?,
+                None => {
+                    let _ = fs::remove_file(self.path.join(name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the dashboard's key lies for commands of this machine.
+    pub(crate) fn dashboard_key_path(&self) -> PathBuf {
+        self.path.join("dashboard-key")
     }
 
     /// Where the token lies for this machine's processes and commands.

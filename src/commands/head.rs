@@ -13,6 +13,7 @@ use heliostat_runtime::head::{self, Ending, HeadConfig, Patience, Role};
 use heliostat_runtime::spec::ActorSpec;
 use heliostat_runtime::state::StateConfig;
 use heliostat_runtime::system::Secret;
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
@@ -39,6 +40,9 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     let head = head::run(head_config(&config, args.stood_down)).await?;
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;
+    let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
+    let url = config.dashboard.enabled.then(|| heliostat_actors::jobs::http::url(dashboard));
+    run.set_dashboard(url.as_deref(), config.dashboard_key.as_ref())?;
     let mut role = head.role();
     let deployed = async {
         match role.wait_for(|role| matches!(role, Role::Leads { .. } | Role::Over(_))).await.as_deref() {

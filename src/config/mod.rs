@@ -14,10 +14,12 @@ mod validate;
 
 pub(crate) use docs::reference_page;
 pub(crate) use error::ConfigError;
-pub(crate) use raw::{All2All, Eplb, PlacementStrategy, Policy, Serve, Supervision};
+pub(crate) use raw::{All2All, Dashboard, Eplb, PlacementStrategy, Policy, Serve, Supervision};
 
 use crate::gpus;
 use anyhow::{Context, Result};
+pub(crate) use section::Count;
+
 use error::Problem;
 use heliostat_engine::config::ModelConfig;
 use std::fmt;
@@ -71,6 +73,10 @@ pub(crate) struct Config {
     pub(crate) serve: Serve,
     /// What HTTP clients must prove to know; None on loopback only.
     pub(crate) api_key: Option<Token>,
+    /// Jobs and their REST API.
+    pub(crate) dashboard: Dashboard,
+    /// What clients of the dashboard must prove to know; None on loopback only.
+    pub(crate) dashboard_key: Option<Token>,
     /// Restarts and grace periods.
     pub(crate) supervision: Supervision,
     /// The same as a cluster.toml with absolute paths and without secrets: the token is read from the run directory.
@@ -271,6 +277,7 @@ impl Config {
             user_cache: user_cache(),
             token_file: secret(&raw.cluster.token_file),
             api_key_file: secret(&raw.serve.api_key_file),
+            dashboard_key_file: secret(&raw.dashboard.api_key_file),
             model: ModelConfig::from_dir(&dir.join(&raw.model.path)).map_err(|e| e.to_string()),
         };
         validate::validate(raw, text, &facts).map_err(fail)

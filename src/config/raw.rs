@@ -254,6 +254,41 @@ section! {
 }
 
 section! {
+    /// Jobs: commands that users submit (`helio job`, `ray job`), over the REST API of Ray's dashboard. Whoever reaches it can
+    /// run commands as the user of this cluster.
+    Dashboard = "dashboard" {
+        /// Run it.
+        enabled: bool = true,
+        /// Address to listen on. Beyond loopback `api_key_file` is needed.
+        host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
+        /// Port to listen on.
+        port: u16 = 8265,
+        /// Name of the node that runs jobs. Without it: the first node of the head's machine.
+        node: Option<String> = None,
+        /// A file that holds the key that clients must send as `Authorization: Bearer KEY`.
+        api_key_file: Option<PathBuf> = None,
+        /// Jobs that run at once; others wait.
+        max_jobs_running: u32 = 16,
+        /// Jobs that may wait; one more is refused with 429.
+        max_jobs_queued: u32 = 256,
+        /// Ended jobs that are kept, with their logs; the oldest beyond that are forgotten.
+        max_jobs_kept: u32 = 1000,
+        /// CPUs that running jobs may reserve together (`entrypoint_num_cpus`); `auto`: the cores of their machine.
+        job_cpus: Count = Count::Auto,
+        /// Bytes of a job's log that are kept: the newest.
+        max_log_bytes: ByteSize = ByteSize(64 << 20),
+        /// Largest package (a zipped working directory). Unpacked it may be four times as large.
+        max_package_bytes: ByteSize = ByteSize(512 << 20),
+        /// All packages together; the oldest that no job waits for make room.
+        max_packages_bytes: ByteSize = ByteSize(2 << 30),
+        /// What a job that is stopped has between SIGTERM and SIGKILL, in seconds.
+        stop_grace_s: f64 = 3.0,
+        /// How long a running job lives on without its jobs actor, in seconds.
+        orphan_grace_s: f64 = 30.0,
+    }
+}
+
+section! {
     /// What happens when processes die.
     Supervision = "supervision" {
         /// Restarts of one actor within `window_s`; one more and it stays dead. The same limit holds for head and node under
@@ -289,11 +324,12 @@ pub(crate) struct Raw {
     pub(crate) eplb: Eplb,
     pub(crate) engine: Engine,
     pub(crate) serve: Serve,
+    pub(crate) dashboard: Dashboard,
     pub(crate) supervision: Supervision,
 }
 
 /// Every section, in the order of the documentation.
-pub(crate) const SECTIONS: [SectionInfo; 11] = [
+pub(crate) const SECTIONS: [SectionInfo; 12] = [
     Cluster::INFO,
     Head::INFO,
     State::INFO,
@@ -304,5 +340,6 @@ pub(crate) const SECTIONS: [SectionInfo; 11] = [
     Eplb::INFO,
     Engine::INFO,
     Serve::INFO,
+    Dashboard::INFO,
     Supervision::INFO,
 ];

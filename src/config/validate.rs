@@ -33,6 +33,8 @@ pub(crate) struct Facts {
     pub(crate) token_file: Option<Result<String, String>>,
     /// Text of the API key's file; None where none is named.
     pub(crate) api_key_file: Option<Result<String, String>>,
+    /// Text of the file of the dashboard's key; None where none is named.
+    pub(crate) dashboard_key_file: Option<Result<String, String>>,
     /// The model's config.json, or why it cannot be read.
     pub(crate) model: Result<ModelConfig, String>,
 }
@@ -49,11 +51,13 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let mut check = Check { text, problems: Vec::new() };
     let token = check.token(&raw, facts);
     let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
+    let dashboard_key = check.secret_file("dashboard.api_key_file", facts.dashboard_key_file.as_ref());
     check.listeners(&raw, token.is_some());
     check.heads(&raw);
     let kind = check.kind(&raw, facts);
     let nodes = check.nodes(&raw, facts, kind);
-    check.http_node(&raw, &nodes);
+    check.known_node("serve.node", raw.serve.node.as_deref(), &nodes);
+    check.dashboard(&raw, &nodes);
     let parallel = check.parallel(&raw, &nodes, kind);
     let model = check.model(&raw, facts);
     let redundant_experts = check.redundant_experts(&raw, facts, parallel.ep);
@@ -96,6 +100,8 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         cuda,
         serve: raw.serve,
         api_key,
+        dashboard: raw.dashboard,
+        dashboard_key,
         supervision: raw.supervision,
     })
 }
@@ -109,9 +115,13 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
     }
     raw.model.path = dir.join(&raw.model.path);
     raw.devices.library_dirs.iter_mut().for_each(|path| *path = dir.join(&*path));
-    for path in
-        [&mut raw.state.dir, &mut raw.eplb.initial_layout, &mut raw.serve.api_key_file].into_iter().flatten()
-    {
+    let others = [
+        &mut raw.state.dir,
+        &mut raw.eplb.initial_layout,
+        &mut raw.serve.api_key_file,
+        &mut raw.dashboard.api_key_file,
+    ];
+    for path in others.into_iter().flatten() {
         *path = dir.join(&*path);
     }
     raw
@@ -131,12 +141,12 @@ impl Check<'_> {
         }
     }
 
-    fn http_node(&mut self, raw: &Raw, nodes: &[Node]) {
-        let Some(name) = &raw.serve.node else { return };
+    fn known_node(&mut self, key: &str, name: Option<&str>, nodes: &[Node]) {
+        let Some(name) = name else { return };
         let names: Vec<&str> = nodes.iter().map(|n| n.name.as_str()).collect();
-        let known = names.contains(&name.as_str());
+        let known = names.contains(&name);
         let help = format!("nodes are {}", names.join(", "));
-        self.require(known, "serve.node", format!("there is no node `{name}`"), help);
+        self.require(known, key, format!("there is no node `{name}`"), help);
     }
 
     fn parallel(&mut self, raw: &Raw, nodes: &[Node], kind: Kind) -> Parallel {

@@ -89,7 +89,10 @@ fn take(run: &RunDir) -> Result<Lock> {
 /// Refuses ports that others listen on, before anything is started.
 fn check_ports(config: &Config) -> Result<()> {
     let http = SocketAddr::new(config.serve.host, config.serve.port);
-    for (address, key) in [(config.bind, "`bind` in [head]"), (http, "`port` in [serve]")] {
+    let mut ports = vec![(config.bind, "`bind` in [head]"), (http, "`port` in [serve]")];
+    let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
+    ports.extend(config.dashboard.enabled.then_some((dashboard, "`port` in [dashboard]")));
+    for (address, key) in ports {
         TcpListener::bind(address).map(drop).map_err(|e| {
             let why = if e.kind() == std::io::ErrorKind::AddrInUse {
                 "something listens there".into()

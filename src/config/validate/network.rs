@@ -1,7 +1,7 @@
 //! Who may talk to the cluster, and where: secrets, listeners, the state store.
 
 use super::super::raw::{Raw, Store};
-use super::super::{State, Token};
+use super::super::{Node, State, Token};
 use super::{Check, Facts};
 use std::net::IpAddr;
 use std::path::Path;
@@ -74,6 +74,7 @@ impl Check<'_> {
             format!("head and HTTP would both listen on port {}", bind.port()),
             "choose another port",
         );
+        self.dashboard_listener(raw);
         let remote = raw.nodes.iter().position(|n| n.host.is_some()).filter(|_| bind.ip().is_loopback());
         if let Some(i) = remote {
             let message = format!("a node on another host cannot reach the head at {bind}");
@@ -106,6 +107,51 @@ impl Check<'_> {
             "head.lease_s",
             format!("`lease_s` = {} is shorter than etcd's shortest lease", head.lease_s),
             format!("write {LEASE_S_MIN} or more"),
+        );
+    }
+
+    fn dashboard_listener(&mut self, raw: &Raw) {
+        let (host, port) = (raw.dashboard.host, raw.dashboard.port);
+        self.require(
+            host.is_loopback() || raw.dashboard.api_key_file.is_some(),
+            "dashboard.host",
+            format!("anybody who reaches {host} could run commands: the dashboard has no authentication"),
+            "set `api_key_file` in [dashboard]",
+        );
+        let others = [
+            ("the head", raw.head.bind.ip(), raw.head.bind.port()),
+            ("HTTP", raw.serve.host, raw.serve.port),
+        ];
+        for (who, ip, other) in others.into_iter().filter(|_| raw.dashboard.enabled && port != 0) {
+            self.require(
+                !(other == port && same_interface(ip, host)),
+                "dashboard.port",
+                format!("{who} and the dashboard would both listen on port {port}"),
+                "choose another port",
+            );
+        }
+    }
+
+    /// Where jobs run, and their limits.
+    pub(super) fn dashboard(&mut self, raw: &Raw, nodes: &[Node]) {
+        let dashboard = &raw.dashboard;
+        self.known_node("dashboard.node", dashboard.node.as_deref(), nodes);
+        for (key, value) in [
+            ("dashboard.stop_grace_s", dashboard.stop_grace_s),
+            ("dashboard.orphan_grace_s", dashboard.orphan_grace_s),
+            ("dashboard.max_jobs_running", f64::from(dashboard.max_jobs_running)),
+            ("dashboard.max_jobs_queued", f64::from(dashboard.max_jobs_queued)),
+            ("dashboard.max_jobs_kept", f64::from(dashboard.max_jobs_kept)),
+            ("dashboard.max_log_bytes", dashboard.max_log_bytes.0 as f64),
+            ("dashboard.max_package_bytes", dashboard.max_package_bytes.0 as f64),
+        ] {
+            self.positive(key, value);
+        }
+        self.require(
+            dashboard.max_package_bytes.0 <= dashboard.max_packages_bytes.0,
+            "dashboard.max_packages_bytes",
+            "`max_packages_bytes` is below `max_package_bytes`: no such package could be kept",
+            "raise it",
         );
     }
 
