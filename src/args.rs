@@ -1,8 +1,10 @@
 //! The command line: what may be written after `helio`, with its help.
 
 mod bench;
+mod job;
 
 pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
+pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
@@ -17,6 +19,7 @@ Examples:
   helio status                     nodes, devices, actors
   helio eplb show                  load of the experts and where they lie
   helio logs rank-0 -f             follow the log of an actor
+  helio job submit -- python x.py  run a command as a job and print its log
   helio down                       stop everything
 
 Exit codes:
@@ -55,6 +58,11 @@ pub(crate) enum Command {
     List(List),
     /// Print what an actor wrote to its log.
     Logs(Logs),
+    /// Run commands as jobs: submit, status, logs, stop, list, delete.
+    Job(JobArgs),
+    /// Keep one job (started by the jobs actor).
+    #[command(hide = true)]
+    Entrypoint(Entrypoint),
     /// Show or rebalance the map of experts.
     #[command(subcommand)]
     Eplb(Eplb),

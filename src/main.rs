@@ -42,6 +42,8 @@ fn run(command: &Command) -> Result<()> {
         Command::Status(args) => one_thread()?.block_on(commands::status::run(args)),
         Command::List(args) => one_thread()?.block_on(commands::list::run(args)),
         Command::Logs(args) => one_thread()?.block_on(commands::logs::run(args)),
+        Command::Job(args) => one_thread()?.block_on(commands::job::run(args)),
+        Command::Entrypoint(args) => one_thread()?.block_on(commands::entrypoint::run(args)),
         Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),
     }
 }
@@ -59,7 +61,7 @@ fn many_threads() -> Result<tokio::runtime::Runtime> {
 /// Logs go to stderr, which is the log file of a process that was started by another. HELIO_LOG changes the level.
 fn init_log(command: &Command) {
     let level = match command {
-        Command::Head(_) | Command::Node(_) | Command::Worker(_) => "info",
+        Command::Head(_) | Command::Node(_) | Command::Worker(_) | Command::Entrypoint(_) => "info",
         _ => "warn",
     };
     let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));

@@ -3,8 +3,10 @@
 pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod down;
+pub(crate) mod entrypoint;
 pub(crate) mod eplb;
 pub(crate) mod head;
+pub(crate) mod job;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod node;

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod cluster;
 pub(crate) mod eplb;
 pub(crate) mod heat;
+pub(crate) mod job;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, Table};
