@@ -146,6 +146,8 @@ fn pure_parts_read_no_clock_and_open_no_socket() {
     let sources = files(&["rs"]);
     let pure = [
         "engine/src/",
+        "actors/src/jobs/core",
+        "actors/src/jobs/request",
         "runtime/src/head/core",
         "runtime/src/head/placement",
         "runtime/src/head/supervise",

@@ -5,6 +5,7 @@ mod cuda;
 mod failover;
 mod faults;
 mod hosts;
+mod jobs;
 mod lifecycle;
 mod rig;
 mod serving;

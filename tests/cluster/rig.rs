@@ -52,6 +52,7 @@ pub(crate) fn write_config(dir: &Path, model: &Path, sections: &[(&str, &str)]) 
         ("head", format!("bind = \"127.0.0.1:{}\"", free_port())),
         ("model", format!("path = {model:?}")),
         ("serve", format!("port = {http}")),
+        ("dashboard", format!("port = {}", free_port())),
     ];
     if !sections.iter().any(|(section, keys)| *section == "devices" && keys.contains("device")) {
         all.push(("devices", "device = \"cpu\"".to_owned()));
