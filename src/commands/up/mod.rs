@@ -122,6 +122,25 @@ struct Supervisor<'a> {
     daemon: bool,
 }
 
+/// How long the ingress may take to hear that the group is complete.
+const HEARD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Waits until the HTTP server takes requests: it hears of the complete group when this process does, from the head, and
+/// whoever reads that the cluster serves may be quicker. A server that cannot be asked from here is left alone.
+async fn heard_of_ranks(url: &str) {
+    let Ok(client) = reqwest::Client::builder().no_proxy().build() else { return };
+    let health = format!("{url}/health");
+    let look = async {
+        while let Ok(answer) = client.get(&health).send().await
+            && answer.status() == reqwest::StatusCode::SERVICE_UNAVAILABLE
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // When it takes longer, requests are refused with the reason, and `helio status` shows it.
+    let _ = tokio::time::timeout(HEARD_TIMEOUT, look).await;
+}
+
 impl Supervisor<'_> {
     async fn serve(&mut self, signals: &mut Signals, mut ready: Ready, expected: Vec<String>) -> Result<()> {
         let started = Instant::now();
@@ -130,8 +149,10 @@ impl Supervisor<'_> {
         let mut watch = Watch::start(Access::of(self.config), expected);
         match self.until_ready(signals, &mut watch).await? {
             Startup::Stopped => return Ok(()),
-            Startup::Ready => ready.took_ms = started.elapsed().as_millis() as u64,
+            Startup::Ready => {}
         }
+        heard_of_ranks(&ready.url).await;
+        ready.took_ms = started.elapsed().as_millis() as u64;
         self.display.show(&Report::Ready(ready.clone()))?;
         if self.daemon {
             detach::close_stdout()?;
