@@ -238,7 +238,17 @@ fn request(id: usize, len: usize, max_tokens: usize, vocab: usize) -> Request {
 struct Times {
     /// From one step's end to the next's.
     steps: Vec<Duration>,
+    /// Spent waiting for the device.
     waited: Duration,
+    /// Of the whole run.
+    wall: Duration,
+}
+
+impl Times {
+    /// The median of sorted steps, in milliseconds.
+    fn median_ms(&self) -> f64 {
+        self.steps[self.steps.len() / 2].as_secs_f64() * 1e3
+    }
 }
 
 /// Runs `scheduler` until it has nothing to do or `steps` steps have ended.
@@ -249,7 +259,8 @@ fn run(
     between: &mut dyn FnMut(&mut CudaRank) -> Result<(), SliceError>,
 ) -> Result<Times, SliceError> {
     let mut times = Times::default();
-    let mut last = Instant::now();
+    let started = Instant::now();
+    let mut last = started;
     while scheduler.has_work() && times.steps.len() < steps {
         between(rank)?;
         while rank.in_flight() < depth && scheduler.can_schedule() {
@@ -260,12 +271,15 @@ fn run(
         let (drawn, logits) = rank.finish()?;
         times.waited += began.elapsed();
         scheduler.complete_drawn(&drawn, &logits);
-        times.steps.push(remap::since(&mut last));
+        let now = Instant::now();
+        times.steps.push(now - last);
+        last = now;
     }
     while rank.in_flight() > 0 {
         let (drawn, logits) = rank.finish()?;
         scheduler.complete_drawn(&drawn, &logits);
     }
+    times.wall = started.elapsed();
     Ok(times)
 }
 
@@ -290,24 +304,20 @@ fn decoding(
     Ok(scheduler)
 }
 
-/// Times of the steps of a decode run; `between` is called between two steps.
+/// Times of the steps of a decode run, and its sequences at the end; `between` is called between two steps.
 fn decode_run(
     rank: &mut CudaRank,
     args: &SliceArgs,
     shape: (usize, usize),
     between: &mut dyn FnMut(&mut CudaRank) -> Result<(), SliceError>,
-) -> Result<Vec<Duration>, SliceError> {
+) -> Result<(Times, Scheduler), SliceError> {
     let mut scheduler = decoding(rank, args, shape)?;
     run(rank, &mut scheduler, (args.depth, WARM), &mut |_| Ok(()))?;
     let mut times = run(rank, &mut scheduler, (args.depth, args.steps), between)?;
     // The first has no step before it.
     times.steps.remove(0);
-    Ok(times.steps)
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
+    times.steps.sort();
+    Ok((times, scheduler))
 }
 
 fn decode(
@@ -316,22 +326,15 @@ fn decode(
     batch: usize,
     context: usize,
 ) -> Result<SliceRow, SliceError> {
-    let mut scheduler = decoding(rank, args, (batch, context))?;
-    run(rank, &mut scheduler, (args.depth, WARM), &mut |_| Ok(()))?;
-    let began = Instant::now();
-    let mut times = run(rank, &mut scheduler, (args.depth, args.steps), &mut |_| Ok(()))?;
-    let wall = began.elapsed();
-    times.steps.remove(0);
-    times.steps.sort();
+    let (times, mut scheduler) = decode_run(rank, args, (batch, context), &mut |_| Ok(()))?;
     let p99 = times.steps[(times.steps.len() * 99).div_ceil(100) - 1];
-    let median = median(times.steps);
     Ok(SliceRow::Decode {
         batch,
         context,
-        step_ms: median.as_secs_f64() * 1e3,
+        step_ms: times.median_ms(),
         step_p99_ms: p99.as_secs_f64() * 1e3,
-        tokens_per_s: batch as f64 / median.as_secs_f64(),
-        host_share: 1.0 - times.waited.as_secs_f64() / wall.as_secs_f64(),
+        tokens_per_s: batch as f64 / times.median_ms() * 1e3,
+        host_share: 1.0 - times.waited.as_secs_f64() / times.wall.as_secs_f64(),
         parts: parts(rank, &mut scheduler)?,
     })
 }

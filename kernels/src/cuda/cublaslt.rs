@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::Library;
 
 use super::gemm::{Kind, Operand, Output};
-use super::library::preload;
+use super::library::{function, preload};
 use super::{Buffer, CudaError, Device, StoredAs, Stream, WeightStack};
 
 /// As for NVIDIA's own frameworks on this chip.
@@ -99,27 +99,21 @@ impl Api {
     }
 
     fn open(library: Library) -> Result<Self, CudaError> {
-        macro_rules! function {
-            ($name:literal) => {
-                // SAFETY: the types of the fields are those of the functions in cublasLt.h.
-                *unsafe { library.get(concat!("cublasLt", $name, "\0").as_bytes()) }
-                    .map_err(|why| CudaError::Other(format!("libcublasLt.so.13 lacks {}: {why}", $name)))?
-            };
-        }
+        // The types of the fields are those of the functions in cublasLt.h.
         Ok(Self {
-            create: function!("Create"),
-            destroy: function!("Destroy"),
-            desc_create: function!("MatmulDescCreate"),
-            desc_set: function!("MatmulDescSetAttribute"),
-            desc_destroy: function!("MatmulDescDestroy"),
-            layout_create: function!("MatrixLayoutCreate"),
-            layout_set: function!("MatrixLayoutSetAttribute"),
-            layout_destroy: function!("MatrixLayoutDestroy"),
-            preference_create: function!("MatmulPreferenceCreate"),
-            preference_set: function!("MatmulPreferenceSetAttribute"),
-            preference_destroy: function!("MatmulPreferenceDestroy"),
-            heuristics: function!("MatmulAlgoGetHeuristic"),
-            matmul: function!("Matmul"),
+            create: function!(library, "libcublasLt.so.13", "cublasLtCreate"),
+            destroy: function!(library, "libcublasLt.so.13", "cublasLtDestroy"),
+            desc_create: function!(library, "libcublasLt.so.13", "cublasLtMatmulDescCreate"),
+            desc_set: function!(library, "libcublasLt.so.13", "cublasLtMatmulDescSetAttribute"),
+            desc_destroy: function!(library, "libcublasLt.so.13", "cublasLtMatmulDescDestroy"),
+            layout_create: function!(library, "libcublasLt.so.13", "cublasLtMatrixLayoutCreate"),
+            layout_set: function!(library, "libcublasLt.so.13", "cublasLtMatrixLayoutSetAttribute"),
+            layout_destroy: function!(library, "libcublasLt.so.13", "cublasLtMatrixLayoutDestroy"),
+            preference_create: function!(library, "libcublasLt.so.13", "cublasLtMatmulPreferenceCreate"),
+            preference_set: function!(library, "libcublasLt.so.13", "cublasLtMatmulPreferenceSetAttribute"),
+            preference_destroy: function!(library, "libcublasLt.so.13", "cublasLtMatmulPreferenceDestroy"),
+            heuristics: function!(library, "libcublasLt.so.13", "cublasLtMatmulAlgoGetHeuristic"),
+            matmul: function!(library, "libcublasLt.so.13", "cublasLtMatmul"),
             _library: library,
         })
     }

@@ -32,3 +32,13 @@ pub(super) fn preload(
         .or_else(|| searched.iter().map(|dir| dir.join(name)).find_map(|path| open(&path).ok()))
         .ok_or(CudaError::NoLibrary { library: name, package, searched })
 }
+
+/// A function of a loaded library, by name; its type is that of the field it goes to, which is the caller's word.
+macro_rules! function {
+    ($library:ident, $file:literal, $name:expr) => {
+        // SAFETY: the caller declares the field with the type that the library's header gives the function.
+        *unsafe { $library.get(concat!($name, "\0").as_bytes()) }
+            .map_err(|why| $crate::cuda::CudaError::Other(format!("{} lacks {}: {why}", $file, $name)))?
+    };
+}
+pub(super) use function;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cudarc::nccl::sys;
 use libloading::os::unix::Library;
 
-use super::library::preload;
+use super::library::{function, preload};
 use super::{CudaError, Device, Stream};
 
 /// Oldest version whose configuration is known here, as NCCL counts.
@@ -63,25 +63,19 @@ impl Api {
     }
 
     fn open(library: Library) -> Result<Self, CudaError> {
-        macro_rules! function {
-            ($name:literal) => {
-                // SAFETY: the types of the fields are those of the functions in nccl.h.
-                *unsafe { library.get(concat!($name, "\0").as_bytes()) }
-                    .map_err(|why| CudaError::Other(format!("libnccl.so.2 lacks {}: {why}", $name)))?
-            };
-        }
+        // The types of the fields are those of the functions in nccl.h.
         Ok(Self {
-            get_version: function!("ncclGetVersion"),
-            get_unique_id: function!("ncclGetUniqueId"),
-            init: function!("ncclCommInitRankConfig"),
-            async_error: function!("ncclCommGetAsyncError"),
-            last_error: function!("ncclGetLastError"),
-            error_string: function!("ncclGetErrorString"),
-            abort: function!("ncclCommAbort"),
-            group_start: function!("ncclGroupStart"),
-            group_end: function!("ncclGroupEnd"),
-            send: function!("ncclSend"),
-            receive: function!("ncclRecv"),
+            get_version: function!(library, "libnccl.so.2", "ncclGetVersion"),
+            get_unique_id: function!(library, "libnccl.so.2", "ncclGetUniqueId"),
+            init: function!(library, "libnccl.so.2", "ncclCommInitRankConfig"),
+            async_error: function!(library, "libnccl.so.2", "ncclCommGetAsyncError"),
+            last_error: function!(library, "libnccl.so.2", "ncclGetLastError"),
+            error_string: function!(library, "libnccl.so.2", "ncclGetErrorString"),
+            abort: function!(library, "libnccl.so.2", "ncclCommAbort"),
+            group_start: function!(library, "libnccl.so.2", "ncclGroupStart"),
+            group_end: function!(library, "libnccl.so.2", "ncclGroupEnd"),
+            send: function!(library, "libnccl.so.2", "ncclSend"),
+            receive: function!(library, "libnccl.so.2", "ncclRecv"),
             _library: library,
         })
     }

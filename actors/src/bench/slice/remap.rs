@@ -3,14 +3,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::cuda::{CudaRank, ExpertPool, PoolError, PooledExpert};
 use heliostat_engine::model::Expert;
 use heliostat_kernels::weight::{Block, Weight};
 
-use super::{SLOTS, SliceArgs, SliceError, SliceRow, decode_run, median};
+use super::{SLOTS, SliceArgs, SliceError, SliceRow, decode_run};
 
 /// Steps without moves, and then with.
 pub(super) fn remap(
@@ -18,7 +18,7 @@ pub(super) fn remap(
     args: &SliceArgs,
     (batch, context): (usize, usize),
 ) -> Result<SliceRow, SliceError> {
-    let before = decode_run(rank, args, (batch, context), &mut |_| Ok(()))?;
+    let (before, _) = decode_run(rank, args, (batch, context), &mut |_| Ok(()))?;
     let (pool, expert) = (rank.pool().expect("the rank has experts").clone(), made_up(rank.config()));
     let bytes = expert.size_bytes() as u64;
     let stop = AtomicBool::new(false);
@@ -40,17 +40,17 @@ pub(super) fn remap(
         drop(moved);
         let ended = mover.join().expect("the mover does not panic");
         ended.map_err(SliceError::Pool)?;
-        during.map(|during| (during, moves))
+        during.map(|(during, _)| (during, moves))
     })?;
-    let longest = during.iter().copied().max().unwrap_or(Duration::ZERO);
-    let seconds: f64 = during.iter().map(Duration::as_secs_f64).sum();
+    let longest = during.steps.last().copied().unwrap_or_default();
+    let seconds: f64 = during.steps.iter().map(Duration::as_secs_f64).sum();
     Ok(SliceRow::Remap {
         batch,
         context,
         moves,
         gb_per_s: (moves as u64 * bytes) as f64 / seconds / 1e9,
-        before_ms: median(before).as_secs_f64() * 1e3,
-        step_ms: median(during).as_secs_f64() * 1e3,
+        before_ms: before.median_ms(),
+        step_ms: during.median_ms(),
         longest_ms: longest.as_secs_f64() * 1e3,
     })
 }
@@ -89,11 +89,4 @@ fn made_up(config: &ModelConfig) -> Expert {
         Weight::from_f8(rows, cols, codes, scales, Block::DEEPSEEK).expect("no code is NaN")
     };
     Expert { gate: matrix(width, hidden, 1), up: matrix(width, hidden, 2), down: matrix(hidden, width, 3) }
-}
-
-/// The time between the ends of two steps.
-pub(super) fn since(last: &mut Instant) -> Duration {
-    let elapsed = last.elapsed();
-    *last = Instant::now();
-    elapsed
 }
