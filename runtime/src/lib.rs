@@ -10,6 +10,7 @@ pub mod handle;
 pub mod head;
 mod mailbox;
 pub mod node;
+pub mod process;
 pub mod spec;
 pub mod state;
 pub mod system;

@@ -12,7 +12,7 @@ const ELECTION: &str = "head";
 /// Written when a cluster is shut down, so that heads that stand by end, too.
 const CLOSED: &str = "election/head.closed";
 /// Pause before a store that does not answer is asked again.
-const STORE_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const STORE_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a leader says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

@@ -11,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::actor::{HeadActor, Parts};
 use super::authority::Authority;
 use super::core::{Command, HeadState, Patience, Record};
-use super::election::{self, Candidate, Elected, Outcome};
+use super::election::{self, Candidate, Elected, Outcome, STORE_PAUSE};
 use super::keeper::{Keeper, LoadError};
 use super::tenure::Tenure;
 use crate::handle::ActorId;
@@ -22,8 +22,6 @@ use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, Syst
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for the store when the head starts to lead.
 const START_PATIENCE: Duration = Duration::from_secs(10);
-/// Pause before etcd is tried again by a head that waits for it.
-const STORE_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a head is.
 #[derive(Debug, Clone)]

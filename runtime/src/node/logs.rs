@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::inotify;
 
-use super::process::watch_fd;
 use crate::handle::Incarnation;
 use crate::head::messages::LogChunk;
+use crate::process::watch_fd;
 
 /// Opens the log for one more incarnation, after a header line.
 pub(super) fn open(
