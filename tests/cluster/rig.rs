@@ -141,7 +141,8 @@ impl Cluster {
     pub(crate) async fn until_healed(&self) {
         self.until("all actors ready", |cluster| {
             let status = cluster.status()?;
-            let ready = |actor: &Value| actor["state"]["state"] == "ready";
+            // A head that has just taken over knows of an actor before its node has said where it runs.
+            let ready = |actor: &Value| actor["state"]["state"] == "ready" && actor["pid"].is_i64();
             status["actors"].as_array()?.iter().all(ready).then_some(())
         })
         .await;
