@@ -1,6 +1,7 @@
-//! The product: DP and EP ranks, EPLB, router, ingress and jobs. The only room where runtime and engine meet.
+//! The product: DP and EP ranks, EPLB, router, ingress, dashboard and jobs. The only room where runtime and engine meet.
 
 pub mod bench;
+pub mod dashboard;
 pub mod deployment;
 pub mod eplb;
 pub mod ingress;

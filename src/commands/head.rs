@@ -41,7 +41,7 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;
     let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
-    let url = config.dashboard.enabled.then(|| heliostat_actors::jobs::http::url(dashboard));
+    let url = config.dashboard.enabled.then(|| heliostat_actors::dashboard::url(dashboard));
     run.set_dashboard(url.as_deref(), config.dashboard_key.as_ref())?;
     let mut role = head.role();
     let deployed = async {

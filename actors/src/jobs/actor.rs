@@ -9,8 +9,9 @@ use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 
 use super::core::Limits;
-use super::http::{self, HttpArgs, HttpServer};
+use super::http;
 use super::service::{Jobs, JobsConfig};
+use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::ingress::server::ServeError;
 
 /// Arguments of the jobs actor.
@@ -58,7 +59,7 @@ impl JobsArgs {
 pub struct JobsActor {
     jobs: Jobs,
     /// Serves for as long as the actor lives.
-    _server: HttpServer,
+    _server: DashboardServer,
 }
 
 impl Actor for JobsActor {
@@ -88,7 +89,7 @@ impl Spawn for JobsActor {
             limits: args.limits(),
             keeper,
             head,
-            url: http::url(args.bind),
+            url: dashboard::url(args.bind),
             log_bytes_max: args.log_bytes_max,
             package_bytes_max: args.package_bytes_max,
             packages_bytes_max: args.packages_bytes_max,
@@ -96,11 +97,12 @@ impl Spawn for JobsActor {
             orphan_grace: args.orphan_grace,
         };
         // The port first: a busy one must not cost the jobs that an earlier actor left anything.
-        let http = HttpArgs { bind: args.bind, api_key: args.api_key };
+        let http = DashboardArgs { bind: args.bind, api_key: args.api_key };
         let listener = http.listen().map_err(failed)?;
         let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
-        let server = HttpServer::start(http, listener, jobs.clone()).map_err(failed)?;
-        tracing::info!("jobs are taken at {}", http::url(args.bind));
+        let dashboard = Dashboard::new(http).with(http::routes(jobs.clone()));
+        let server = dashboard.start(listener).map_err(failed)?;
+        tracing::info!("jobs are taken at {}", dashboard::url(args.bind));
         Ok(Self { jobs, _server: server })
     }
 }

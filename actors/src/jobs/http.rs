@@ -1,39 +1,25 @@
-//! Ray's Jobs API over HTTP, as Ray's own clients speak it, and one route of ours: a log as a plain stream.
-//!
-//! Errors are plain text, which those clients show. A web page cannot use it: requests of browsers and for other host
-//! names are refused, since whoever may submit a job may run anything.
+//! Ray's Jobs API as routes of the dashboard, as Ray's own clients speak it, and one route of ours: a log as a plain
+//! stream. Errors are plain text, which those clients show. Who may come in is the dashboard's business.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::body::MessageBody;
-use actix_web::dev::{ServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
-use actix_web::middleware::{Next, from_fn};
-use actix_web::web::{self, Bytes, Data, Path, Payload, PayloadConfig, Query, ServiceConfig};
-use actix_web::{App, HttpRequest, HttpResponse};
+use actix_web::web::{self, Bytes, Data, Path, Payload, Query, ServiceConfig};
+use actix_web::{HttpRequest, HttpResponse};
 use futures_util::{StreamExt, stream};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinHandle;
 
 use super::core::{Job, Refused, Status};
 use super::log::whole_chars;
 use super::package::PackageError;
 use super::request;
 use super::service::{Jobs, SubmitError};
-use crate::ingress::server::{ApiKey, ServeError};
+use crate::dashboard::refuse;
 
-/// The version of Ray whose Jobs API this is.
-const RAY_VERSION: &str = "2.60.0";
-/// Version of that API.
-const API_VERSION: &str = "4";
-/// Largest submission, bytes.
-const BODY_BYTES_MAX: usize = 4 << 20;
 /// Bytes of a log that are sent at a time.
 const CHUNK: usize = 64 << 10;
 /// How often a log that is followed is looked at.
@@ -41,150 +27,23 @@ const POLL: Duration = Duration::from_millis(30);
 /// Logs that are followed at once.
 const FOLLOWERS_MAX: usize = 256;
 
-/// Where to serve.
-#[derive(Clone, Debug)]
-pub struct HttpArgs {
-    /// Exactly this address is bound.
-    pub bind: SocketAddr,
-    /// If set, all asks for `Authorization: Bearer KEY`. Required beyond loopback.
-    pub api_key: Option<String>,
-}
-
-impl HttpArgs {
-    /// Binds.
-    ///
-    /// # Errors
-    /// The address is taken, or would be open to others without a key.
-    pub fn listen(&self) -> Result<TcpListener, ServeError> {
-        if !self.bind.ip().is_loopback() && self.api_key.is_none() {
-            return Err(ServeError::OpenWithoutKey(self.bind));
-        }
-        TcpListener::bind(self.bind).map_err(|cause| ServeError::Bind { bind: self.bind, cause })
+/// Routes of the Jobs API over these jobs, for [`Dashboard::with`](crate::dashboard::Dashboard::with).
+pub fn routes(jobs: Jobs) -> impl Fn(&mut ServiceConfig) + Send + Sync + 'static {
+    let (jobs, followers) = (Data::new(jobs), Data::new(Followers(Arc::new(Semaphore::new(FOLLOWERS_MAX)))));
+    move |app| {
+        app.app_data(jobs.clone())
+            .app_data(followers.clone())
+            .route("/api/packages/{protocol}/{name}", web::get().to(get_package))
+            .route("/api/packages/{protocol}/{name}", web::put().to(put_package))
+            .route("/api/jobs/", web::post().to(submit))
+            .route("/api/jobs/", web::get().to(list))
+            .route("/api/jobs/{id}", web::get().to(details))
+            .route("/api/jobs/{id}", web::delete().to(delete))
+            .route("/api/jobs/{id}/stop", web::post().to(stop))
+            .route("/api/jobs/{id}/logs", web::get().to(logs))
+            .route("/api/jobs/{id}/logs/tail", web::get().to(tail))
+            .route("/api/jobs/{id}/logs/stream", web::get().to(stream_log));
     }
-}
-
-/// A running server; dropping it closes it.
-pub struct HttpServer {
-    handle: ServerHandle,
-    task: JoinHandle<()>,
-}
-
-impl HttpServer {
-    /// Serves. Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// The listener cannot be used.
-    pub fn start(args: HttpArgs, listener: TcpListener, jobs: Jobs) -> Result<Self, ServeError> {
-        let failed = |cause| ServeError::Bind { bind: args.bind, cause };
-        let door =
-            Data::new(Door { key: args.api_key.clone().map(ApiKey), loopback: args.bind.ip().is_loopback() });
-        let (jobs, followers) =
-            (Data::new(jobs), Data::new(Followers(Arc::new(Semaphore::new(FOLLOWERS_MAX)))));
-        let app = move || {
-            App::new()
-                .app_data(jobs.clone())
-                .app_data(door.clone())
-                .app_data(followers.clone())
-                .app_data(PayloadConfig::new(BODY_BYTES_MAX))
-                .wrap(from_fn(guard))
-                .configure(routes)
-                .default_service(web::to(no_such_route))
-        };
-        let server = actix_web::HttpServer::new(app).workers(2).shutdown_timeout(0).disable_signals();
-        let server = server.listen(listener).map_err(failed)?.run();
-        let handle = server.handle();
-        let task = tokio::spawn(async move {
-            if let Err(error) = server.await {
-                tracing::error!(%error, "the dashboard ended");
-            }
-        });
-        Ok(Self { handle, task })
-    }
-}
-
-impl Drop for HttpServer {
-    fn drop(&mut self) {
-        // The order to stop is sent when it is called; its future only waits.
-        drop(self.handle.stop(false));
-        self.task.abort();
-    }
-}
-
-/// By which URL clients on this machine reach an address.
-pub fn url(bind: SocketAddr) -> String {
-    let ip = match bind.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => std::net::Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    format!("http://{}", SocketAddr::new(ip, bind.port()))
-}
-
-fn routes(app: &mut ServiceConfig) {
-    app.route("/api/version", web::get().to(version))
-        .route("/api/packages/{protocol}/{name}", web::get().to(get_package))
-        .route("/api/packages/{protocol}/{name}", web::put().to(put_package))
-        .route("/api/jobs/", web::post().to(submit))
-        .route("/api/jobs/", web::get().to(list))
-        .route("/api/jobs/{id}", web::get().to(details))
-        .route("/api/jobs/{id}", web::delete().to(delete))
-        .route("/api/jobs/{id}/stop", web::post().to(stop))
-        .route("/api/jobs/{id}/logs", web::get().to(logs))
-        .route("/api/jobs/{id}/logs/tail", web::get().to(tail))
-        .route("/api/jobs/{id}/logs/stream", web::get().to(stream_log));
-}
-
-/// Who may come in.
-struct Door {
-    key: Option<ApiKey>,
-    /// Only this machine can reach it: then only under a name of this machine.
-    loopback: bool,
-}
-
-impl Door {
-    fn refuse(&self, headers: &HeaderMap) -> Option<HttpResponse> {
-        let text = |status, text: &'static str| Some(HttpResponse::build(status).body(text));
-        if self.key.as_ref().is_some_and(|key| !key.matches(headers.get(AUTHORIZATION))) {
-            let why = "The header `Authorization: Bearer KEY` is missing or has another key.";
-            return text(StatusCode::UNAUTHORIZED, why);
-        }
-        if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
-            return text(StatusCode::FORBIDDEN, "Jobs cannot be used from a browser.");
-        }
-        let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-        if self.loopback && !is_local(host) {
-            return text(StatusCode::FORBIDDEN, "Jobs are served under names of this machine only.");
-        }
-        None
-    }
-}
-
-/// Whether a `Host` names this machine by a loopback name: another name was made to lead here.
-fn is_local(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => host,
-    };
-    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|ip| ip.is_loopback())
-}
-
-async fn guard(
-    request: ServiceRequest,
-    next: Next<impl MessageBody + 'static>,
-) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
-    let refused = match request.app_data::<Data<Door>>() {
-        Some(door) => door.refuse(request.headers()),
-        None => Some(HttpResponse::InternalServerError().finish()),
-    };
-    match refused {
-        None => Ok(next.call(request).await?.map_into_left_body()),
-        Some(refused) => Ok(request.into_response(refused).map_into_right_body()),
-    }
-}
-
-fn refuse(status: StatusCode, why: impl ToString) -> HttpResponse {
-    HttpResponse::build(status).content_type("text/plain; charset=utf-8").body(why.to_string())
 }
 
 impl From<Refused> for HttpResponse {
@@ -198,20 +57,6 @@ impl From<Refused> for HttpResponse {
         };
         refuse(status, refused)
     }
-}
-
-async fn no_such_route(http: HttpRequest) -> HttpResponse {
-    refuse(StatusCode::NOT_FOUND, format!("There is no `{} {}`.", http.method(), http.path()))
-}
-
-async fn version() -> HttpResponse {
-    HttpResponse::Ok().json(json!({
-        "version": API_VERSION,
-        "ray_version": RAY_VERSION,
-        "ray_commit": "",
-        "session_name": "heliostat",
-        "heliostat_version": env!("CARGO_PKG_VERSION"),
-    }))
 }
 
 /// What Ray's clients call `JobDetails`.
@@ -486,21 +331,6 @@ fn package_status(why: &PackageError) -> StatusCode {
         PackageError::Io { .. } => StatusCode::INSUFFICIENT_STORAGE,
         PackageError::Zip(_) | PackageError::Escapes(_) | PackageError::Hash { .. } => {
             StatusCode::BAD_REQUEST
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_names_of_this_machine_are_local() {
-        for host in ["127.0.0.1:8265", "localhost:8265", "localhost", "[::1]:8265", "127.0.0.2"] {
-            assert!(is_local(host), "{host}");
-        }
-        for host in ["", "evil.example:8265", "127.0.0.1.evil.example", "10.0.0.1:8265", "localhost.evil:1"] {
-            assert!(!is_local(host), "{host}");
         }
     }
 }
