@@ -45,7 +45,9 @@ fn files(extensions: &[&str]) -> Vec<Source> {
                 continue;
             }
             let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+            // In a git worktree `.git` is a file.
             if extensions.contains(&&*extension)
+                && name != ".git"
                 && let Ok(text) = fs::read_to_string(&path)
             {
                 let path = path.strip_prefix(root()).expect("below the root").to_string_lossy().into_owned();
