@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::mailbox::{DeliverFn, Table, deliver_frame};
+use crate::mesh::{MeshSeat, MeshTable};
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
 use crate::system::{SpawnError, SpawnOptions, System};
 use crate::wire::{from_bytes, name_hash};
@@ -48,6 +49,7 @@ pub trait Spawn: RemoteActor {
 /// Table of the messages that an actor accepts.
 pub struct Accepts<A> {
     table: Table,
+    pub(crate) mesh: MeshTable,
     actor: PhantomData<fn() -> A>,
 }
 
@@ -63,14 +65,16 @@ impl<A: RemoteActor> Accepts<A> {
     {
         let deliver: DeliverFn = deliver_frame::<A, M>;
         let earlier = self.table.insert(const { name_hash(M::NAME) }, deliver);
+        self.mesh.insert::<A, M>();
         assert!(earlier.is_none(), "{} accepts two messages named {:?}", A::TYPE, M::NAME);
         self
     }
 
-    pub(crate) fn table() -> Table {
-        let mut accepts = Self { table: Table::default(), actor: PhantomData };
+    /// How messages are delivered, and what rounds of a mesh do with them.
+    pub(crate) fn tables() -> (Table, MeshTable) {
+        let mut accepts = Self { table: Table::default(), mesh: MeshTable::default(), actor: PhantomData };
         A::messages(&mut accepts);
-        accepts.table
+        (accepts.table, accepts.mesh)
     }
 }
 
@@ -190,6 +194,7 @@ fn create_erased<A: Spawn>(
 pub struct ActorCx {
     parts: Arc<CxParts>,
     cluster: Option<Cluster>,
+    mesh: Option<MeshSeat>,
 }
 
 /// What a worker gives to an actor that it creates.
@@ -213,12 +218,22 @@ pub struct CxParts {
 impl ActorCx {
     /// For the worker, and for tests of actors.
     pub fn new(parts: CxParts) -> Self {
-        Self { parts: Arc::new(parts), cluster: None }
+        Self { parts: Arc::new(parts), cluster: None, mesh: None }
     }
 
     /// The same, in a cluster.
     pub fn in_cluster(self, cluster: Cluster) -> Self {
         Self { cluster: Some(cluster), ..self }
+    }
+
+    /// The same, at that place in a mesh.
+    pub(crate) fn in_mesh(self, mesh: Option<MeshSeat>) -> Self {
+        Self { mesh, ..self }
+    }
+
+    /// Its place in a mesh, if it is a rank of one.
+    pub fn mesh(&self) -> Option<&MeshSeat> {
+        self.mesh.as_ref()
     }
 
     /// The cluster that the worker belongs to; `None` only in tests of actors without one.

@@ -281,7 +281,7 @@ impl Cluster {
         done.map_err(ClusterError::Refused)
     }
 
-    async fn ask<M>(&self, message: M) -> Result<M::Result, ClusterError>
+    pub(crate) async fn ask<M>(&self, message: M) -> Result<M::Result, ClusterError>
     where
         M: WireMessage + Clone,
         HeadActor: Handler<M>,
@@ -291,7 +291,12 @@ impl Cluster {
 
     /// Asks the leader, which may take `wait` for its answer, and looks for it where that one does not lead. A message
     /// that may have been handled is sent to another head only if it may be sent `again`.
-    async fn ask_within<M>(&self, message: M, wait: Duration, again: bool) -> Result<M::Result, ClusterError>
+    pub(crate) async fn ask_within<M>(
+        &self,
+        message: M,
+        wait: Duration,
+        again: bool,
+    ) -> Result<M::Result, ClusterError>
     where
         M: WireMessage + Clone,
         HeadActor: Handler<M>,

@@ -9,6 +9,7 @@ pub mod group;
 pub mod handle;
 pub mod head;
 mod mailbox;
+pub mod mesh;
 pub mod node;
 pub mod process;
 pub mod spec;

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
+use crate::mesh::MeshTable;
 use crate::wire::answer::RemoteAnswer;
 use crate::wire::frame::RemoteFailure;
 use crate::wire::{from_bytes, name_hash};
@@ -98,6 +99,8 @@ pub(crate) struct Entry {
     pub(crate) type_name: &'static str,
     mailbox: Box<dyn Any + Send + Sync>,
     table: Table,
+    /// What rounds of a mesh do with the actor's messages.
+    pub(crate) mesh: MeshTable,
     lifetime: Arc<Lifetime>,
 }
 
@@ -146,15 +149,17 @@ impl Entry {
         });
         let queue = Mutex::new(VecDeque::new());
         let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1), lifetime: lifetime.clone() });
+        let (table, mesh) = Accepts::<A>::tables();
         let entry = Arc::new(Self {
             id,
             incarnation,
             type_name: A::TYPE,
             mailbox: Box::new(mailbox.clone()),
-            table: Accepts::<A>::table(),
+            table,
+            mesh,
             lifetime: lifetime.clone(),
         });
-        let pump = Pump { mailbox, lifetime, id, incarnation, registry: Arc::downgrade(registry) };
+        let pump = Pump { mailbox, lifetime, id, registry: Arc::downgrade(registry) };
         (entry, pump)
     }
 
@@ -281,7 +286,6 @@ pub(crate) struct Pump<A: RemoteActor> {
     mailbox: Arc<Mailbox<A>>,
     lifetime: Arc<Lifetime>,
     id: ActorId,
-    incarnation: Incarnation,
     registry: Weak<Registry>,
 }
 
@@ -330,7 +334,7 @@ impl<A: RemoteActor> Drop for Pump<A> {
         let left = std::mem::take(&mut *self.mailbox.lock());
         drop(left);
         if let Some(registry) = self.registry.upgrade() {
-            registry.remove(self.id, self.incarnation);
+            registry.remove(self.id, &self.lifetime);
         }
     }
 }

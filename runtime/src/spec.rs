@@ -7,6 +7,8 @@ use std::time::Duration;
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use crate::mesh::Dims;
+
 /// One actor that the cluster keeps alive.
 ///
 /// Applying the same spec twice changes nothing; applying another spec of the same name restarts the actor with it.
@@ -26,6 +28,8 @@ pub struct ActorSpec {
     pub restart: RestartPolicy,
     /// The group it is a rank of.
     pub group: Option<GroupMember>,
+    /// The shape of the mesh that its group is, if it is one; the group's size is then that of the shape.
+    pub mesh: Option<Dims>,
     /// Names of further groups whose views are delivered to this actor.
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
@@ -46,6 +50,7 @@ impl ActorSpec {
             placement: Placement::Anywhere,
             restart: RestartPolicy::default(),
             group: None,
+            mesh: None,
             subscribe: Vec::new(),
             mailbox_capacity: Self::MAILBOX_CAPACITY,
         }
@@ -79,7 +84,17 @@ impl ActorSpec {
                 return fail(format!("rank {} is not below the group size {}", member.rank, member.size));
             }
         }
-        Ok(())
+        self.validate_mesh().or_else(fail)
+    }
+
+    fn validate_mesh(&self) -> Result<(), String> {
+        let Some(dims) = &self.mesh else { return Ok(()) };
+        dims.validate().map_err(|error| error.to_string())?;
+        match &self.group {
+            Some(member) if member.size == dims.ranks() => Ok(()),
+            Some(member) => Err(format!("group size {} is not that of the mesh {dims}", member.size)),
+            None => Err(format!("it is of a mesh {dims} but of no group, which would name the mesh")),
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use crate::actor::{CreateError, RemoteActor};
 use crate::handle::{ActorAddr, ActorId, Handle, Incarnation, ProcessId};
 pub use crate::mailbox::ActorEnd;
 use crate::mailbox::{Entry, Pump, Registry, panic_message};
+use crate::mesh::Meshes;
 use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
@@ -45,6 +46,16 @@ pub struct System {
     shared: Arc<Shared>,
 }
 
+/// A system, without keeping it alive: for actors that it owns itself.
+#[derive(Clone)]
+pub(crate) struct WeakSystem(Weak<Shared>);
+
+impl WeakSystem {
+    pub(crate) fn upgrade(&self) -> Option<System> {
+        Some(System { shared: self.0.upgrade()? })
+    }
+}
+
 /// What all parts of a system share.
 pub(crate) struct Shared {
     pub(crate) process: ProcessId,
@@ -60,6 +71,7 @@ pub(crate) struct Shared {
     silence_max: Duration,
     links: Mutex<HashMap<String, Arc<Link>>>,
     conns: Mutex<Vec<Weak<Conn>>>,
+    meshes: Meshes,
     arbiters: Arbiters,
     stop: CancellationToken,
 }
@@ -133,6 +145,7 @@ impl System {
             silence_max: config.silence_max,
             links: Mutex::default(),
             conns: Mutex::default(),
+            meshes: Meshes::default(),
             arbiters: Arbiters::start(config.arbiters.max(1))?,
             stop: CancellationToken::new(),
         });
@@ -295,6 +308,14 @@ impl System {
         let link = Arc::new(Link::new(endpoint, Arc::downgrade(&self.shared)));
         links.insert(endpoint.to_owned(), link.clone());
         link
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakSystem {
+        WeakSystem(Arc::downgrade(&self.shared))
+    }
+
+    pub(crate) fn meshes(&self) -> &Meshes {
+        &self.shared.meshes
     }
 
     pub(crate) fn registry(&self) -> &Registry {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use heliostat_runtime::actor::{ActorCx, ActorTypes, CxParts, Reports};
 use heliostat_runtime::handle::{ActorAddr, ActorId, AskError, Handle, Incarnation, ProcessId, Refusal};
-use heliostat_runtime::system::{ActorEnd, PeerEvent, Secret, System, SystemConfig, SystemError};
+use heliostat_runtime::system::{ActorEnd, PeerEvent, Secret, SpawnError, System, SystemConfig, SystemError};
 use heliostat_runtime::wire::to_bytes;
 use rustix::process::{Pid, Signal, kill_process};
 use support::*;
@@ -227,6 +227,14 @@ async fn an_old_incarnation_is_fenced() {
         Err(AskError::Refused(refused)) => assert_eq!(refused.reason, Refusal::WrongProcess),
         other => panic!("{other:?}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_actor_of_an_incarnation_is_refused_and_the_first_stays() {
+    let rig = rig(4).await;
+    let again = rig.home.spawn(options("probe", 1, 4), Probe::default);
+    assert!(matches!(again, Err(SpawnError::AlreadyHere { present: Incarnation(1), .. })), "{again:?}");
+    assert_eq!(rig.remote.ask(Add(1)).await.unwrap(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,6 +18,8 @@ impl ActorId {
     pub const HEAD: Self = Self::named("heliostat/head");
     /// The node agent, in its process.
     pub const NODE: Self = Self::named("heliostat/node");
+    /// Takes part in the rounds of meshes, in each process that hosts a rank.
+    pub const MESH: Self = Self::named("heliostat/mesh");
     /// The host of a worker process, in that process.
     pub const WORKER: Self = Self::named("heliostat/worker");
 
@@ -32,6 +34,7 @@ impl fmt::Display for ActorId {
         match *self {
             Self::HEAD => f.write_str("head"),
             Self::NODE => f.write_str("node"),
+            Self::MESH => f.write_str("mesh"),
             Self::WORKER => f.write_str("worker"),
             Self(id) => write!(f, "{id:016x}"),
         }

@@ -22,6 +22,7 @@ use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::backoff::Backoff;
 use crate::cluster::status::{ClusterStatus, HeadStatus, StoreHealth};
 use crate::handle::{ActorAddr, AskError, Handle, Incarnation, ProcessId};
+use crate::mesh::{RemoveMesh, WatchMesh};
 use crate::node::NodeActor;
 use crate::system::{PeerEvent, System};
 use crate::worker::WorkerActor;
@@ -35,7 +36,7 @@ const INSISTENCE: u32 = 12;
 
 /// The head.
 pub(crate) struct HeadActor {
-    core: HeadState,
+    pub(super) core: HeadState,
     system: System,
     keeper: Keeper,
     authority: Arc<Authority>,
@@ -44,7 +45,7 @@ pub(crate) struct HeadActor {
     started: Instant,
     nodes: HashMap<String, NodeLink>,
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
-    version: watch::Sender<u64>,
+    pub(super) version: watch::Sender<u64>,
     closed: watch::Sender<bool>,
     timer: Option<(Duration, SpawnHandle)>,
 }
@@ -86,7 +87,7 @@ impl HeadActor {
         }
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.started.elapsed()
     }
 
@@ -95,7 +96,7 @@ impl HeadActor {
         self.carry_out(commands, ctx);
     }
 
-    fn carry_out(&mut self, commands: Vec<Command>, ctx: &mut Context<Self>) {
+    pub(super) fn carry_out(&mut self, commands: Vec<Command>, ctx: &mut Context<Self>) {
         for command in commands {
             self.execute(command, ctx);
         }
@@ -183,7 +184,7 @@ impl HeadActor {
     }
 
     /// Answers once everything up to here is durable.
-    fn durably<T: 'static>(&self, done: T) -> ResponseFuture<Result<T, String>> {
+    pub(super) fn durably<T: 'static>(&self, done: T) -> ResponseFuture<Result<T, String>> {
         let (flushed, keeper) = (self.keeper.flushed(DURABLE_PATIENCE), self.keeper.clone());
         let authority = self.authority.clone();
         Box::pin(async move {
@@ -312,6 +313,7 @@ impl RemoteActor for HeadActor {
         m.accept::<NodeReport>().accept::<WorkerReport>();
         m.accept::<Apply>().accept::<Control>().accept::<Watch>().accept::<Lookup>();
         m.accept::<FindLog>().accept::<Shutdown>();
+        m.accept::<WatchMesh>().accept::<RemoveMesh>();
     }
 }
 

@@ -6,6 +6,7 @@
 mod actors;
 mod apply;
 mod groups;
+mod meshes;
 mod nodes;
 mod record;
 mod report;
@@ -264,7 +265,7 @@ impl HeadState {
     }
 
     fn persist(&mut self, record: Record) {
-        self.out.push(Command::Persist(Write::Put(record)));
+        self.out.push(Command::Persist(Write::Put(Box::new(record))));
     }
 
     fn forget(&mut self, key: Key) {

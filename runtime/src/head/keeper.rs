@@ -102,7 +102,7 @@ impl Keeper {
     pub(super) fn write(&self, write: &Write) {
         let key = format!("{PREFIX}{}", write.key().path());
         let value = match write {
-            Write::Put(record) => match to_bytes(record) {
+            Write::Put(record) => match to_bytes(&**record) {
                 Ok(bytes) => Some(bytes),
                 Err(error) => return tracing::error!(key, %error, "a record cannot be kept"),
             },
@@ -213,9 +213,9 @@ mod tests {
         let (keeper, records) =
             Keeper::open(&config, store.clone(), leadership, authority.clone()).await.unwrap();
         assert_eq!(records, []);
-        keeper.write(&Write::Put(spec("a")));
-        keeper.write(&Write::Put(spec("b")));
-        keeper.write(&Write::Put(Record::Incarnations(7)));
+        keeper.write(&Write::Put(Box::new(spec("a"))));
+        keeper.write(&Write::Put(Box::new(spec("b"))));
+        keeper.write(&Write::Put(Box::new(Record::Incarnations(7))));
         keeper.write(&Write::Delete(spec("b").key()));
         assert!(keeper.flushed(Duration::from_secs(10)).await);
         let read = keeper.shared.store.range(PREFIX).await.unwrap().entries;
@@ -224,7 +224,7 @@ mod tests {
 
         // HA-3: once another leads, nothing is written any more.
         store.seize("head", "another").await.unwrap();
-        keeper.write(&Write::Put(spec("late")));
+        keeper.write(&Write::Put(Box::new(spec("late"))));
         assert!(!keeper.flushed(Duration::from_secs(10)).await);
         authority.over().await;
         assert_eq!(store.get("head/spec/late").await.unwrap(), None);

@@ -8,6 +8,7 @@ pub mod core;
 mod election;
 pub(crate) mod finder;
 mod keeper;
+mod meshes;
 pub mod messages;
 pub mod placement;
 mod service;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::Entry;
+use super::{Entry, Lifetime};
 use crate::handle::{ActorId, Incarnation, Refusal};
 
 /// The registered actors of this process.
@@ -56,9 +56,10 @@ impl Registry {
         self.entries.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    pub(super) fn remove(&self, id: ActorId, incarnation: Incarnation) {
+    /// Forgets the actor of that lifetime: not one that was there before it and kept its place.
+    pub(super) fn remove(&self, id: ActorId, lifetime: &Arc<Lifetime>) {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        if entries.get(&id).is_some_and(|entry| entry.incarnation == incarnation) {
+        if entries.get(&id).is_some_and(|entry| Arc::ptr_eq(&entry.lifetime, lifetime)) {
             entries.remove(&id);
         }
     }

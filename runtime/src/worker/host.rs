@@ -12,9 +12,10 @@ use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::head::messages::{CreateActor, DeliverView, Dismiss, WorkerPhase, WorkerReport};
 use crate::head::tenure::{Allegiance, Superseded};
+use crate::mesh::MeshSeat;
 use crate::node::files::WorkerRecord;
-use crate::spec::{DeathCause, Progress};
-use crate::system::{ActorEnd, System};
+use crate::spec::{ActorSpec, DeathCause, Progress};
+use crate::system::{ActorEnd, SpawnError, System};
 
 /// How long an actor that asked for its own end may take for it.
 const EXIT_PATIENCE: Duration = Duration::from_secs(2);
@@ -114,6 +115,10 @@ impl Host {
     /// The actor from its creation to its end.
     async fn live(&self, order: CreateActor, reports: Reports) -> DeathCause {
         let spec = order.spec;
+        let mesh = match self.take_seat(&spec) {
+            Ok(mesh) => mesh,
+            Err(error) => return DeathCause::CreateFailed { message: error.to_string() },
+        };
         let cx = ActorCx::new(CxParts {
             system: self.system.clone(),
             actor: self.actor(),
@@ -123,12 +128,20 @@ impl Host {
             group: spec.group,
             reports,
         });
-        let cx = cx.in_cluster(self.cluster.clone());
+        let is_rank = mesh.is_some();
+        let cx = cx.in_cluster(self.cluster.clone()).in_mesh(mesh);
         let capacity = spec.mailbox_capacity as usize;
         match self.types.create(&spec.type_name, spec.args, capacity, cx).await {
             Ok(addr) => {
                 let ended = self.system.watch_local(addr.actor, addr.incarnation);
-                self.lock().phase = WorkerPhase::Ready(addr);
+                {
+                    let mut state = self.lock();
+                    // A rank of a mesh has nothing to add to its address, unless it said so.
+                    if is_rank {
+                        state.announced.get_or_insert_default();
+                    }
+                    state.phase = WorkerPhase::Ready(addr);
+                }
                 self.views.open();
                 self.news.notify_one();
                 match ended.await {
@@ -141,6 +154,19 @@ impl Host {
             Err(CreateError::Panicked(message)) => DeathCause::Panicked { message },
             Err(error) => DeathCause::CreateFailed { message: error.to_string() },
         }
+    }
+
+    /// Its place in a mesh, if the spec has one. From then on rounds of the mesh wait for the first view.
+    fn take_seat(&self, spec: &ActorSpec) -> Result<Option<MeshSeat>, SpawnError> {
+        let (Some(dims), Some(member)) = (&spec.mesh, &spec.group) else { return Ok(None) };
+        self.system.expect_mesh(&member.group)?;
+        Ok(Some(MeshSeat {
+            system: self.system.clone(),
+            name: member.group.clone(),
+            dims: dims.clone(),
+            rank: member.rank,
+            peers: Arc::default(),
+        }))
     }
 
     /// Takes what the actor says of itself, until it asks for its end.

@@ -57,6 +57,7 @@ impl Views {
         self.change(|held| {
             let newer = held.views.get(&view.group).is_none_or(|slot| slot.view.epoch < view.epoch);
             if newer {
+                self.shared.system.meshes().take(&view);
                 held.views.insert(view.group.clone(), Slot { view, delivered: false });
             }
         });
@@ -102,6 +103,8 @@ impl Shared {
             match self.offer(&slot.view) {
                 Ok(()) => slot.delivered = true,
                 Err(Refusal::MailboxFull) => return false,
+                // A rank may leave it to its mesh to know who is there.
+                Err(Refusal::UnknownMessage) => slot.delivered = true,
                 Err(reason) => {
                     tracing::warn!(group = slot.view.group, epoch = slot.view.epoch, %reason, "view not delivered");
                     slot.delivered = true;

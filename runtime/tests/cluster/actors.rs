@@ -9,6 +9,8 @@ use heliostat_runtime::group::GroupView;
 use heliostat_runtime::spec::{ActorSpec, GroupMember, Progress, Resources};
 use heliostat_runtime::wire::to_bytes;
 
+use crate::mesh::MeshRank;
+
 /// Counts, and remembers the views it was sent.
 pub(crate) struct Counter {
     value: u64,
@@ -132,7 +134,7 @@ impl Handler<GroupView> for Counter {
 }
 
 pub(crate) fn types() -> ActorTypes {
-    ActorTypes::new().with::<Counter>()
+    ActorTypes::new().with::<Counter>().with::<MeshRank>()
 }
 
 /// A counter that needs a device.

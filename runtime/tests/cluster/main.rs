@@ -6,6 +6,7 @@
 
 mod actors;
 mod harness;
+mod mesh;
 mod scenarios;
 
 use std::process::ExitCode;
@@ -23,6 +24,9 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("node_lost", || Box::pin(scenarios::node_lost())),
     ("orderly_ends", || Box::pin(scenarios::orderly_ends())),
     ("logs", || Box::pin(scenarios::logs())),
+    ("mesh_rounds", || Box::pin(mesh::mesh_rounds())),
+    ("mesh_inner_killed", || Box::pin(mesh::mesh_inner_killed())),
+    ("mesh_spawn_fails", || Box::pin(mesh::mesh_spawn_fails())),
     ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
 ];
 

@@ -129,7 +129,7 @@ impl Record {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Write {
     /// Keep this under its key.
-    Put(Record),
+    Put(Box<Record>),
     /// Drop what is under the key.
     Delete(Key),
 }

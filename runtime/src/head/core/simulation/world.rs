@@ -418,7 +418,7 @@ impl World {
             for write in self.unwritten.drain(..) {
                 let key = write.key().path();
                 match write {
-                    Write::Put(record) => drop(self.durable.insert(key, record)),
+                    Write::Put(record) => drop(self.durable.insert(key, *record)),
                     Write::Delete(_) => drop(self.durable.remove(&key)),
                 }
             }

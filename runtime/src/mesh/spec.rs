@@ -1,0 +1,176 @@
+//! Meshes as clients ask the cluster for them: spawned, found and removed as one.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::dims::{Dims, ShapeError};
+use super::error::MeshError;
+use super::handle::Mesh;
+use super::messages::{MeshNow, RemoveMesh, WatchMesh};
+use crate::actor::Spawn;
+use crate::backoff::Backoff;
+use crate::cluster::status::{ActorState, ClusterStatus};
+use crate::cluster::{Cluster, ClusterError};
+use crate::spec::{ActorSpec, GroupMember};
+use crate::wire::to_bytes;
+
+/// How long the head lets a follower wait before it answers with what is known already.
+const FOLLOW_WAIT: Duration = Duration::from_secs(10);
+
+/// A mesh to spawn: so many actors of one type, with one spec.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshSpec {
+    /// Unique in the cluster; the ranks are named after it, `NAME-RANK`.
+    pub name: String,
+    /// Its shape.
+    pub dims: Dims,
+    /// What all ranks have in common: resources, placement, restarts, mailbox. Name and group are filled in.
+    pub rank: ActorSpec,
+}
+
+impl MeshSpec {
+    /// Ranks of type `A`, all with the same arguments; each learns its own place by `ActorCx::mesh`.
+    pub fn new<A: Spawn>(name: &str, dims: Dims, args: &A::Args) -> Result<Self, MeshError> {
+        let args = to_bytes(args).map_err(|error| MeshError::Codec(error.to_string()))?;
+        Ok(Self { name: name.to_owned(), dims, rank: ActorSpec::new(name, A::TYPE, args) })
+    }
+
+    /// The specs of the ranks, in order. Apply them with others for a deployment that is more than a mesh.
+    pub fn ranks(&self) -> Result<Vec<ActorSpec>, ShapeError> {
+        self.dims.validate()?;
+        let size = self.dims.ranks();
+        let spec = |rank| ActorSpec {
+            name: format!("{}-{rank}", self.name),
+            group: Some(GroupMember { group: self.name.clone(), rank, size }),
+            mesh: Some(self.dims.clone()),
+            ..self.rank.clone()
+        };
+        Ok((0..size).map(spec).collect())
+    }
+}
+
+impl Cluster {
+    /// Spawns all ranks of a mesh, or none, and waits until all are ready. A mesh that was spawned with the same spec
+    /// before is taken as it is. A rank that dies for good, or `limit`, is an error, which removes what this call
+    /// created.
+    pub async fn spawn_mesh<A: Spawn>(&self, spec: &MeshSpec, limit: Duration) -> Result<Mesh<A>, MeshError> {
+        let specs = spec.ranks()?;
+        let ranks = specs.len();
+        let applied = match self.apply(specs).await {
+            Ok(applied) => applied,
+            Err(error) => return Err(self.refused(spec, error).await),
+        };
+        let mut outcome = Err("not all ranks were ready in time".to_owned());
+        let over = |status: &ClusterStatus| verdict(status, &spec.name).is_some();
+        if let Some(status) = self.wait_until(limit, over).await {
+            outcome = verdict(&status, &spec.name).unwrap_or(outcome);
+        } else if let Ok(status) = self.status().await {
+            outcome = Err(late(&status, &spec.name, limit));
+        }
+        match outcome {
+            Ok(()) => self.mesh(&spec.name).await,
+            Err(why) => {
+                let mut why = why;
+                if applied.started as usize == ranks
+                    && let Err(error) = self.remove_mesh(&spec.name).await
+                {
+                    why.push_str(&format!("; and it could not be removed again: {error}"));
+                }
+                Err(MeshError::Spawn { mesh: spec.name.clone(), why })
+            }
+        }
+    }
+
+    /// Why the specs of a mesh were not applied: mostly because there is one of another size.
+    async fn refused(&self, spec: &MeshSpec, error: ClusterError) -> MeshError {
+        if matches!(error, ClusterError::Spec(_))
+            && let Ok(now) = self.watch_mesh(&spec.name, None).await
+            && now.dims.ranks() != spec.dims.ranks()
+        {
+            let (known, wanted) = (now.dims.to_string(), spec.dims.to_string());
+            return MeshError::OtherShape { mesh: spec.name.clone(), known, wanted };
+        }
+        error.into()
+    }
+
+    /// A mesh that was spawned before. The handle follows it from epoch to epoch.
+    pub async fn mesh<A>(&self, name: &str) -> Result<Mesh<A>, MeshError> {
+        let now = self.watch_mesh(name, None).await?;
+        let (told, views) = watch::channel(None);
+        let tell = move |now: &MeshNow| {
+            let view = &now.view;
+            if view.epoch > 0 {
+                told.send_replace(Some(std::sync::Arc::new(view.clone())));
+            }
+        };
+        tell(&now);
+        let (cluster, mesh, mut epoch) = (self.clone(), name.to_owned(), now.view.epoch);
+        let follower = self.system().runtime().spawn(async move {
+            let mut backoff = Backoff::reconnect();
+            loop {
+                match cluster.watch_mesh(&mesh, Some(epoch)).await {
+                    // GR-1: an older epoch is of a head that has yet to hear of the newest.
+                    Ok(now) => {
+                        backoff.reset();
+                        if now.view.epoch > epoch {
+                            epoch = now.view.epoch;
+                            tell(&now);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(mesh, %error, "cannot follow a mesh");
+                        backoff.pause().await;
+                    }
+                }
+            }
+        });
+        let follower = AbortOnDropHandle::new(follower);
+        Ok(Mesh::new(self.system().clone(), (name, now.dims), views, Some(follower)))
+    }
+
+    /// Ends all ranks of a mesh and forgets them.
+    pub async fn remove_mesh(&self, name: &str) -> Result<(), ClusterError> {
+        self.ask(RemoveMesh { mesh: name.to_owned() }).await?.map_err(ClusterError::Refused)
+    }
+
+    async fn watch_mesh(&self, name: &str, epoch: Option<u64>) -> Result<MeshNow, MeshError> {
+        let wait = if epoch.is_some() { FOLLOW_WAIT } else { Duration::ZERO };
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let watch = WatchMesh { mesh: name.to_owned(), epoch, wait_ms };
+        self.ask_within(watch, wait, true).await?.map_err(MeshError::Unknown)
+    }
+}
+
+/// Whether the mesh is up, or will not be; `None` while that is open.
+fn verdict(status: &ClusterStatus, mesh: &str) -> Option<Result<(), String>> {
+    if status.group(mesh).is_some_and(|group| group.complete && group.epoch > 0) {
+        return Some(Ok(()));
+    }
+    let ranks = || status.actors.iter().filter(|actor| actor.group.as_deref() == Some(mesh));
+    ranks().find_map(|actor| match &actor.state {
+        ActorState::Dead { cause } => Some(Err(format!("rank {} ({}) {cause}", actor.rank?, actor.name))),
+        _ => None,
+    })
+}
+
+/// Which rank is not ready, and how it is.
+fn late(status: &ClusterStatus, mesh: &str, limit: Duration) -> String {
+    let mut ranks = status.actors.iter().filter(|actor| actor.group.as_deref() == Some(mesh));
+    let waiting = ranks.find_map(|actor| {
+        let how = match &actor.state {
+            ActorState::Ready | ActorState::Dead { .. } => return None,
+            ActorState::Pending { reason } => format!("has no place: {reason}"),
+            ActorState::Starting { progress } => format!("is starting: {}", progress.phase),
+            ActorState::Restarting { attempt, .. } => match &actor.last_death {
+                Some(cause) => format!("{cause}, and is started again (attempt {attempt})"),
+                None => format!("is started again (attempt {attempt})"),
+            },
+            ActorState::Stopping => "is stopping".to_owned(),
+        };
+        Some(format!("rank {} ({}) {how}", actor.rank?, actor.name))
+    });
+    let how = waiting.unwrap_or_else(|| "not all ranks have announced themselves".to_owned());
+    format!("not ready within {limit:?}: {how}")
+}
