@@ -7,6 +7,7 @@ pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use heliostat_runtime::spec::Quantity;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -168,6 +169,18 @@ pub(crate) struct Node {
     /// Devices to make of each GPU; more than one is for tests.
     #[arg(long, value_name = "COUNT", default_value_t = 1, hide = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ranks_per_gpu: u32,
+    /// Logical CPUs that actors can reserve. Without it: all there are.
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) cpus: Option<u32>,
+    /// Memory that actors can reserve, in bytes. Without it: all there is.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory: Option<u64>,
+    /// Anything else that actors can reserve; may be repeated.
+    #[arg(long = "resource", value_name = "NAME=AMOUNT", value_parser = parse_resource)]
+    pub(crate) resources: Vec<(String, Quantity)>,
+    /// A label that actors and placement groups can ask for; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub(crate) labels: Vec<(String, String)>,
     /// Name of this node. Without it: the host's name.
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -325,6 +338,17 @@ fn parse_devices(text: &str) -> Result<Offer, String> {
         },
         Some((other, _)) => Err(format!("unknown kind of device `{other}`: write cpu=COUNT or cuda=COUNT")),
     }
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| format!("`{text}`: write KEY=VALUE"))?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn parse_resource(text: &str) -> Result<(String, Quantity), String> {
+    let (name, amount) = text.split_once('=').ok_or_else(|| format!("`{text}`: write NAME=AMOUNT"))?;
+    let amount: f64 = amount.parse().map_err(|_| format!("`{amount}` is no number"))?;
+    Ok((name.to_owned(), Quantity::from_f64(amount).map_err(|error| error.to_string())?))
 }
 
 /// Port of a head, as Ray's.

@@ -109,7 +109,7 @@ impl Deployment {
                 links: self.links.clone(),
             };
             let mut spec = self.spec(&rank_name(rank), Rank::TYPE, &args)?;
-            spec.resources = Resources { devices: 1, cpus: 0 };
+            spec.resources = Resources::device();
             spec.group = Some(GroupMember { group: GROUP.to_owned(), rank, size });
             specs.push(spec);
         }

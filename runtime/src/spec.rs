@@ -2,11 +2,19 @@
 //!
 //! Plain data. It never decides anything: `head::placement` and `head::supervise` do.
 
+mod bundles;
+mod labels;
+mod resources;
+
 use std::time::Duration;
 
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+pub use self::bundles::{Bundle, PlacementGroupSpec, Strategy};
+pub use self::labels::{HOST_LABEL, InvalidRule, LabelRule, LabelSelector, Labels, NODE_LABEL, check_labels};
+pub(crate) use self::resources::bytes;
+pub use self::resources::{Capacity, InvalidQuantity, Quantity, Resources};
 use crate::mesh::Dims;
 
 /// One actor that the cluster keeps alive.
@@ -24,6 +32,8 @@ pub struct ActorSpec {
     pub resources: Resources,
     /// Where it may go.
     pub placement: Placement,
+    /// What the labels of its node must be.
+    pub selector: LabelSelector,
     /// When it is started again.
     pub restart: RestartPolicy,
     /// The group it is a rank of.
@@ -48,6 +58,7 @@ impl ActorSpec {
             args,
             resources: Resources::default(),
             placement: Placement::Anywhere,
+            selector: LabelSelector::default(),
             restart: RestartPolicy::default(),
             group: None,
             mesh: None,
@@ -58,7 +69,7 @@ impl ActorSpec {
 
     /// Says what is wrong with the spec, so that a mistake is refused before anything starts.
     pub fn validate(&self) -> Result<(), InvalidSpec> {
-        let fail = |why: String| Err(InvalidSpec { actor: self.name.clone(), why });
+        let fail = |why: String| Err(InvalidSpec::actor(&self.name, why));
         if !is_name(&self.name) {
             return fail(
                 "the name must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'".into(),
@@ -75,6 +86,11 @@ impl ActorSpec {
                 "it asks for {} devices, a worker owns at most one",
                 self.resources.devices
             ));
+        }
+        self.resources.validate().or_else(fail)?;
+        self.selector.validate().or_else(fail)?;
+        if matches!(self.placement, Placement::Bundle { .. }) && !self.selector.is_empty() {
+            return fail("a bundle has its own label selector; leave that of the actor empty".into());
         }
         if let Some(member) = &self.group {
             if !is_name(&member.group) {
@@ -108,37 +124,56 @@ pub(crate) fn is_name(name: &str) -> bool {
 
 /// A spec that cannot be applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
-#[error("actor {actor:?}: {why}")]
+#[error("{what} {name:?}: {why}")]
 pub struct InvalidSpec {
-    /// Name of the actor.
-    pub actor: String,
+    /// What it would be: an actor or a placement group.
+    pub what: String,
+    /// Its name.
+    pub name: String,
     /// What is wrong and what would be right.
     pub why: String,
 }
 
-/// What a worker process needs of its node.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
-pub struct Resources {
-    /// Devices it owns alone: 0 or 1.
-    pub devices: u32,
-    /// Logical CPUs that are set aside for it; 0 reserves none.
-    pub cpus: u32,
+impl InvalidSpec {
+    /// Of an actor.
+    pub fn actor(name: &str, why: impl Into<String>) -> Self {
+        Self { what: "actor".into(), name: name.to_owned(), why: why.into() }
+    }
+
+    /// Of a placement group.
+    pub fn placement_group(name: &str, why: impl Into<String>) -> Self {
+        Self { what: "placement group".into(), name: name.to_owned(), why: why.into() }
+    }
 }
 
-/// Where an actor may be placed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+/// Where an actor may be placed, among the nodes that have what it needs and whose labels its selector matches.
+#[derive(
+    Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize, Deserialize,
+)]
 pub enum Placement {
-    /// The head picks; a restarted actor goes back to where it was, if it can.
+    /// The head picks: with a device the first node that has one free, else the node with the fewest actors. A restarted
+    /// actor goes back to where it was, if it can.
     #[default]
     Anywhere,
+    /// The node with the fewest actors, also for actors with a device.
+    Spread,
     /// Only on this node.
     Node(String),
+    /// On this node if it has room, else as `Anywhere`.
+    NodePreferred(String),
     /// Only on this device of this node.
     Device {
         /// Name of the node.
         node: String,
         /// Index of the device on its node.
         index: u32,
+    },
+    /// In what a placement group reserved. The actor's selector must be empty: its bundle has one.
+    Bundle {
+        /// Name of the placement group.
+        group: String,
+        /// Index of the bundle; without it, the first that has room.
+        index: Option<u32>,
     },
 }
 

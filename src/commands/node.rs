@@ -39,6 +39,10 @@ fn config(args: &args::Node) -> Result<NodeConfig> {
     config.worker_bind = ip;
     config.advertise.clone_from(&args.advertise);
     config.devices = devices(args)?;
+    config.capacity.cpus = args.cpus.unwrap_or(config.capacity.cpus);
+    config.capacity.memory = args.memory.unwrap_or(config.capacity.memory);
+    config.capacity.custom = args.resources.iter().cloned().collect();
+    config.labels = args.labels.iter().cloned().collect();
     config.worker_command = vec![program()?.display().to_string(), "worker".into()];
     let token = args.token_file.as_deref().map(read_token).transpose()?;
     config.token = token.map(|Token(text)| Secret::new(text));

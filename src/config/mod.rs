@@ -22,6 +22,8 @@ pub(crate) use section::Count;
 
 use error::Problem;
 use heliostat_engine::config::ModelConfig;
+use heliostat_runtime::spec::{Labels, Quantity};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -119,6 +121,27 @@ pub(crate) struct Node {
     pub(crate) host: Option<String>,
     /// What it offers.
     pub(crate) devices: Devices,
+    /// CPUs that actors can reserve; None is all it has.
+    pub(crate) cpus: Option<u32>,
+    /// Memory that actors can reserve, bytes; None is all it has.
+    pub(crate) memory: Option<u64>,
+    /// What else actors can reserve.
+    pub(crate) resources: BTreeMap<String, Quantity>,
+    /// Its labels.
+    pub(crate) labels: Labels,
+}
+
+impl Node {
+    /// What it offers, as `helio node` takes it.
+    pub(crate) fn offer_args(&self) -> Vec<String> {
+        let mut args = Vec::new();
+        let mut arg = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        self.cpus.into_iter().for_each(|cpus| arg("--cpus", cpus.to_string()));
+        self.memory.into_iter().for_each(|memory| arg("--memory", memory.to_string()));
+        self.resources.iter().for_each(|(name, amount)| arg("--resource", format!("{name}={amount}")));
+        self.labels.iter().for_each(|(key, value)| arg("--label", format!("{key}={value}")));
+        args
+    }
 }
 
 /// The devices of a node: at least one.

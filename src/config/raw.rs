@@ -3,7 +3,9 @@
 //! Nothing here opens a file or looks at the machine. `validate` turns it into the `Config` that commands use.
 
 use super::section::{ByteSize, Count, SectionInfo, section, words};
+use heliostat_runtime::spec::{Labels, Quantity};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -119,6 +121,15 @@ section! {
         devices: Count = Count::Auto,
         /// What its devices are. Without it: as in `[devices]`. All nodes of a cluster have the same.
         device: Option<Device> = None,
+        /// Logical CPUs that actors can reserve; `auto` takes all there are.
+        cpus: Count = Count::Auto,
+        /// Memory that actors can reserve. Without it: all there is.
+        memory: Option<ByteSize> = None,
+        /// Anything else that actors can reserve, by name, such as `{ tpu = 4, licence = 0.5 }`.
+        resources: BTreeMap<String, Quantity> = BTreeMap::new(),
+        /// Labels that actors and placement groups can ask for, such as `{ zone = "a", nvlink = "rack-3" }`. Every node has
+        /// `heliostat/node` and `heliostat/host`.
+        labels: Labels = Labels::new(),
     }
 }
 

@@ -3,8 +3,10 @@
 //! The declaration is the only place that names a key, so the reader, the "did you mean" and the reference page
 //! cannot disagree.
 
+use heliostat_runtime::spec::Quantity;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -45,7 +47,8 @@ macro_rules! kinds { ($($ty:ty => $name:literal),* $(,)?) => { $(impl Kind for $
 kinds! {
     String => "string", PathBuf => "path", bool => "boolean", u16 => "integer", u32 => "integer", u64 => "integer",
     f64 => "number", SocketAddr => "\"address:port\"", IpAddr => "\"address\"", Vec<String> => "list of strings",
-    Vec<PathBuf> => "list of paths",
+    Vec<PathBuf> => "list of paths", BTreeMap<String, String> => "table of strings",
+    BTreeMap<String, Quantity> => "table of numbers",
     Count => "integer or \"auto\"", ByteSize => "bytes, or a string such as \"256MiB\"",
 }
 impl<T: Kind> Kind for Option<T> {

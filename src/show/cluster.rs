@@ -4,7 +4,7 @@ use super::{Terminal, or_dash, render, seconds, table};
 use heliostat_runtime::cluster::status::{
     ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, WorkerStatus,
 };
-use heliostat_runtime::spec::{Device, DeviceKind};
+use heliostat_runtime::spec::{Device, DeviceKind, HOST_LABEL, Labels, NODE_LABEL, Resources};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -62,7 +62,8 @@ pub(crate) fn status(status: &ClusterStatus, terminal: Terminal) -> String {
 
 /// One line per node.
 pub(crate) fn nodes(nodes: &[NodeStatus]) -> String {
-    let mut table = table(["node", "state", "devices", "in use", "cpus", "pid", "endpoint"]);
+    let mut table =
+        table(["node", "state", "devices", "in use", "cpus", "reserved", "labels", "pid", "endpoint"]);
     for node in nodes {
         let used = node.devices.iter().filter(|d| d.owner.is_some()).count();
         table.add_row([
@@ -71,11 +72,21 @@ pub(crate) fn nodes(nodes: &[NodeStatus]) -> String {
             devices(node.devices.iter().map(|d| &d.device)),
             used.to_string(),
             node.cpus.to_string(),
+            if node.used == Resources::default() { "-".into() } else { node.used.to_string() },
+            labels(&node.labels),
             node.pid.to_string(),
             node.endpoint.clone(),
         ]);
     }
     render(&table)
+}
+
+/// Those that somebody set.
+fn labels(labels: &Labels) -> String {
+    let own = |key: &str| key == NODE_LABEL || key == HOST_LABEL;
+    let set = labels.iter().filter(|(key, _)| !own(key)).map(|(key, value)| format!("{key}={value}"));
+    let set: Vec<String> = set.collect();
+    if set.is_empty() { "-".into() } else { set.join(", ") }
 }
 
 /// One line per worker process.

@@ -1,11 +1,13 @@
 //! What a cluster looks like from outside. Plain data, made by the head.
 
+use std::collections::BTreeMap;
+
 use bincode::{Decode, Encode};
 use serde::Serialize;
 
 use crate::group::MemberState;
 use crate::handle::Incarnation;
-use crate::spec::{DeathCause, Device, Progress};
+use crate::spec::{DeathCause, Device, Labels, Progress, Quantity, Resources};
 
 /// The whole cluster at one moment.
 #[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize)]
@@ -70,6 +72,14 @@ pub struct NodeStatus {
     pub pid: u32,
     /// Its CPUs.
     pub cpus: u32,
+    /// Its memory, bytes.
+    pub memory: u64,
+    /// What else it has, by name.
+    pub resources: BTreeMap<String, Quantity>,
+    /// What of its CPUs, memory and other resources is set aside.
+    pub used: Resources,
+    /// Its labels.
+    pub labels: Labels,
     /// Its devices.
     pub devices: Vec<DeviceStatus>,
 }

@@ -131,7 +131,7 @@ impl HeadActor {
             }
             Command::CreateActor(order) => {
                 if let Some(worker) = self.workers.get(&order.incarnation) {
-                    self.insist(worker, order);
+                    self.insist(worker, *order);
                 }
             }
             Command::SendView { incarnation, view } => {

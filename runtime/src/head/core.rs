@@ -10,6 +10,7 @@ mod meshes;
 mod nodes;
 mod record;
 mod report;
+mod roster;
 #[cfg(test)]
 mod simulation;
 
@@ -17,10 +18,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::actors::Actor;
 use self::groups::Group;
 use self::nodes::Node;
 pub use self::record::{Key, Record, Write};
+use self::roster::Roster;
 use super::messages::{CreateActor, NodeReport, StartWorker, WorkerReport};
 use crate::group::GroupView;
 use crate::handle::Incarnation;
@@ -94,7 +95,7 @@ pub enum Command {
         why: String,
     },
     /// Have a worker create its actor.
-    CreateActor(CreateActor),
+    CreateActor(Box<CreateActor>),
     /// Deliver a view to a worker's actor.
     SendView {
         /// The worker.
@@ -154,12 +155,14 @@ pub struct HeadState {
     /// HA-2: goes with every order.
     term: u64,
     nodes: BTreeMap<String, Node>,
-    actors: BTreeMap<String, Actor>,
+    actors: Roster,
     groups: BTreeMap<String, Group>,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
     hold: Option<Duration>,
+    /// Whether what waits for a place may find one now.
+    replan: bool,
     closing: bool,
     store_answers: bool,
     /// Raised by every visible change.
@@ -176,10 +179,11 @@ impl HeadState {
             patience,
             term: 0,
             nodes: BTreeMap::new(),
-            actors: BTreeMap::new(),
+            actors: Roster::default(),
             groups: BTreeMap::new(),
             incarnations: Reserve::default(),
             hold: None,
+            replan: false,
             closing: false,
             store_answers: true,
             version: 1,
@@ -222,9 +226,8 @@ impl HeadState {
     /// The moment at which `Event::Tick` is due, unless something else happens first.
     pub fn next_deadline(&self) -> Option<Duration> {
         let nodes = self.nodes.values().filter_map(|node| node.deadline(&self.patience));
-        let actors = self.actors.values().filter_map(Actor::deadline);
         let missed = self.missed().filter(|at| *at > self.now);
-        nodes.chain(actors).chain(self.hold).chain(missed).min()
+        nodes.chain(self.actors.next_deadline()).chain(self.hold).chain(missed).min()
     }
 
     /// Whether this head has lost every node that it had, for half of the grace: another head may reach them, and takes
@@ -255,9 +258,10 @@ impl HeadState {
         self.check_nodes();
         if self.hold.is_some_and(|until| self.now >= until || !self.nodes.values().any(Node::is_awaited)) {
             self.hold = None;
-            self.changed = true;
+            (self.changed, self.replan) = (true, true);
         }
         self.place_pending();
+        self.actors.settle();
         if std::mem::take(&mut self.changed) {
             self.version += 1;
         }

@@ -12,7 +12,7 @@ use crate::actor::WireMessage;
 use crate::cluster::status::ClusterStatus;
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
-use crate::spec::{ActorSpec, DeathCause, Device, InvalidSpec, Progress};
+use crate::spec::{ActorSpec, Capacity, DeathCause, Device, InvalidSpec, Labels, Progress};
 
 /// Names a message on the wire.
 macro_rules! wire {
@@ -67,8 +67,10 @@ pub struct NodeReport {
     pub pid: u32,
     /// The node's devices.
     pub devices: Vec<Device>,
-    /// The node's CPUs.
-    pub cpus: u32,
+    /// What else the node has.
+    pub capacity: Capacity,
+    /// Its labels.
+    pub labels: Labels,
     /// Whether it stays.
     pub stage: NodeStage,
     /// Its workers: those that run and those whose end the head has not yet heard of.

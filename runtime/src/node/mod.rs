@@ -6,6 +6,7 @@
 mod agent;
 pub(crate) mod files;
 mod logs;
+mod machine;
 mod process;
 mod report;
 
@@ -24,7 +25,7 @@ use self::agent::Agent;
 pub(crate) use self::agent::NodeActor;
 use self::files::{AgentRecord, RunDir};
 use crate::handle::ActorId;
-use crate::spec::Device;
+use crate::spec::{Capacity, Device, Labels};
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
 
 /// What a node is.
@@ -42,8 +43,10 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// Devices that the node lends to actors.
     pub devices: Vec<Device>,
-    /// Logical CPUs that actors can reserve. Default: those there are.
-    pub cpus: u32,
+    /// What actors can reserve beside devices. Default: the CPUs and the memory there are.
+    pub capacity: Capacity,
+    /// Labels, beside those that every node has (`NODE_LABEL`, `HOST_LABEL`).
+    pub labels: Labels,
     /// Records, logs and lock of this node. It must survive the agent for workers to be taken over.
     pub run_dir: PathBuf,
     /// Program and first arguments of a worker process; `WorkerConfig::from_args` reads what follows them.
@@ -94,8 +97,8 @@ impl NodeConfig {
             worker_bind: Ipv4Addr::LOCALHOST.into(),
             advertise: None,
             devices: Vec::new(),
-            cpus: std::thread::available_parallelism()
-                .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            capacity: machine::capacity(),
+            labels: Labels::new(),
             run_dir: run_dir.into(),
             worker_command: Vec::new(),
             token: None,
@@ -127,6 +130,14 @@ pub enum NodeError {
     /// The name is used in file names and on the wire.
     #[error("node name {0:?} must be 1 to 128 letters, digits, '-', '_' or '.'")]
     Name(String),
+    /// A label cannot be set, or a resource cannot be called so.
+    #[error("node {name}: {why}")]
+    Offer {
+        /// Name of the node.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
     /// Two devices have the same index.
     #[error("device {0} is listed twice")]
     Device(u32),
@@ -155,6 +166,7 @@ pub struct NodeHandle {
 /// Starts a node agent: takes over what workers it finds and joins the head, for as long as that takes.
 pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     check(&config)?;
+    config.labels.extend(machine::labels(&config.name));
     if config.worker_command.is_empty() {
         let program = std::env::current_exe().map_err(NodeError::Program)?;
         config.worker_command = vec![program.to_string_lossy().into_owned(), "worker".to_owned()];
@@ -198,6 +210,9 @@ fn check(config: &NodeConfig) -> Result<(), NodeError> {
     if !crate::spec::is_name(&config.name) {
         return Err(NodeError::Name(config.name.clone()));
     }
+    let offer = |why| NodeError::Offer { name: config.name.clone(), why };
+    crate::spec::check_labels(&config.labels).map_err(offer)?;
+    config.capacity.validate().map_err(offer)?;
     for (i, device) in config.devices.iter().enumerate() {
         if config.devices[..i].iter().any(|other| other.index == device.index) {
             return Err(NodeError::Device(device.index));

@@ -141,7 +141,7 @@ pub(crate) fn types() -> ActorTypes {
 pub(crate) fn counter(name: &str) -> ActorSpec {
     let args = to_bytes(&CounterArgs::default()).unwrap();
     let mut spec = ActorSpec::new(name, "counter", args);
-    spec.resources = Resources { devices: 1, cpus: 0 };
+    spec.resources = Resources::device();
     spec
 }
 

@@ -243,7 +243,7 @@ pub(crate) async fn node_lost() {
         .await;
     cluster.cluster.apply(vec![counter("c"), counter("d")]).await.unwrap();
     let full = |status: &ClusterStatus| match &status.actor("d").unwrap().state {
-        ActorState::Pending { reason } => reason.contains("no device of node n1 is free (2 in use)"),
+        ActorState::Pending { reason } => reason.contains("node n1 has 0 of 2 devices free, 1 is wanted"),
         _ => false,
     };
     let status = cluster.until("d waits", full).await;

@@ -290,6 +290,7 @@ fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
     let mut args: Vec<String> = vec!["node".into(), "--join".into(), Access::of(config).address];
     args.extend(["--name".into(), node.name.clone()]);
     args.extend(node.devices.args());
+    args.extend(node.offer_args());
     args.extend(["--run-dir".into(), dir.display().to_string()]);
     args.extend(["--worker-grace".into(), config.supervision.worker_grace_s.to_string()]);
     args.extend(["--heartbeat".into(), config.supervision.heartbeat_ms.to_string()]);
@@ -309,7 +310,8 @@ fn by_hand(config: &Config, node: &Node) -> String {
     };
     let heads: Vec<String> =
         std::iter::once(config.bind.to_string()).chain(config.peers.iter().cloned()).collect();
-    format!("helio node --join {} --name {} {devices}{token}", heads.join(","), node.name)
+    let offer: String = node.offer_args().iter().map(|arg| format!(" {arg}")).collect();
+    format!("helio node --join {} --name {} {devices}{offer}{token}", heads.join(","), node.name)
 }
 
 /// What a signal means.

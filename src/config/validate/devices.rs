@@ -3,6 +3,7 @@
 use super::super::raw::{self, All2All, Device, Raw};
 use super::super::{Cuda, Devices, Node};
 use super::{Check, Count, Facts, Kind};
+use heliostat_runtime::spec::{Capacity, check_labels};
 use std::collections::BTreeMap;
 
 /// Largest decode batch that runs as a graph, as vLLM's smallest default.
@@ -107,9 +108,31 @@ impl Check<'_> {
                 format!("`{name}` is no name for a node"),
                 "use letters, digits, `-`, `_`, `.`",
             );
-            nodes.push(Node { name, host: node.host.clone(), devices });
+            self.offer(i, node);
+            nodes.push(Node {
+                name,
+                host: node.host.clone(),
+                devices,
+                cpus: match node.cpus {
+                    Count::Auto => None,
+                    Count::Exactly(cpus) => Some(cpus),
+                },
+                memory: node.memory.map(|memory| memory.0),
+                resources: node.resources.clone(),
+                labels: node.labels.clone(),
+            });
         }
         nodes
+    }
+
+    /// Reports labels and resources that cannot be called so.
+    fn offer(&mut self, i: usize, node: &raw::Node) {
+        let capacity = Capacity { custom: node.resources.clone(), ..Capacity::default() };
+        for (leaf, checked) in [("labels", check_labels(&node.labels)), ("resources", capacity.validate())] {
+            if let Err(why) = checked {
+                self.require(false, &format!("nodes.{i}.{leaf}"), why, "give it another name");
+            }
+        }
     }
 
     /// Reports a node without devices; `leaf` is the key of `[devices]` that it takes their number from.

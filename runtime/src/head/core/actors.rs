@@ -1,15 +1,18 @@
 //! Actors as the head sees them: from spec to process to death and back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::nodes::Node;
 use super::{Command, HeadState, INCARNATION_BLOCK, Key, Manner, Record};
 use crate::handle::{ActorAddr, Incarnation};
-use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerReport};
-use crate::head::placement::{Slot, place};
+use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerProcess, WorkerReport};
+use crate::head::placement::{Offer, Request, Slot, place};
 use crate::head::supervise::{Action, History};
-use crate::spec::{ActorSpec, DeathCause, Progress};
+use crate::spec::{ActorSpec, DeathCause, LabelSelector, Placement, Progress, Resources};
+
+/// What decides whether an actor finds a place.
+type Wish = (Resources, Placement, LabelSelector);
 
 /// One actor.
 #[derive(Debug)]
@@ -128,6 +131,12 @@ impl Actor {
         (live.incarnation == incarnation).then_some((live, stopping))
     }
 
+    /// Whether this is its process, and nothing is new about it.
+    pub(super) fn serves_as(&self, process: &WorkerProcess) -> bool {
+        matches!(&self.life, Life::Live(live) if live.incarnation == process.incarnation
+            && live.confirmed && live.pid == Some(process.pid))
+    }
+
     /// Address of the incarnation that serves.
     pub(super) fn ready(&self) -> Option<&ActorAddr> {
         match &self.life {
@@ -178,7 +187,8 @@ impl HeadState {
                 let (device, term) = (live.slot.device, self.term);
                 let node = live.slot.node.clone();
                 let device = device.and_then(|index| self.nodes.get(&node)?.device(index).cloned());
-                self.out.push(Command::CreateActor(CreateActor { incarnation, spec, device, term }));
+                let order = CreateActor { incarnation, spec, device, term };
+                self.out.push(Command::CreateActor(Box::new(order)));
                 return;
             }
             WorkerPhase::Creating(progress) => Phase::Starting(progress),
@@ -247,7 +257,7 @@ impl HeadState {
         self.changed = true;
         let node = actor.slot.as_ref().and_then(|slot| self.nodes.get_mut(&slot.node));
         if let Some(node) = node {
-            node.workers.remove(&incarnation);
+            node.strays.remove(&incarnation);
         }
         match std::mem::replace(&mut actor.life, Life::Pending { reason: String::new() }) {
             Life::Live(_) => {
@@ -267,8 +277,11 @@ impl HeadState {
             Then::Restart => Action::Restart { delay: Duration::ZERO, attempt: 0 },
             Then::StayDead => Action::GiveUp,
             Then::Forget => {
+                let grouped = actor.spec.group.is_some() || !actor.spec.subscribe.is_empty();
                 self.actors.remove(name);
-                return self.regroup();
+                return if grouped {
+                    self.regroup()
+                };
             }
         };
         match action {
@@ -306,30 +319,30 @@ impl HeadState {
         }
     }
 
-    /// Starts what waits and fits, lower ranks first.
+    /// Starts what waits and fits, lower ranks first. Looks again only when something may have changed.
     pub(super) fn place_pending(&mut self) {
-        let now = self.now;
-        let waits = |life: &Life| match life {
-            Life::Pending { .. } => true,
-            Life::Backoff { at, .. } => *at <= now,
-            _ => false,
+        let mut waiting = self.actors.due(self.now);
+        if self.actors.take_news() | std::mem::take(&mut self.replan) {
+            waiting.extend(self.actors.waiting());
+        }
+        let waits = |name: &String| match self.actors.get(name).map(|actor| &actor.life) {
+            Some(Life::Pending { .. }) => true,
+            Some(Life::Backoff { at, .. }) => *at <= self.now,
+            Some(Life::Live(_) | Life::Stopping { .. } | Life::Dead { .. }) | None => false,
         };
-        let mut waiting: Vec<(Option<u32>, String)> = self
-            .actors
-            .iter()
-            .filter(|(_, actor)| waits(&actor.life))
-            .map(|(name, actor)| (actor.spec.group.as_ref().map(|member| member.rank), name.clone()))
-            .collect();
-        waiting.sort();
-        for (_, name) in waiting {
-            let Some(actor) = self.actors.get(&name) else { continue };
-            let placed = match (self.hold, self.old_process(&name)) {
+        waiting.retain(waits);
+        if waiting.is_empty() {
+            return;
+        }
+        let rank = |name: &String| Some(self.actors.get(name)?.spec.group.as_ref()?.rank);
+        waiting.sort_by_cached_key(|name| (rank(name), name.clone()));
+        let (mut offers, strays) = (self.offers(), self.strays());
+        let mut refused: HashMap<Wish, String> = HashMap::new();
+        for name in waiting {
+            let placed = match (self.hold, strays.get(&name)) {
                 (Some(_), _) => Err("waits for all nodes to report to the restarted head".to_owned()),
                 (None, Some(node)) => Err(format!("an old incarnation still runs on node {node}")),
-                (None, None) => {
-                    place(actor.spec.resources, &actor.spec.placement, actor.slot.as_ref(), &self.offers())
-                        .map_err(|why| why.to_string())
-                }
+                (None, None) => self.find_slot(&name, &mut offers, &mut refused),
             };
             match placed {
                 Ok(slot) => self.start(&name, slot),
@@ -338,10 +351,31 @@ impl HeadState {
         }
     }
 
-    /// Node on which a fenced process of the actor has not ended yet.
-    fn old_process(&self, name: &str) -> Option<&str> {
-        let runs = |node: &&Node| node.workers.values().any(|process| process.actor == name);
-        self.nodes.values().find(runs).map(Node::name)
+    /// A place for the actor, which is then taken; wishes that were refused once are refused to all.
+    fn find_slot(
+        &self,
+        name: &str,
+        offers: &mut [Offer],
+        refused: &mut HashMap<Wish, String>,
+    ) -> Result<Slot, String> {
+        let Some(actor) = self.actors.get(name) else { return Err(String::new()) };
+        let ActorSpec { resources, placement, selector, .. } = &actor.spec;
+        let wish = (resources.clone(), placement.clone(), selector.clone());
+        if let Some(why) = refused.get(&wish) {
+            return Err(why.clone());
+        }
+        let request = Request { resources, placement, selector, last: actor.slot.as_ref() };
+        match place(&request, offers) {
+            Ok(slot) => {
+                let offer = offers.iter_mut().find(|offer| offer.node == slot.node);
+                if let Some(offer) = offer {
+                    offer.take(resources, slot.device.as_slice(), name);
+                    offer.actors += 1;
+                }
+                Ok(slot)
+            }
+            Err(why) => Err(refused.entry(wish).or_insert(why.to_string()).clone()),
+        }
     }
 
     fn wait(&mut self, name: &str, why: String) {

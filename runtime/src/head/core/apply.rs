@@ -65,7 +65,7 @@ impl HeadState {
 
     /// Refuses what could not work, before anything is changed.
     fn check(&self, specs: &[ActorSpec], mode: ApplyMode) -> Result<(), InvalidSpec> {
-        let invalid = |spec: &ActorSpec, why: String| Err(InvalidSpec { actor: spec.name.clone(), why });
+        let invalid = |spec: &ActorSpec, why: String| Err(InvalidSpec::actor(&spec.name, why));
         if let (true, Some(spec)) = (self.closing, specs.first()) {
             return invalid(spec, "the cluster is shutting down".into());
         }

@@ -98,7 +98,7 @@ impl HeadState {
             group.members.clear();
             group.subscribers.clear();
         }
-        for (name, actor) in &self.actors {
+        for (name, actor) in self.actors.iter() {
             if let Some(member) = &actor.spec.group {
                 let group =
                     self.groups.entry(member.group.clone()).or_insert_with(|| Group::new(&member.group));

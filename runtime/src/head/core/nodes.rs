@@ -1,6 +1,6 @@
 //! Nodes as the head sees them: who is connected, who is silent, and which worker processes they report.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use super::record::{NodeRecord, Record};
@@ -21,8 +21,8 @@ pub(super) struct Node {
     leaving: bool,
     /// Last report, so that one that was overtaken is ignored.
     seq: u64,
-    /// Worker processes that run there, as it reports.
-    pub(super) workers: BTreeMap<Incarnation, WorkerProcess>,
+    /// Worker processes that run there, as it reports, and that no actor of this head goes by. They are being ended.
+    pub(super) strays: BTreeMap<Incarnation, WorkerProcess>,
 }
 
 /// Whether a node is heard of.
@@ -46,7 +46,7 @@ impl Node {
             reach: Reach::Unreachable { since: now, why, awaited: true },
             leaving: false,
             seq: 0,
-            workers: BTreeMap::new(),
+            strays: BTreeMap::new(),
         }
     }
 
@@ -58,8 +58,8 @@ impl Node {
         &self.record.devices
     }
 
-    pub(super) fn cpus(&self) -> u32 {
-        self.record.cpus
+    pub(super) fn record(&self) -> &NodeRecord {
+        &self.record
     }
 
     pub(super) fn device(&self, index: u32) -> Option<&Device> {
@@ -146,8 +146,9 @@ impl HeadState {
                 }
             }
         }
+        let listed: HashSet<Incarnation> = report.workers.iter().map(|process| process.incarnation).collect();
         for (actor, incarnation, confirmed) in self.actors_on(&name) {
-            let listed = report.workers.iter().any(|process| process.incarnation == incarnation);
+            let listed = listed.contains(&incarnation);
             // HD-3: an order that a registering node does not know was lost: the node refuses it if it still arrives.
             if !listed && (confirmed || report.registering) {
                 let why = format!("the agent of node {name} no longer knows it");
@@ -170,7 +171,8 @@ impl HeadState {
             name: report.name.clone(),
             boot: report.boot,
             devices: report.devices.clone(),
-            cpus: report.cpus,
+            capacity: report.capacity.clone(),
+            labels: report.labels.clone(),
         };
         let known = self.nodes.get(&report.name).map(|node| node.record == record);
         let node = self
@@ -178,21 +180,20 @@ impl HeadState {
             .entry(report.name.clone())
             .or_insert_with(|| Node::recovered(record.clone(), self.now));
         let leaving = report.stage != NodeStage::Serving;
-        self.changed |= !node.is_connected() || node.leaving != leaving;
+        let opened = !node.is_connected() || node.leaving != leaving;
+        self.changed |= opened;
+        self.replan |= opened;
         node.reach = Reach::Connected { heard: self.now };
         node.leaving = leaving;
         node.endpoint.clone_from(&report.addr.endpoint);
         node.pid = report.pid;
         node.seq = report.seq;
-        node.workers = report
-            .workers
-            .iter()
-            .filter(|process| process.status == ProcessStatus::Running)
-            .map(|process| (process.incarnation, process.clone()))
-            .collect();
+        // What still runs is noted again below.
+        self.replan |= !node.strays.is_empty();
+        node.strays.clear();
         if known != Some(true) {
             node.record = record.clone();
-            self.changed = true;
+            (self.changed, self.replan) = (true, true);
             self.persist(Record::Node(record));
         }
         if self.closing && !leaving {
@@ -204,6 +205,10 @@ impl HeadState {
     /// restart of the head is adopted, any other is fenced.
     fn worker_runs(&mut self, node: &str, process: &WorkerProcess) {
         let incarnation = process.incarnation;
+        let as_known = self.actors.get(&process.actor).is_some_and(|actor| actor.serves_as(process));
+        if as_known {
+            return;
+        }
         self.adopt(&process.actor, incarnation, node, process.device);
         let current = self.actors.get_mut(&process.actor).and_then(|actor| actor.process_mut(incarnation));
         let manner = match current {
@@ -216,7 +221,11 @@ impl HeadState {
                 }
                 Manner::Graceful
             }
-            None => Manner::Kill,
+            None => {
+                let node = self.nodes.get_mut(node);
+                node.map(|node| node.strays.insert(incarnation, process.clone()));
+                Manner::Kill
+            }
         };
         self.out.push(Command::StopWorker { node: node.to_owned(), incarnation, manner });
     }
@@ -226,7 +235,7 @@ impl HeadState {
         if node.is_connected() {
             let why = "closed its connection".to_owned();
             node.reach = Reach::Unreachable { since: self.now, why, awaited: false };
-            self.changed = true;
+            (self.changed, self.replan) = (true, true);
         }
     }
 
@@ -238,7 +247,7 @@ impl HeadState {
         }
         self.nodes.remove(name);
         self.forget(Key::Node(name.to_owned()));
-        self.changed = true;
+        (self.changed, self.replan) = (true, true);
     }
 
     /// Declares nodes unreachable and lost as time passes.
@@ -247,7 +256,7 @@ impl HeadState {
         let due = |node: &&mut Node| node.deadline(&self.patience).is_some_and(|deadline| deadline <= now);
         let mut lost = Vec::new();
         for node in self.nodes.values_mut().filter(due) {
-            self.changed = true;
+            (self.changed, self.replan) = (true, true);
             match node.reach {
                 Reach::Connected { heard } => {
                     let why = format!("was silent for {} ms", (now - heard).as_millis());
@@ -271,7 +280,7 @@ impl HeadState {
         let Reach::Unreachable { why, .. } = &node.reach else { return };
         let why = why.clone();
         node.reach = Reach::Lost { why: why.clone() };
-        node.workers.clear();
+        node.strays.clear();
         for (actor, incarnation, _) in self.actors_on(name) {
             let fenced = format!("node {name} was lost: it {why}");
             self.out.push(Command::DismissWorker { incarnation, why: fenced });
@@ -281,12 +290,22 @@ impl HeadState {
     }
 
     /// Actors with a process on the node: name, incarnation, and whether the node has confirmed it.
-    fn actors_on(&self, node: &str) -> Vec<(String, Incarnation, bool)> {
-        let on_node = self.actors.iter().filter_map(|(name, actor)| {
-            let live = actor.process().filter(|live| live.slot.node == node)?;
-            Some((name.clone(), live.incarnation, live.confirmed))
-        });
-        on_node.collect()
+    fn actors_on(&mut self, node: &str) -> Vec<(String, Incarnation, bool)> {
+        let names = self.actors.on_node(node);
+        let process = |name: String| {
+            let live = self.actors.get(&name)?.process()?;
+            Some((name, live.incarnation, live.confirmed))
+        };
+        names.into_iter().filter_map(process).collect()
+    }
+
+    /// Nodes on which a fenced process of an actor has not ended yet, by actor.
+    pub(super) fn strays(&self) -> HashMap<String, String> {
+        let of = |node: &Node| {
+            let name = node.name().to_owned();
+            node.strays.values().map(move |process| (process.actor.clone(), name.clone())).collect::<Vec<_>>()
+        };
+        self.nodes.values().flat_map(of).collect()
     }
 
     /// What each node has free.
@@ -295,28 +314,23 @@ impl HeadState {
     }
 
     fn offer(&self, node: &Node) -> Offer {
-        let mut offer = Offer {
-            node: node.name().to_owned(),
+        let NodeRecord { name, capacity, labels, devices, .. } = node.record();
+        let usage = self.actors.usage(name);
+        let stray = |index: u32| node.strays.values().find(|process| process.device == Some(index));
+        let owner = |index: u32| {
+            let owner = usage.and_then(|usage| usage.devices.get(&index)).cloned();
+            owner.or_else(|| Some(format!("an old incarnation of {}", stray(index)?.actor)))
+        };
+        Offer {
+            node: name.clone(),
             closed: node.closed(),
-            devices: node.devices().iter().map(|device| (device.index, None)).collect(),
-            cpus: node.cpus(),
-            ..Offer::default()
-        };
-        let mut own = |device: Option<u32>, owner: &str| {
-            let device = offer.devices.iter_mut().find(|(index, _)| Some(*index) == device);
-            if let Some((_, owned)) = device {
-                *owned = Some(owner.to_owned());
-            }
-        };
-        for process in node.workers.values() {
-            own(process.device, &format!("an old incarnation of {}", process.actor));
+            labels: labels.clone(),
+            devices: devices.iter().map(|device| (device.index, owner(device.index))).collect(),
+            cpus: capacity.cpus.into(),
+            memory: capacity.memory,
+            custom: capacity.custom.clone(),
+            used: usage.map(|usage| usage.resources.clone()).unwrap_or_default(),
+            actors: usage.map_or(0, |usage| usage.actors.len()),
         }
-        for (name, actor) in &self.actors {
-            let Some(live) = actor.process().filter(|live| live.slot.node == node.name()) else { continue };
-            own(live.slot.device, name);
-            offer.cpus_used += actor.spec.resources.cpus;
-            offer.actors += 1;
-        }
-        offer
     }
 }

@@ -12,7 +12,7 @@ use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
 use crate::head::placement::Slot;
-use crate::spec::{ActorSpec, DeathCause, Device, Progress};
+use crate::spec::{ActorSpec, Capacity, DeathCause, Device, Labels, Progress};
 
 /// One entry of the state store.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
@@ -80,8 +80,10 @@ pub struct NodeRecord {
     pub boot: u64,
     /// Its devices.
     pub devices: Vec<Device>,
-    /// Its CPUs.
-    pub cpus: u32,
+    /// What else it has.
+    pub capacity: Capacity,
+    /// Its labels.
+    pub labels: Labels,
 }
 
 /// Where a record is kept.
@@ -183,6 +185,7 @@ impl HeadState {
         state.persist(Record::Incarnations(state.incarnations.reserved));
         let groups: Vec<GroupRecord> = state.groups.values_mut().map(Group::reserve).collect();
         groups.into_iter().for_each(|record| state.persist(Record::Group(record)));
+        state.actors.settle();
         let commands = std::mem::take(&mut state.out);
         (state, commands)
     }

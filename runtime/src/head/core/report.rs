@@ -9,6 +9,7 @@ use crate::cluster::status::{
 };
 use crate::group::MemberState;
 use crate::handle::ActorAddr;
+use crate::head::placement::Offer;
 
 impl HeadState {
     /// Address of the actor, if it is ready.
@@ -33,7 +34,7 @@ impl HeadState {
 
     /// All nodes.
     pub fn node_status(&self) -> Vec<NodeStatus> {
-        self.nodes.values().zip(self.offers()).map(|(node, offer)| status_of(node, offer.devices)).collect()
+        self.nodes.values().zip(self.offers()).map(|(node, offer)| status_of(node, offer)).collect()
     }
 
     /// All worker processes.
@@ -107,7 +108,7 @@ impl HeadState {
     }
 }
 
-fn status_of(node: &Node, devices: Vec<(u32, Option<String>)>) -> NodeStatus {
+fn status_of(node: &Node, offer: Offer) -> NodeStatus {
     NodeStatus {
         name: node.name().to_owned(),
         state: match &node.reach {
@@ -118,11 +119,15 @@ fn status_of(node: &Node, devices: Vec<(u32, Option<String>)>) -> NodeStatus {
         },
         endpoint: node.endpoint.clone(),
         pid: node.pid,
-        cpus: node.cpus(),
+        cpus: node.record().capacity.cpus,
+        memory: offer.memory,
+        resources: offer.custom,
+        used: offer.used,
+        labels: offer.labels,
         devices: node
             .devices()
             .iter()
-            .zip(devices)
+            .zip(offer.devices)
             .map(|(device, (_, owner))| DeviceStatus { device: device.clone(), owner })
             .collect(),
     }

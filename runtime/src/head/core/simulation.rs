@@ -16,7 +16,7 @@ const RANKS: u32 = 4;
 fn specs() -> Vec<ActorSpec> {
     let patient = RestartPolicy { max_restarts: u32::MAX, ..RestartPolicy::default() };
     let rank = |rank| ActorSpec {
-        resources: Resources { devices: 1, cpus: 0 },
+        resources: Resources::device(),
         restart: patient,
         group: Some(GroupMember { group: "ep".into(), rank, size: RANKS }),
         ..ActorSpec::new(format!("rank-{rank}"), "rank", vec![])

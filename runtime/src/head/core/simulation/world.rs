@@ -20,7 +20,7 @@ use crate::head::messages::{
     ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
 };
 use crate::head::tenure::Allegiance;
-use crate::spec::{ActorSpec, DeathCause, Device};
+use crate::spec::{ActorSpec, Capacity, DeathCause, Device};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
 const DEVICES: u32 = 3;
@@ -475,7 +475,8 @@ impl World {
             addr: addr(ActorId::NODE, Incarnation(0), node.boot),
             pid: 1,
             devices: (0..DEVICES).map(|index| Device::cpu(index, 1)).collect(),
-            cpus: 8,
+            capacity: Capacity { cpus: 8, ..Capacity::default() },
+            labels: Default::default(),
             stage: NodeStage::Serving,
             workers: running.chain(ended).collect(),
             term: 0,
