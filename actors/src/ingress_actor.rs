@@ -124,7 +124,7 @@ impl EngineLink for RankLink {
                 | WireRefusal::WrongProcess
                 | WireRefusal::Elsewhere(_)
                 | WireRefusal::Unreachable(_) => Refusal::Gone,
-                WireRefusal::UnknownMessage | WireRefusal::Unsendable(_) => {
+                WireRefusal::UnknownMessage | WireRefusal::Unsendable(_) | WireRefusal::Malformed(_) => {
                     Refusal::Unservable(reason.to_string())
                 }
             };

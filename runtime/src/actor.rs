@@ -9,15 +9,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use actix::Handler;
 use bincode::{Decode, Encode};
 use futures_util::future::BoxFuture;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
 use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
-use crate::mailbox::{DeliverFn, Table, deliver_frame};
+use crate::mailbox::{Table, deliver_json, deliver_json_result};
 use crate::mesh::{MeshSeat, MeshTable};
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
 use crate::system::{SpawnError, SpawnOptions, System};
-use crate::wire::{from_bytes, name_hash};
+use crate::wire::from_bytes;
 
 /// A message that may cross processes. It is an actix message too.
 pub trait WireMessage:
@@ -46,6 +48,23 @@ pub trait Spawn: RemoteActor {
     fn create(args: Self::Args, cx: ActorCx) -> impl Future<Output = Result<Self, CreateError>>;
 }
 
+/// A `Result` whose value has JSON and whose error has words.
+pub trait Fallible {
+    /// The value.
+    type Ok: Serialize;
+
+    /// The value, or the error in words.
+    fn into_result(self) -> Result<Self::Ok, String>;
+}
+
+impl<T: Serialize, E: std::fmt::Display> Fallible for Result<T, E> {
+    type Ok = T;
+
+    fn into_result(self) -> Result<T, String> {
+        self.map_err(|error| error.to_string())
+    }
+}
+
 /// Table of the messages that an actor accepts.
 pub struct Accepts<A> {
     table: Table,
@@ -63,18 +82,47 @@ impl<A: RemoteActor> Accepts<A> {
         A: Handler<M>,
         M: WireMessage,
     {
-        let deliver: DeliverFn = deliver_frame::<A, M>;
-        let earlier = self.table.insert(const { name_hash(M::NAME) }, deliver);
+        let free = self.table.add::<A, M>();
         self.mesh.insert::<A, M>();
-        assert!(earlier.is_none(), "{} accepts two messages named {:?}", A::TYPE, M::NAME);
+        assert!(free, "{} accepts two messages named {:?}", A::TYPE, M::NAME);
         self
     }
 
-    /// How messages are delivered, and what rounds of a mesh do with them.
-    pub(crate) fn tables() -> (Table, MeshTable) {
+    /// Adds a message type and offers it to callers that speak JSON too: the REST API, Python, `Cluster::json`. The
+    /// message is what serde reads, the answer what serde writes.
+    ///
+    /// # Panics
+    /// If the name is already taken by another message of this actor.
+    pub fn accept_json<M>(&mut self) -> &mut Self
+    where
+        A: Handler<M>,
+        M: WireMessage<Result: Serialize> + DeserializeOwned,
+    {
+        self.accept::<M>();
+        self.table.add_json(M::NAME, deliver_json::<A, M>);
+        self
+    }
+
+    /// The same for a message whose result is a `Result`: a caller in JSON gets the value of `Ok` alone, and an `Err`
+    /// as a failed call with the error's words (`AskError::Handler`).
+    ///
+    /// # Panics
+    /// If the name is already taken by another message of this actor.
+    pub fn accept_json_result<M>(&mut self) -> &mut Self
+    where
+        A: Handler<M>,
+        M: WireMessage<Result: Fallible> + DeserializeOwned,
+    {
+        self.accept::<M>();
+        self.table.add_json(M::NAME, deliver_json_result::<A, M>);
+        self
+    }
+
+    pub(crate) fn table() -> Table {
         let mut accepts = Self { table: Table::default(), mesh: MeshTable::default(), actor: PhantomData };
         A::messages(&mut accepts);
-        (accepts.table, accepts.mesh)
+        accepts.table.mesh = accepts.mesh;
+        accepts.table
     }
 }
 

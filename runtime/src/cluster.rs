@@ -1,14 +1,15 @@
 //! A client's view of the cluster: apply specs, watch, find actors, read logs, shut down.
 
+mod named;
 pub mod status;
 
 use std::collections::HashMap;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix::Handler;
 
+pub use self::named::{Named, NamedError, NamedJson};
 use self::status::ClusterStatus;
 use crate::actor::{RemoteActor, WireMessage};
 use crate::backoff::Backoff;
@@ -199,22 +200,21 @@ impl Cluster {
 
     /// A handle to the present incarnation of an actor, from memory if it was looked up before.
     pub async fn handle<A: RemoteActor>(&self, actor: &str) -> Result<Handle<A>, ClusterError> {
+        Ok(self.system.handle(self.addr(actor).await?))
+    }
+
+    /// The address of the present incarnation, from memory if it was looked up before.
+    async fn addr(&self, actor: &str) -> Result<ActorAddr, ClusterError> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(actor).cloned();
-        let addr = match known {
-            Some(addr) => addr,
-            None => self.lookup(actor).await?.ok_or_else(|| ClusterError::NotReady(actor.to_owned()))?,
-        };
-        Ok(self.system.handle(addr))
+        match known {
+            Some(addr) => Ok(addr),
+            None => self.lookup(actor).await?.ok_or_else(|| ClusterError::NotReady(actor.to_owned())),
+        }
     }
 
     /// Forgets a looked-up address; the next `handle` asks the head.
     pub fn forget(&self, actor: &str) {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(actor);
-    }
-
-    /// A handle by name, which follows the actor from incarnation to incarnation.
-    pub fn named<A>(&self, actor: impl Into<String>) -> Named<A> {
-        Named { cluster: self.clone(), actor: actor.into(), kind: PhantomData }
     }
 
     /// A piece of an actor's log from byte `offset` on, at most `max` bytes; `offset` `u64::MAX` for its end. If there
@@ -343,76 +343,12 @@ fn elsewhere<M>(error: &AskError<M>, several: bool, again: bool) -> (Option<Stri
             | Refusal::MailboxFull
             | Refusal::UnknownMessage
             | Refusal::QueueFull
-            | Refusal::Unsendable(_) => (None, false),
+            | Refusal::Unsendable(_)
+            | Refusal::Malformed(_) => (None, false),
         },
         AskError::Deadline | AskError::PeerLost(_) | AskError::Stopped | AskError::NoReply => {
             (None, several && again)
         }
-        AskError::Panicked(_) | AskError::Codec(_) => (None, false),
-    }
-}
-
-/// A handle by name, which follows the actor from incarnation to incarnation.
-pub struct Named<A> {
-    cluster: Cluster,
-    actor: String,
-    kind: PhantomData<fn() -> A>,
-}
-
-impl<A> Clone for Named<A> {
-    fn clone(&self) -> Self {
-        Self { cluster: self.cluster.clone(), actor: self.actor.clone(), kind: PhantomData }
-    }
-}
-
-/// Why a message to a named actor has no answer.
-#[derive(thiserror::Error)]
-pub enum NamedError<M> {
-    /// The head could not say where the actor is.
-    #[error(transparent)]
-    Cluster(#[from] ClusterError),
-    /// The actor was found.
-    #[error(transparent)]
-    Ask(AskError<M>),
-}
-
-impl<M> std::fmt::Debug for NamedError<M> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(self, f)
-    }
-}
-
-impl<A: RemoteActor> Named<A> {
-    /// Asks the present incarnation. When the one that was known is gone and has certainly not seen the message, the
-    /// head is asked for the present one and the message sent to that, once.
-    pub async fn ask<M>(&self, message: M) -> Result<M::Result, NamedError<M>>
-    where
-        A: Handler<M>,
-        M: WireMessage,
-    {
-        let message = match self.cluster.handle::<A>(&self.actor).await?.ask(message).await {
-            Err(AskError::Refused(refused)) if is_gone(&refused.reason) => refused.message,
-            Err(error) => {
-                if matches!(error, AskError::PeerLost(_) | AskError::Stopped | AskError::Panicked(_)) {
-                    self.cluster.forget(&self.actor);
-                }
-                return Err(NamedError::Ask(error));
-            }
-            Ok(answer) => return Ok(answer),
-        };
-        self.cluster.forget(&self.actor);
-        self.cluster.handle::<A>(&self.actor).await?.ask(message).await.map_err(NamedError::Ask)
-    }
-}
-
-/// Whether the refusal says that the incarnation is not there any more.
-fn is_gone(reason: &Refusal) -> bool {
-    match reason {
-        Refusal::NoSuchActor
-        | Refusal::WrongIncarnation
-        | Refusal::WrongProcess
-        | Refusal::Elsewhere(_)
-        | Refusal::Unreachable(_) => true,
-        Refusal::MailboxFull | Refusal::UnknownMessage | Refusal::QueueFull | Refusal::Unsendable(_) => false,
+        AskError::Panicked(_) | AskError::Codec(_) | AskError::Handler(_) => (None, false),
     }
 }

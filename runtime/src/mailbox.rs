@@ -6,9 +6,10 @@
 mod answer;
 mod envelope;
 mod registry;
+mod table;
 
-use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::any::{Any, TypeId};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -24,7 +25,6 @@ use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
 use crate::mesh::MeshTable;
 use crate::wire::answer::RemoteAnswer;
-use crate::wire::frame::RemoteFailure;
 use crate::wire::{from_bytes, name_hash};
 
 use answer::Asker;
@@ -32,6 +32,8 @@ pub(crate) use answer::{Answer, Failure};
 pub(crate) use envelope::panic_message;
 use envelope::{Deliver, Envelope};
 pub(crate) use registry::Registry;
+use table::NotTaken;
+pub(crate) use table::{JSON_CALL, JsonFrame, JsonText, Table, deliver_json, deliver_json_result};
 
 /// Messages delivered before other work of the arbiter gets a turn.
 const DELIVERIES_PER_POLL: usize = 64;
@@ -44,12 +46,6 @@ pub enum ActorEnd {
     /// It panicked, with this message.
     Panicked(String),
 }
-
-/// Delivers one frame's payload to an actor.
-pub(crate) type DeliverFn = fn(&Entry, &[u8], Option<Instant>, Option<RemoteAnswer>) -> Result<(), Refusal>;
-
-/// Message id to delivery.
-pub(crate) type Table = HashMap<u64, DeliverFn>;
 
 /// The bounded queue. Not a channel: what is pushed after the end must be dropped at once, so that its asker hears it.
 struct Mailbox<A> {
@@ -76,14 +72,14 @@ impl<A: RemoteActor> Mailbox<A> {
         }
     }
 
-    /// Queues what `make` returns of `message`, or gives the message back.
-    fn push<M>(&self, message: M, make: impl FnOnce(M) -> Box<dyn Deliver<A>>) -> Result<(), Refused<M>> {
+    /// Queues a delivery, or gives it back.
+    fn push<D: Deliver<A> + 'static>(&self, delivery: Box<D>) -> Result<(), (Box<D>, Refusal)> {
         let mut queue = self.lock();
         if let Some(reason) = self.refuses(&queue) {
-            return Err(Refused { message, reason });
+            return Err((delivery, reason));
         }
         let was_empty = queue.is_empty();
-        queue.push_back(make(message));
+        queue.push_back(delivery);
         drop(queue);
         if was_empty {
             self.lifetime.pump.wake();
@@ -92,15 +88,20 @@ impl<A: RemoteActor> Mailbox<A> {
     }
 }
 
+/// A message that was not queued, with whoever waits for its answer.
+struct Returned<M: WireMessage> {
+    message: M,
+    answer: Answer<M::Result>,
+    reason: Refusal,
+}
+
 /// One registered actor of this process.
 pub(crate) struct Entry {
     pub(crate) id: ActorId,
     pub(crate) incarnation: Incarnation,
     pub(crate) type_name: &'static str,
     mailbox: Box<dyn Any + Send + Sync>,
-    table: Table,
-    /// What rounds of a mesh do with the actor's messages.
-    pub(crate) mesh: MeshTable,
+    table: Arc<Table>,
     lifetime: Arc<Lifetime>,
 }
 
@@ -149,18 +150,21 @@ impl Entry {
         });
         let queue = Mutex::new(VecDeque::new());
         let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1), lifetime: lifetime.clone() });
-        let (table, mesh) = Accepts::<A>::tables();
         let entry = Arc::new(Self {
             id,
             incarnation,
             type_name: A::TYPE,
             mailbox: Box::new(mailbox.clone()),
-            table,
-            mesh,
+            table: registry.table(TypeId::of::<A>(), Accepts::<A>::table),
             lifetime: lifetime.clone(),
         });
         let pump = Pump { mailbox, lifetime, id, registry: Arc::downgrade(registry) };
         (entry, pump)
+    }
+
+    /// What rounds of a mesh do with the actor's messages.
+    pub(crate) fn mesh(&self) -> &MeshTable {
+        &self.table.mesh
     }
 
     pub(crate) fn has_ended(&self) -> bool {
@@ -192,15 +196,44 @@ impl Entry {
         A: RemoteActor + Handler<M>,
         M: WireMessage,
     {
-        let accepted = self.table.contains_key(&const { name_hash(M::NAME) });
+        let queued = self.enqueue::<A, M>(message, expires_at, answer);
+        queued.map_err(|Returned { message, reason, .. }| Refused { message, reason })
+    }
+
+    /// Puts a message into the mailbox or gives it back, with whoever waits for its answer.
+    fn enqueue<A, M>(
+        &self,
+        message: M,
+        expires_at: Option<Instant>,
+        answer: Answer<M::Result>,
+    ) -> Result<(), Returned<M>>
+    where
+        A: RemoteActor + Handler<M>,
+        M: WireMessage,
+    {
+        let accepted = self.table.has(const { name_hash(M::NAME) });
         let Some(mailbox) = self.mailbox_of::<A>().filter(|_| accepted) else {
-            return Err(Refused { message, reason: Refusal::UnknownMessage });
+            return Err(Returned { message, answer, reason: Refusal::UnknownMessage });
         };
-        let make = |message| -> Box<dyn Deliver<A>> {
-            let asker = Asker { answer, lifetime: self.lifetime.clone() };
-            Box::new(Envelope { message, expires_at, asker })
-        };
-        mailbox.push(message, make)
+        let asker = Asker { answer, lifetime: self.lifetime.clone() };
+        mailbox.push(Box::new(Envelope { message, expires_at, asker })).map_err(|(envelope, reason)| {
+            let Envelope { message, asker, .. } = *envelope;
+            Returned { message, answer: asker.into_answer(), reason }
+        })
+    }
+
+    /// Puts a message in JSON into the mailbox, or says why not and who is to hear of it.
+    pub(crate) fn offer_json(
+        &self,
+        message: &str,
+        text: &[u8],
+        expires_at: Option<Instant>,
+        answer: Answer<JsonText>,
+    ) -> Result<(), NotTaken> {
+        match self.table.json(message) {
+            Ok(deliver) => deliver(self, text, expires_at, answer),
+            Err(reason) => Err((reason, answer)),
+        }
     }
 
     fn mailbox_of<A: RemoteActor>(&self) -> Option<&Mailbox<A>> {
@@ -215,15 +248,16 @@ impl Entry {
         expires_at: Option<Instant>,
         answer: Option<RemoteAnswer>,
     ) -> Result<(), Refusal> {
-        match self.table.get(&message) {
+        match self.table.message(message) {
             Some(deliver) => deliver(self, payload, expires_at, answer),
+            None if message == JSON_CALL => table::deliver_json_frame(self, payload, expires_at, answer),
             None => refuse(answer, Refusal::UnknownMessage),
         }
     }
 
     /// Puts an encoded message into the mailbox, for senders that do not know the type of the actor.
     pub(crate) fn offer_encoded(&self, message: &str, payload: &[u8]) -> Result<(), Refusal> {
-        let deliver = self.table.get(&name_hash(message)).ok_or(Refusal::UnknownMessage)?;
+        let deliver = self.table.message(name_hash(message)).ok_or(Refusal::UnknownMessage)?;
         deliver(self, payload, None, None)
     }
 }
@@ -237,7 +271,7 @@ pub(crate) fn refuse(answer: Option<RemoteAnswer>, reason: Refusal) -> Result<()
 }
 
 /// The entry of a `Table` for actor `A` and message `M`: decode, then into the mailbox.
-pub(crate) fn deliver_frame<A, M>(
+fn deliver_frame<A, M>(
     entry: &Entry,
     payload: &[u8],
     expires_at: Option<Instant>,
@@ -255,28 +289,16 @@ where
     }
     match from_bytes::<M>(payload) {
         Ok(message) => {
-            let mut answer = answer.map_or(Answer::None, Answer::Remote);
-            let make = |message| -> Box<dyn Deliver<A>> {
-                let answer = std::mem::replace(&mut answer, Answer::None);
-                Box::new(Envelope {
-                    message,
-                    expires_at,
-                    asker: Asker { answer, lifetime: entry.lifetime.clone() },
-                })
-            };
-            let pushed = mailbox.push(message, make);
-            let refused = pushed.map_err(|refused| refused.reason);
-            if let (Err(reason), Answer::Remote(answer)) = (&refused, answer) {
-                answer.refuse(reason);
+            let answer = answer.map_or(Answer::None, Answer::Remote);
+            match entry.enqueue::<A, M>(message, expires_at, answer) {
+                Ok(()) => Ok(()),
+                Err(Returned { answer: Answer::Remote(answer), reason, .. }) => refuse(Some(answer), reason),
+                Err(Returned { reason, .. }) => Err(reason),
             }
-            refused
         }
         Err(error) => {
             tracing::warn!(actor = %entry.id, message = M::NAME, %error, "a message does not decode");
-            if let Some(answer) = answer {
-                answer.fail(&RemoteFailure::Codec(error.to_string()));
-            }
-            Err(Refusal::Unsendable(error.to_string()))
+            refuse(answer, Refusal::Malformed(error.to_string()))
         }
     }
 }

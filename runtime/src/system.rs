@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::actor::{CreateError, RemoteActor};
-use crate::handle::{ActorAddr, ActorId, Handle, Incarnation, ProcessId};
+use crate::handle::{ActorAddr, ActorId, Handle, Incarnation, JsonHandle, ProcessId};
 pub use crate::mailbox::ActorEnd;
 use crate::mailbox::{Entry, Pump, Registry, panic_message};
 use crate::mesh::Meshes;
@@ -167,6 +167,11 @@ impl System {
     /// A handle to the actor at that address, here or elsewhere. Connects when the first message is sent.
     pub fn handle<A: RemoteActor>(&self, addr: ActorAddr) -> Handle<A> {
         Handle::new(self.clone(), addr)
+    }
+
+    /// A handle to the actor at that address for callers that speak JSON.
+    pub fn json_handle(&self, addr: ActorAddr) -> JsonHandle {
+        JsonHandle::new(self.clone(), addr)
     }
 
     /// A handle to a well-known actor of which only the place is known, such as the head.

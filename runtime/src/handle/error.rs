@@ -34,6 +34,9 @@ pub enum Refusal {
     /// The message is larger than a frame may be, or cannot be encoded at all.
     #[error("cannot be sent: {0}")]
     Unsendable(String),
+    /// The actor's process cannot read the message: another version of it, or JSON that does not fit.
+    #[error("the actor cannot read it: {0}")]
+    Malformed(String),
 }
 
 impl Refusal {
@@ -45,7 +48,8 @@ impl Refusal {
             | Self::WrongIncarnation
             | Self::WrongProcess
             | Self::UnknownMessage
-            | Self::Unsendable(_) => false,
+            | Self::Unsendable(_)
+            | Self::Malformed(_) => false,
         }
     }
 
@@ -60,6 +64,7 @@ impl Refusal {
             Self::Unreachable(why) => (7, why),
             Self::Unsendable(why) => (8, why),
             Self::Elsewhere(leader) => (9, leader),
+            Self::Malformed(why) => (10, why),
         }
     }
 
@@ -74,14 +79,22 @@ impl Refusal {
             7 => Self::Unreachable(text.to_owned()),
             8 => Self::Unsendable(text.to_owned()),
             9 => Self::Elsewhere(text.to_owned()),
+            10 => Self::Malformed(text.to_owned()),
             _ => return None,
         })
     }
 }
 
+/// The name of a message's type as users wrote it: without the path.
+fn name_of<M>() -> &'static str {
+    let path = std::any::type_name::<M>();
+    let end = path.find('<').unwrap_or(path.len());
+    path[..end].rfind("::").map_or(path, |at| &path[at + 2..])
+}
+
 /// A message that was not accepted, with the reason.
 #[derive(thiserror::Error)]
-#[error("{} refused: {reason}", std::any::type_name::<M>())]
+#[error("{} refused: {reason}", name_of::<M>())]
 pub struct Refused<M> {
     /// The message, as it was given.
     pub message: M,
@@ -104,7 +117,7 @@ pub enum AskError<M> {
     #[error(transparent)]
     Refused(Refused<M>),
     /// The deadline passed. The actor may or may not have handled the message.
-    #[error("no answer to {} before the deadline", std::any::type_name::<M>())]
+    #[error("no answer to {} before the deadline", name_of::<M>())]
     Deadline,
     /// The connection to the actor's process broke while the message was on its way.
     #[error("lost the process that was asked: {0}")]
@@ -116,11 +129,15 @@ pub enum AskError<M> {
     #[error("the actor panicked: {0}")]
     Panicked(String),
     /// The handler dropped its reply.
-    #[error("the handler of {} gave no reply", std::any::type_name::<M>())]
+    #[error("the handler of {} gave no reply", name_of::<M>())]
     NoReply,
-    /// The answer, or the message at its receiver, did not decode.
+    /// The answer could not be encoded, or did not decode.
     #[error("codec: {0}")]
     Codec(String),
+    /// The handler returned an error, in its words. Only where the caller does not know the type of the result, as in
+    /// `JsonHandle::ask`.
+    #[error("the actor returned an error: {0}")]
+    Handler(String),
 }
 
 impl<M> fmt::Debug for AskError<M> {
@@ -147,6 +164,7 @@ impl<M> AskError<M> {
             (Failure::Panicked(message), _) => Self::Panicked(message),
             (Failure::NoReply, _) => Self::NoReply,
             (Failure::Codec(why), _) => Self::Codec(why),
+            (Failure::Handler(why), _) => Self::Handler(why),
             (Failure::PeerLost(why), _) => Self::PeerLost(why),
         }
     }

@@ -6,6 +6,7 @@ use bincode::Encode;
 use tokio::sync::oneshot;
 
 use super::Lifetime;
+use super::table::{JsonOf, JsonText};
 use crate::handle::Refusal;
 use crate::wire::answer::RemoteAnswer;
 use crate::wire::frame::RemoteFailure;
@@ -19,6 +20,7 @@ pub(crate) enum Failure {
     Panicked(String),
     NoReply,
     Codec(String),
+    Handler(String),
     PeerLost(String),
 }
 
@@ -30,6 +32,7 @@ impl From<RemoteFailure> for Failure {
             RemoteFailure::Panicked(message) => Self::Panicked(message),
             RemoteFailure::NoReply => Self::NoReply,
             RemoteFailure::Codec(why) => Self::Codec(why),
+            RemoteFailure::Handler(why) => Self::Handler(why),
         }
     }
 }
@@ -42,6 +45,8 @@ pub(crate) enum Answer<T> {
     Local(oneshot::Sender<Result<T, Failure>>),
     /// Over the wire.
     Remote(RemoteAnswer),
+    /// As JSON, to whoever waits for that.
+    Json(Box<(Answer<JsonText>, JsonOf<T>)>),
 }
 
 impl<T: Encode> Answer<T> {
@@ -55,8 +60,31 @@ impl<T: Encode> Answer<T> {
                 Failure::Panicked(message) => RemoteFailure::Panicked(message),
                 Failure::NoReply => RemoteFailure::NoReply,
                 Failure::Codec(why) => RemoteFailure::Codec(why),
+                Failure::Handler(why) => RemoteFailure::Handler(why),
                 Failure::Stopped | Failure::Refused(_) | Failure::PeerLost(_) => RemoteFailure::Stopped,
             }),
+            (Self::Json(asker), outcome) => {
+                let (asker, json_of) = *asker;
+                asker.send(outcome.and_then(json_of));
+            }
+        }
+    }
+
+    /// What `of_json` was called on, if this is its outcome.
+    pub(super) fn into_json(self) -> Answer<JsonText> {
+        match self {
+            Self::Json(asker) => asker.0,
+            Self::None | Self::Local(_) | Self::Remote(_) => Answer::None,
+        }
+    }
+}
+
+impl Answer<JsonText> {
+    /// An answer of a type that becomes JSON on its way.
+    pub(super) fn of_json<T>(self, json_of: JsonOf<T>) -> Answer<T> {
+        match self {
+            Self::None => Answer::None,
+            asker => Answer::Json(Box::new((asker, json_of))),
         }
     }
 }
@@ -70,6 +98,11 @@ pub(super) struct Asker<T: Encode> {
 impl<T: Encode> Asker<T> {
     pub(super) fn waits(&self) -> bool {
         !matches!(self.answer, Answer::None)
+    }
+
+    /// Takes the answer out; nobody is told of anything.
+    pub(super) fn into_answer(mut self) -> Answer<T> {
+        std::mem::replace(&mut self.answer, Answer::None)
     }
 
     pub(super) fn send(mut self, outcome: Result<T, Failure>) {

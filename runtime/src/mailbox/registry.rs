@@ -1,9 +1,10 @@
 //! The registered actors of this process, one incarnation of each.
 
+use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::{Entry, Lifetime};
+use super::{Entry, Lifetime, Table};
 use crate::handle::{ActorId, Incarnation, Refusal};
 
 /// The registered actors of this process.
@@ -12,6 +13,8 @@ pub(crate) struct Registry {
     entries: RwLock<HashMap<ActorId, Arc<Entry>>>,
     /// Where actors are that this process stands by for.
     elsewhere: RwLock<HashMap<ActorId, String>>,
+    /// What each type of actor accepts, so that it is made once.
+    tables: RwLock<HashMap<TypeId, Arc<Table>>>,
 }
 
 impl Registry {
@@ -27,6 +30,15 @@ impl Registry {
         }
         entries.insert(entry.id, entry);
         Ok(())
+    }
+
+    /// The table of an actor type; made when the type is new.
+    pub(super) fn table(&self, of: TypeId, make: impl FnOnce() -> Table) -> Arc<Table> {
+        if let Some(table) = self.tables.read().unwrap_or_else(PoisonError::into_inner).get(&of) {
+            return table.clone();
+        }
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        tables.entry(of).or_insert_with(|| Arc::new(make())).clone()
     }
 
     /// The actor, if it is there in that incarnation.

@@ -72,7 +72,7 @@ impl<M> From<AskError<M>> for RankError {
             AskError::Stopped => Self::Stopped,
             AskError::Panicked(message) => Self::Panicked(message),
             AskError::NoReply => Self::NoReply,
-            AskError::Codec(why) => Self::Codec(why),
+            AskError::Codec(why) | AskError::Handler(why) => Self::Codec(why),
         }
     }
 }

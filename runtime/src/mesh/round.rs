@@ -99,7 +99,7 @@ fn find_calls(system: &System, actor: &ActorAddr, round: &Round) -> Result<Calls
         .find(actor.actor, actor.incarnation)
         .map_err(|refusal| refused(refusal.to_string()))?;
     let calls = entry
-        .mesh
+        .mesh()
         .find(round.message)
         .ok_or_else(|| refused(crate::handle::Refusal::UnknownMessage.to_string()))?;
     if round.kind == Kind::Reduce && calls.fold.is_none() {

@@ -57,6 +57,8 @@ pub(crate) enum RemoteFailure {
     Panicked(String),
     NoReply,
     Codec(String),
+    /// The handler's own error, for a caller that does not know its type.
+    Handler(String),
 }
 
 /// Bytes that are no frame. The connection cannot go on after one.
@@ -157,6 +159,7 @@ impl RemoteFailure {
             Self::Panicked(message) => (3, message),
             Self::NoReply => (4, ""),
             Self::Codec(message) => (5, message),
+            Self::Handler(message) => (6, message),
         }
     }
 
@@ -167,6 +170,7 @@ impl RemoteFailure {
             3 => Self::Panicked(text.to_owned()),
             4 => Self::NoReply,
             5 => Self::Codec(text.to_owned()),
+            6 => Self::Handler(text.to_owned()),
             _ => return None,
         })
     }

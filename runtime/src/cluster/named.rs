@@ -1,0 +1,173 @@
+//! Handles by name: they follow an actor from incarnation to incarnation.
+//!
+//! A message that was certainly not seen goes to the incarnation that is there now, once. Nothing else is repeated.
+
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use actix::Handler;
+use serde_json::Value;
+
+use super::{Cluster, ClusterError};
+use crate::actor::{RemoteActor, WireMessage};
+use crate::handle::{AskError, JsonMessage, Refusal};
+
+impl Cluster {
+    /// A handle by name, which follows the actor from incarnation to incarnation.
+    pub fn named<A>(&self, actor: impl Into<String>) -> Named<A> {
+        Named { cluster: self.clone(), actor: actor.into(), kind: PhantomData }
+    }
+
+    /// The same for a caller that speaks JSON and need not know the type of the actor.
+    pub fn json(&self, actor: impl Into<String>) -> NamedJson {
+        NamedJson { cluster: self.clone(), actor: actor.into(), deadline: None }
+    }
+
+    /// Asks an actor a message in JSON: `json(actor).ask(message, value)`.
+    pub async fn ask_json(
+        &self,
+        actor: &str,
+        message: &str,
+        value: Value,
+    ) -> Result<Value, NamedError<JsonMessage>> {
+        self.json(actor).ask(message, value).await
+    }
+}
+
+/// A handle by name, which follows the actor from incarnation to incarnation.
+pub struct Named<A> {
+    cluster: Cluster,
+    actor: String,
+    kind: PhantomData<fn() -> A>,
+}
+
+impl<A> Clone for Named<A> {
+    fn clone(&self) -> Self {
+        Self { cluster: self.cluster.clone(), actor: self.actor.clone(), kind: PhantomData }
+    }
+}
+
+/// Why a message to a named actor has no answer.
+#[derive(thiserror::Error)]
+pub enum NamedError<M> {
+    /// The head could not say where the actor is.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The actor was found.
+    #[error(transparent)]
+    Ask(AskError<M>),
+}
+
+impl<M> std::fmt::Debug for NamedError<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+impl<A: RemoteActor> Named<A> {
+    /// Asks the present incarnation. When the one that was known is gone and has certainly not seen the message, the
+    /// head is asked for the present one and the message sent to that, once.
+    pub async fn ask<M>(&self, message: M) -> Result<M::Result, NamedError<M>>
+    where
+        A: Handler<M>,
+        M: WireMessage,
+    {
+        let Self { cluster, actor, .. } = self;
+        let asked = cluster.handle::<A>(actor).await?.ask(message).await;
+        match cluster.settle(actor, asked) {
+            Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
+            Settled::Again(message) => {
+                cluster.handle::<A>(actor).await?.ask(message).await.map_err(NamedError::Ask)
+            }
+        }
+    }
+}
+
+/// A handle by name for callers that speak JSON. The actor offers messages to them with `Accepts::accept_json`.
+#[derive(Clone)]
+pub struct NamedJson {
+    cluster: Cluster,
+    actor: String,
+    deadline: Option<Duration>,
+}
+
+impl NamedJson {
+    /// The same actor, but each ask or tell is good for `deadline` only, as `Handle::with_deadline` has it.
+    pub fn with_deadline(&self, deadline: Duration) -> Self {
+        Self { deadline: Some(deadline), ..self.clone() }
+    }
+
+    /// Asks the present incarnation the message of that name (`WireMessage::NAME`) and waits for its answer. Follows
+    /// the actor like `Named::ask`.
+    pub async fn ask(&self, message: &str, value: Value) -> Result<Value, NamedError<JsonMessage>> {
+        let asked = self.handle().await?.ask(message, value).await;
+        match self.cluster.settle(&self.actor, asked) {
+            Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
+            Settled::Again(JsonMessage { message, value }) => {
+                self.handle().await?.ask(&message, value).await.map_err(NamedError::Ask)
+            }
+        }
+    }
+
+    /// Sends the message and waits for nothing. `Ok` means that it is on its way.
+    pub async fn tell(&self, message: &str, value: Value) -> Result<(), NamedError<JsonMessage>> {
+        let told = self.handle().await?.tell(message, value);
+        match self.cluster.settle(&self.actor, told.map_err(AskError::Refused)) {
+            Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
+            Settled::Again(JsonMessage { message, value }) => {
+                let told = self.handle().await?.tell(&message, value);
+                told.map_err(|refused| NamedError::Ask(AskError::Refused(refused)))
+            }
+        }
+    }
+
+    async fn handle(&self) -> Result<crate::handle::JsonHandle, ClusterError> {
+        let handle = self.cluster.system().json_handle(self.cluster.addr(&self.actor).await?);
+        Ok(match self.deadline {
+            Some(deadline) => handle.with_deadline(deadline),
+            None => handle,
+        })
+    }
+}
+
+/// What is left to do after the known incarnation was asked.
+enum Settled<T, M> {
+    Done(Result<T, AskError<M>>),
+    /// It is gone and has not seen the message: the present one may.
+    Again(M),
+}
+
+impl Cluster {
+    /// Forgets an address that is good no more, and says whether the message may go to the next one.
+    fn settle<T, M>(&self, actor: &str, asked: Result<T, AskError<M>>) -> Settled<T, M> {
+        match asked {
+            Err(AskError::Refused(refused)) if is_gone(&refused.reason) => {
+                self.forget(actor);
+                Settled::Again(refused.message)
+            }
+            Err(error) => {
+                if matches!(error, AskError::PeerLost(_) | AskError::Stopped | AskError::Panicked(_)) {
+                    self.forget(actor);
+                }
+                Settled::Done(Err(error))
+            }
+            Ok(answer) => Settled::Done(Ok(answer)),
+        }
+    }
+}
+
+/// Whether the refusal says that the incarnation is not there any more.
+fn is_gone(reason: &Refusal) -> bool {
+    match reason {
+        Refusal::NoSuchActor
+        | Refusal::WrongIncarnation
+        | Refusal::WrongProcess
+        | Refusal::Elsewhere(_)
+        | Refusal::Unreachable(_) => true,
+        Refusal::MailboxFull
+        | Refusal::UnknownMessage
+        | Refusal::QueueFull
+        | Refusal::Unsendable(_)
+        | Refusal::Malformed(_) => false,
+    }
+}
