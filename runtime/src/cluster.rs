@@ -22,7 +22,7 @@ use crate::head::messages::{
 };
 use crate::node::NodeActor;
 use crate::spec::{ActorSpec, InvalidSpec};
-use crate::system::{Secret, System, SystemConfig, SystemError};
+use crate::system::{Secret, System, SystemConfig, SystemError, TlsFiles};
 
 /// Limit of a question to the head.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,6 +61,15 @@ pub enum ClusterError {
     NotReady(String),
 }
 
+/// By what a client proves that it may talk to a cluster.
+#[derive(Debug, Clone, Default)]
+pub struct Credentials {
+    /// The cluster token.
+    pub token: Option<Secret>,
+    /// Certificates, where the cluster has some.
+    pub tls: Option<TlsFiles>,
+}
+
 /// A client. Cheap to clone.
 #[derive(Clone)]
 pub struct Cluster {
@@ -76,8 +85,14 @@ impl Cluster {
     /// Connects to the head at `host:port`; fails if it does not answer. Several heads, with commas between, are tried
     /// in turn until the leader is found.
     pub async fn connect(head: &str, token: Option<Secret>) -> Result<Self, ClusterError> {
+        Self::connect_with(head, Credentials { token, tls: None }).await
+    }
+
+    /// The same with all that a client may have to show.
+    pub async fn connect_with(head: &str, credentials: Credentials) -> Result<Self, ClusterError> {
         let mut config = SystemConfig::loopback();
-        config.token = token;
+        config.token = credentials.token;
+        config.tls = credentials.tls;
         let cluster = Self::with_system(System::start(config).await?, head);
         cluster.status().await?;
         Ok(cluster)

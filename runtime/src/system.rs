@@ -31,6 +31,8 @@ use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
 pub use crate::wire::handshake::Secret;
 use crate::wire::link::{self, Link, RefusedTells, now_ms};
+use crate::wire::tls::Tls;
+pub use crate::wire::tls::{TlsError, TlsFiles};
 
 use arbiters::Arbiters;
 pub use config::{SpawnError, SpawnOptions, SystemConfig, SystemError};
@@ -60,6 +62,7 @@ impl WeakSystem {
 pub(crate) struct Shared {
     pub(crate) process: ProcessId,
     pub(crate) token: Option<Secret>,
+    pub(crate) tls: Option<Tls>,
     pub(crate) limits: Limits,
     pub(crate) connect_timeout: Duration,
     pub(crate) runtime: tokio::runtime::Handle,
@@ -118,6 +121,7 @@ impl System {
         if config.frame_bytes_max > FRAME_BYTES_MAX {
             return Err(SystemError::FrameLimit(config.frame_bytes_max));
         }
+        let tls = config.tls.map(Tls::load).transpose()?;
         let failed = |source| SystemError::Bind { bind, source };
         let listener = TcpListener::bind(bind).await.map_err(failed)?;
         let local = listener.local_addr().map_err(failed)?;
@@ -131,6 +135,7 @@ impl System {
         let shared = Arc::new(Shared {
             process: config.process,
             token: config.token,
+            tls,
             limits: Limits {
                 frame_bytes_max: config.frame_bytes_max,
                 queue_bytes_max: config.queue_bytes_max,

@@ -119,6 +119,7 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
     let mut settings = SystemConfig::new(SocketAddr::new(record.bind, 0));
     settings.advertise.clone_from(&record.advertise);
     settings.token = token;
+    settings.tls.clone_from(&record.tls);
     let system = System::start(settings).await?;
     let cluster = Cluster::with_system(system.clone(), &record.head);
     let host = Arc::new(Host::new(record, system.clone(), cluster, types));

@@ -16,7 +16,7 @@ use super::keeper::{Keeper, LoadError};
 use super::tenure::Tenure;
 use crate::handle::ActorId;
 use crate::state::{Leadership, LeaseId, StateConfig, StateError, StateStore};
-use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
+use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
 
 /// Longest wait for the store when the head ends.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(2);
@@ -34,6 +34,8 @@ pub struct HeadConfig {
     pub state: StateConfig,
     /// The cluster token.
     pub token: Option<Secret>,
+    /// Certificates for TLS with every peer.
+    pub tls: Option<TlsFiles>,
     /// How patient it is with nodes.
     pub patience: Patience,
     /// Where the other heads of the cluster listen. With any, a leader that cannot renew its lease gives no order after
@@ -53,6 +55,7 @@ impl HeadConfig {
             advertise: None,
             state,
             token: None,
+            tls: None,
             patience: Patience::default(),
             peers: Vec::new(),
             lease: Duration::from_secs(2),
@@ -156,6 +159,7 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
     let mut system = SystemConfig::new(config.bind);
     system.advertise.clone_from(&config.advertise);
     system.token.clone_from(&config.token);
+    system.tls.clone_from(&config.tls);
     let system = System::start(system).await?;
     let own = Candidate {
         endpoint: system.endpoint().to_owned(),

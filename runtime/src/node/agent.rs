@@ -199,6 +199,7 @@ impl Agent {
             bind: self.config.worker_bind,
             advertise: self.config.advertise.clone(),
             token_file: self.config.token.as_ref().map(|_| self.dir.token()),
+            tls: self.config.tls.clone(),
             agent_grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
             process: None,
         }

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::handle::Incarnation;
+use crate::wire::TlsFiles;
 
 /// A worker, in `<run_dir>/workers/<incarnation>.json`: what it was started with and which process it became.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +29,8 @@ pub(crate) struct WorkerRecord {
     /// Host name or address by which others reach it, if that is another one.
     pub(crate) advertise: Option<String>,
     pub(crate) token_file: Option<PathBuf>,
+    #[serde(default)]
+    pub(crate) tls: Option<TlsFiles>,
     /// How long it lives on without a node agent.
     pub(crate) agent_grace_ms: u64,
     pub(crate) process: Option<ProcessRecord>,

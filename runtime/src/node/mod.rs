@@ -26,7 +26,7 @@ pub(crate) use self::agent::NodeActor;
 use self::files::{AgentRecord, RunDir};
 use crate::handle::ActorId;
 use crate::spec::{Capacity, Device, Labels};
-use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
+use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
 
 /// What a node is.
 #[derive(Debug, Clone)]
@@ -54,6 +54,8 @@ pub struct NodeConfig {
     pub worker_command: Vec<String>,
     /// The cluster token.
     pub token: Option<Secret>,
+    /// Certificates for TLS with every peer, of its workers, too.
+    pub tls: Option<TlsFiles>,
     /// How patient the agent is.
     pub timing: NodeTiming,
     /// A log that grows beyond this is rotated; one old file is kept. Default 64 MiB.
@@ -102,6 +104,7 @@ impl NodeConfig {
             run_dir: run_dir.into(),
             worker_command: Vec::new(),
             token: None,
+            tls: None,
             timing: NodeTiming::default(),
             log_bytes_max: 64 << 20,
         }
@@ -187,6 +190,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     let mut system = SystemConfig::new(config.bind);
     system.advertise.clone_from(&config.advertise);
     system.token.clone_from(&config.token);
+    system.tls.clone_from(&config.tls);
     let system = System::start(system).await?;
     let (over, watched) = watch::channel(false);
     let agent = Arc::new(Agent::new(config, dir.clone(), system.clone()));

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::handle::{ActorId, Incarnation, ProcessId};
 use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::handshake::Secret;
+use crate::wire::tls::{TlsError, TlsFiles};
 
 /// How a process takes part in the cluster.
 #[derive(Debug, Clone)]
@@ -16,6 +17,9 @@ pub struct SystemConfig {
     pub advertise: Option<String>,
     /// The cluster token. Without it the system listens on loopback only.
     pub token: Option<Secret>,
+    /// Certificates for TLS with every peer; without them connections are not encrypted. All processes of a cluster
+    /// have some, or none has.
+    pub tls: Option<TlsFiles>,
     /// The identity of this run of the process.
     pub process: ProcessId,
     /// Largest frame sent or accepted; at most `wire::FRAME_BYTES_MAX`.
@@ -37,6 +41,7 @@ impl SystemConfig {
             bind,
             advertise: None,
             token: None,
+            tls: None,
             process: ProcessId::random(),
             frame_bytes_max: FRAME_BYTES_MAX,
             queue_bytes_max: FRAME_BYTES_MAX,
@@ -66,6 +71,9 @@ pub enum SystemError {
     /// It would keep nobody out.
     #[error("the cluster token is empty")]
     TokenEmpty,
+    /// Its certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// Others would not know where to connect to.
     #[error(
         "listening at the wildcard address {bind} needs an address to advertise, by which other hosts reach this one"

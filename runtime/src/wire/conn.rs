@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bincode::Encode;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::codec::{CodecError, encode_into};
 use super::frame::{self, CallHead, LEN_BYTES};
 use super::outbound::{CHUNK_BYTES, Flush, Outbound};
+use super::stream::Stream;
 use crate::handle::Refusal;
 use crate::mailbox::Failure;
 
@@ -33,7 +33,7 @@ pub(crate) trait Waiter: Send {
 
 /// A connection, from the first message for the peer on: what is queued before the handshake is over is sent then.
 pub(crate) struct Conn {
-    stream: OnceLock<TcpStream>,
+    stream: OnceLock<Stream>,
     limits: Limits,
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
@@ -212,7 +212,7 @@ impl Conn {
     }
 
     /// The handshake is over: sends what is queued. False if it was closed meanwhile.
-    pub(crate) fn open(self: &Arc<Self>, stream: TcpStream) -> bool {
+    pub(crate) fn open(self: &Arc<Self>, stream: Stream) -> bool {
         self.heard();
         let mut state = self.lock();
         if state.closed.is_some() {
@@ -239,8 +239,7 @@ impl Conn {
             (closed, std::mem::take(&mut state.waiting))
         };
         if let Some(stream) = self.stream.get() {
-            // The peer may be gone already.
-            let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Both);
+            stream.shutdown();
         }
         self.drained.notify_waiters();
         for waiter in waiting.into_values() {
@@ -262,7 +261,7 @@ impl Conn {
         state.open && state.closed.is_none()
     }
 
-    pub(crate) fn stream(&self) -> Option<&TcpStream> {
+    pub(crate) fn stream(&self) -> Option<&Stream> {
         self.stream.get()
     }
 
@@ -281,10 +280,19 @@ impl Conn {
             let drained = self.drained.notified();
             tokio::pin!(drained);
             drained.as_mut().enable();
-            if self.lock().outbound.bytes() <= bytes {
+            if self.unsent() <= bytes {
                 return;
             }
             drained.await;
+        }
+    }
+
+    /// Bytes that the kernel has not got yet; none once it is closed.
+    fn unsent(&self) -> usize {
+        let state = self.lock();
+        match state.closed {
+            Some(_) => 0,
+            None => state.outbound.bytes() + self.stream.get().map_or(0, Stream::unsent),
         }
     }
 
@@ -314,6 +322,11 @@ impl Conn {
     fn write_queued(&self) -> Flushed {
         let Some(stream) = self.stream.get() else { return Flushed::All };
         loop {
+            match stream.flush() {
+                Ok(true) => {}
+                Ok(false) => return Flushed::Blocked,
+                Err(error) => self.close(&error.to_string()),
+            }
             let taken = self.lock().outbound.take();
             let Some(mut chunks) = taken else {
                 self.drained.notify_waiters();

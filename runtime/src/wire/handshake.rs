@@ -12,6 +12,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::tls::{self, TLS_FIRST_BYTE};
 use super::{PROTOCOL_VERSION, codec};
 use crate::handle::ProcessId;
 
@@ -19,6 +20,8 @@ const MAGIC: &[u8; 8] = b"heliowir";
 /// A greeting is small; more is not ours.
 const HELLO_BYTES_MAX: usize = 4096;
 const PROOF_BYTES: usize = 32;
+/// In the place of a version: this end speaks TLS only.
+const TLS_ONLY: u16 = u16::MAX;
 
 /// The cluster token. It is never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -67,6 +70,12 @@ pub(crate) enum HandshakeError {
         "it speaks protocol version {theirs}, this process speaks {ours}: run the same helio on all hosts"
     )]
     Version { theirs: u16, ours: u16 },
+    #[error("it speaks TLS only: give this process certificates of its CA, in [security] or by --tls")]
+    TlsThere,
+    #[error("it speaks TLS and this process does not: set [security] in both, or in neither")]
+    TlsHere,
+    #[error("{0}")]
+    Tls(String),
     #[error("greeting of {0} bytes is too long")]
     TooLong(usize),
     #[error("its greeting is malformed: {0}")]
@@ -112,8 +121,8 @@ where
 {
     let theirs = match read_hello(stream).await {
         Ok(theirs) => theirs,
-        // The answer lets the peer say the same: which versions met.
-        Err(error @ HandshakeError::Version { .. }) => {
+        // The answer lets the peer say the same: which versions met, or that this is no TLS.
+        Err(error @ (HandshakeError::Version { .. } | HandshakeError::TlsHere)) => {
             write_hello(stream, ours).await?;
             return Err(error);
         }
@@ -150,9 +159,12 @@ async fn read_hello<S: AsyncReadExt + Unpin>(stream: &mut S) -> Result<Hello, Ha
     read_exact(stream, &mut fixed).await?;
     let (magic, rest) = fixed.split_at(MAGIC.len());
     if magic != MAGIC {
-        return Err(HandshakeError::Magic);
+        return Err(if magic[0] == TLS_FIRST_BYTE { HandshakeError::TlsHere } else { HandshakeError::Magic });
     }
     let theirs = u16::from_le_bytes([rest[0], rest[1]]);
+    if theirs == TLS_ONLY {
+        return Err(HandshakeError::TlsThere);
+    }
     if theirs != PROTOCOL_VERSION {
         return Err(HandshakeError::Version { theirs, ours: PROTOCOL_VERSION });
     }
@@ -177,8 +189,21 @@ async fn read_exact<S: AsyncReadExt + Unpin>(stream: &mut S, buf: &mut [u8]) -> 
         Err(e) if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
             Err(HandshakeError::Closed)
         }
-        Err(e) => Err(e.into()),
+        // Whoever accepted looks at our certificate when the TLS handshake is over for us.
+        Err(e) => Err(match tls::fault(&e) {
+            Some(fault) => HandshakeError::Tls(tls::explain(fault, "")),
+            None => e.into(),
+        }),
     }
+}
+
+/// Tells a process that came without TLS what is missing.
+pub(crate) async fn refuse_plain<S: AsyncWriteExt + Unpin>(stream: &mut S) -> Result<(), HandshakeError> {
+    let mut out = MAGIC.to_vec();
+    out.extend_from_slice(&TLS_ONLY.to_le_bytes());
+    out.extend_from_slice(&[0; 4]);
+    stream.write_all(&out).await?;
+    Ok(())
 }
 
 fn check_tokens(theirs: &Hello, token: Option<&Secret>) -> Result<(), HandshakeError> {

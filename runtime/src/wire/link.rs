@@ -5,6 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -12,6 +13,8 @@ use super::answer::RemoteAnswer;
 use super::conn::Conn;
 use super::frame::{self, CallHead, Frame};
 use super::handshake::{self, Hello};
+use super::stream::{Secure, Stream};
+use super::tls::TLS_FIRST_BYTE;
 use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
 use crate::mailbox::{Failure, refuse};
 use crate::system::Shared;
@@ -20,6 +23,9 @@ use crate::system::Shared;
 const READ_BYTES: usize = 64 << 10;
 /// A receive buffer that grew beyond this for a large frame is given up after it.
 const READ_BYTES_KEPT: usize = 1 << 20;
+/// How long a peer that is sent away may take to close its end, and how much more it may say.
+const PARTING: Duration = Duration::from_millis(500);
+const PARTING_READS: usize = 64;
 
 /// Which end of a connection this process is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,11 +91,17 @@ impl Link {
 async fn connect(shared: Arc<Shared>, conn: Arc<Conn>, endpoint: String) {
     let hello = shared.hello();
     let attempt = async {
-        let mut stream = TcpStream::connect(&endpoint).await.map_err(|e| e.to_string())?;
-        stream.set_nodelay(true).map_err(|e| e.to_string())?;
-        let theirs = handshake::connect(&mut stream, &hello, shared.token.as_ref());
-        let theirs = theirs.await.map_err(|e| e.to_string())?;
-        Ok::<_, String>((stream, theirs))
+        let mut tcp = TcpStream::connect(&endpoint).await.map_err(|e| e.to_string())?;
+        tcp.set_nodelay(true).map_err(|e| e.to_string())?;
+        let token = shared.token.as_ref();
+        let Some(tls) = &shared.tls else {
+            let theirs = handshake::connect(&mut tcp, &hello, token).await.map_err(|e| e.to_string())?;
+            return Ok((Stream::Plain(tcp), theirs));
+        };
+        let mut stream = tls.connect(&endpoint, tcp).await?;
+        let theirs = handshake::connect(&mut stream, &hello, token).await.map_err(|e| e.to_string())?;
+        let (tcp, session) = stream.into_inner();
+        Ok::<_, String>((Stream::Tls(Secure::new(tcp, session)), theirs))
     };
     let limit = shared.connect_timeout;
     let outcome =
@@ -104,24 +116,68 @@ async fn connect(shared: Arc<Shared>, conn: Arc<Conn>, endpoint: String) {
 }
 
 /// Serves a connection that a peer made.
-pub(crate) async fn serve(shared: Arc<Shared>, mut stream: TcpStream, from: std::net::SocketAddr) {
-    let hello = shared.hello();
-    let greeting = handshake::accept(&mut stream, &hello, shared.token.as_ref());
-    let theirs = match timeout(shared.connect_timeout, greeting).await {
-        Ok(Ok(theirs)) => theirs,
+pub(crate) async fn serve(shared: Arc<Shared>, tcp: TcpStream, from: std::net::SocketAddr) {
+    let (stream, theirs) = match timeout(shared.connect_timeout, greet(&shared, tcp)).await {
+        Ok(Ok(greeted)) => greeted,
         Ok(Err(error)) => return tracing::warn!(%from, %error, "refused a connection"),
         Err(_) => return tracing::warn!(%from, "refused a connection: no greeting in time"),
     };
-    if let Err(error) = stream.set_nodelay(true) {
-        return tracing::warn!(%from, %error, "refused a connection");
-    }
     let conn = Conn::new(shared.limits, shared.runtime.clone());
     shared.adopt(&conn);
     run(&shared, &conn, (End::Serving, stream), &theirs).await;
 }
 
+/// The handshake with a peer that connected.
+async fn greet(shared: &Shared, mut tcp: TcpStream) -> Result<(Stream, Hello), String> {
+    tcp.set_nodelay(true).map_err(|e| e.to_string())?;
+    let (hello, token) = (shared.hello(), shared.token.as_ref());
+    let Some(tls) = &shared.tls else {
+        let theirs = match handshake::accept(&mut tcp, &hello, token).await {
+            Ok(theirs) => theirs,
+            Err(error) => {
+                part(&mut tcp).await;
+                return Err(error.to_string());
+            }
+        };
+        return Ok((Stream::Plain(tcp), theirs));
+    };
+    refuse_plain(&mut tcp).await?;
+    let mut stream = tls.accept(tcp).await?;
+    let theirs = handshake::accept(&mut stream, &hello, token).await.map_err(|e| e.to_string())?;
+    let (tcp, session) = stream.into_inner();
+    Ok((Stream::Tls(Secure::new(tcp, session)), theirs))
+}
+
+/// Sends away whoever does not begin with TLS, with words that its end understands.
+async fn refuse_plain(tcp: &mut TcpStream) -> Result<(), String> {
+    let mut first = [0; 1];
+    tcp.peek(&mut first).await.map_err(|e| e.to_string())?;
+    if first[0] == TLS_FIRST_BYTE {
+        return Ok(());
+    }
+    handshake::refuse_plain(tcp).await.map_err(|e| e.to_string())?;
+    part(tcp).await;
+    Err("it does not speak TLS and this process does: set [security] in both, or in neither".into())
+}
+
+/// Closes our direction and waits a moment for the peer to close its own: bytes that nobody reads would reset the
+/// connection and take our last words with them.
+pub(super) async fn part(tcp: &mut TcpStream) {
+    let _ = tcp.shutdown().await;
+    let mut rest = [0; 1024];
+    let read_out = async {
+        for _ in 0..PARTING_READS {
+            match tcp.read(&mut rest).await {
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    };
+    let _ = timeout(PARTING, read_out).await;
+}
+
 /// From the end of the handshake to the end of the connection.
-async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, (end, stream): (End, TcpStream), theirs: &Hello) {
+async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, (end, stream): (End, Stream), theirs: &Hello) {
     shared.peers.connected(theirs);
     if conn.open(stream) {
         let why = read(shared, conn, end, theirs.process).await;

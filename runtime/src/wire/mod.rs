@@ -10,6 +10,10 @@ pub(crate) mod frame;
 pub(crate) mod handshake;
 pub(crate) mod link;
 mod outbound;
+pub(crate) mod stream;
+pub(crate) mod tls;
+
+pub use tls::{TlsError, TlsFiles, tls_crypto, tls_server};
 
 pub use codec::{CodecError, from_bytes, to_bytes};
 

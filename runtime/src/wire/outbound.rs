@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpStream;
+use super::stream::Stream;
 
 /// Frames are gathered into chunks of this size; one of half of it has a chunk for itself.
 pub(super) const CHUNK_BYTES: usize = 64 << 10;
@@ -112,7 +112,7 @@ pub(super) struct Chunks {
 
 impl Chunks {
     /// Writes until all is out or the socket is full. Returns the bytes written.
-    pub(super) fn write_to(&mut self, stream: &TcpStream) -> io::Result<usize> {
+    pub(super) fn write_to(&mut self, stream: &Stream) -> io::Result<usize> {
         let mut total = 0;
         while !self.chunks.is_empty() {
             match stream.try_write_vectored(&self.slices()) {
