@@ -1,9 +1,11 @@
 //! The command line: what may be written after `helio`, with its help.
 
 mod bench;
+pub(crate) mod cert;
 mod job;
 
 pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
+pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -70,6 +72,9 @@ pub(crate) enum Command {
     /// Measure a GPU: single operations, or one rank's steps.
     #[command(subcommand)]
     Bench(Bench),
+    /// Make a certificate authority for the cluster, and certificates for nodes and clients.
+    #[command(subcommand)]
+    Cert(Cert),
     /// Check a cluster.toml and the files of its model without starting anything.
     Check(Check),
     /// Print the reference page of cluster.toml.
@@ -196,6 +201,9 @@ pub(crate) struct Node {
     /// File that holds the cluster token.
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
+    /// Certificates.
+    #[command(flatten)]
+    pub(crate) tls: Tls,
     /// How long workers live on without this process.
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
     pub(crate) worker_grace: f64,
@@ -228,6 +236,9 @@ pub(crate) struct Target {
     /// File that holds the cluster token. Without it: the one in the run directory.
     #[arg(long, value_name = "FILE", global = true)]
     pub(crate) token_file: Option<PathBuf>,
+    /// Certificates. Without them: those in the run directory.
+    #[command(flatten)]
+    pub(crate) tls: Tls,
 }
 
 /// `helio status`.

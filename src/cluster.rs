@@ -4,10 +4,10 @@ use crate::args::{self, DEFAULT_PORT, with_ports};
 use crate::config::{Config, Token};
 use crate::failure::{Failure, NO_CLUSTER};
 use crate::rundir::{RunDir, read_token};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use heliostat_runtime::cluster::status::ClusterStatus;
-use heliostat_runtime::cluster::{Cluster, ClusterError};
-use heliostat_runtime::system::Secret;
+use heliostat_runtime::cluster::{Cluster, ClusterError, Credentials};
+use heliostat_runtime::system::{Secret, TlsFiles};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ pub(crate) struct Access {
     pub(crate) address: String,
     /// The cluster token.
     pub(crate) token: Option<Token>,
+    /// Certificates.
+    pub(crate) tls: Option<TlsFiles>,
     /// Where the address comes from, for errors.
     source: String,
 }
@@ -31,7 +33,12 @@ impl Access {
         let own = reachable(config.bind).to_string();
         let others = config.peers.iter().filter(|peer| **peer != own).cloned();
         let address = std::iter::once(own.clone()).chain(others).collect::<Vec<_>>().join(",");
-        Self { address, token: config.token.clone(), source: "of cluster.toml".into() }
+        Self {
+            address,
+            token: config.token.clone(),
+            tls: config.security.clone(),
+            source: "of cluster.toml".into(),
+        }
     }
 
     /// As the options of a command say.
@@ -41,6 +48,7 @@ impl Access {
             Some(path) => Some(read_token(path)?),
             None => read_token(&run.token_path()).ok(),
         };
+        let tls = target.tls.files().context("--tls")?.or_else(|| run.tls());
         let (address, source) = match (&target.address, run.address()) {
             (Some(address), _) => (with_ports(address, DEFAULT_PORT), "of --address".into()),
             (None, Some(address)) => (address, format!("of {}", run.path().display())),
@@ -49,17 +57,18 @@ impl Access {
                 format!("by default; {} names none", run.path().display()),
             ),
         };
-        Ok(Self { address, token, source })
+        Ok(Self { address, token, tls, source })
     }
 
-    /// The head's secret, as the runtime takes it.
-    pub(crate) fn secret(&self) -> Option<Secret> {
-        self.token.as_ref().map(|token| Secret::new(&token.0))
+    /// By what the head lets one in, as the runtime takes it.
+    pub(crate) fn credentials(&self) -> Credentials {
+        let token = self.token.as_ref().map(|token| Secret::new(&token.0));
+        Credentials { token, tls: self.tls.clone() }
     }
 
     /// Connects, or says that nothing runs there.
     pub(crate) async fn connect(&self) -> Result<Cluster> {
-        let connecting = Cluster::connect(&self.address, self.secret());
+        let connecting = Cluster::connect_with(&self.address, self.credentials());
         match tokio::time::timeout(ANSWER_TIMEOUT, connecting).await {
             Ok(Ok(cluster)) => Ok(cluster),
             Ok(Err(ClusterError::Head { why, .. })) => Err(self.nobody(cause(&why))),

@@ -4,6 +4,7 @@ use crate::config::{All2All, Config, Count, Cuda, KvCache, PlacementStrategy, Po
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::{Deployment, INGRESS, jobs_spec};
 use heliostat_actors::eplb::EplbConfig;
+use heliostat_actors::http::{Bounds, HttpDoor};
 use heliostat_actors::jobs::JobsArgs;
 use heliostat_actors::rank::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs};
 use heliostat_engine::config::ModelConfig;
@@ -46,9 +47,24 @@ fn deployment(config: &Config) -> Result<Deployment> {
         topology: topology(config)?,
         http: SocketAddr::new(config.serve.host, config.serve.port),
         body_bytes_max: config.serve.max_body_bytes.0,
-        api_key: config.api_key.as_ref().map(|Token(text)| text.clone()),
+        door: door(config),
         restart: restart(config),
     })
+}
+
+fn door(config: &Config) -> HttpDoor {
+    let serve = &config.serve;
+    HttpDoor {
+        keys: config.api_keys.clone(),
+        tls: config.serve_tls.clone(),
+        cors_origins: serve.cors_origins.clone(),
+        bounds: Bounds {
+            connections_max: serve.max_connections,
+            requests_per_s: serve.max_requests_per_s,
+            header_timeout: Duration::from_secs_f64(serve.header_timeout_s),
+            body_timeout: Duration::from_secs_f64(serve.body_timeout_s),
+        },
+    }
 }
 
 /// The actors that a configuration describes. Checks the model's files on this machine.

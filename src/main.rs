@@ -32,6 +32,7 @@ fn run(command: &Command) -> Result<()> {
     match command {
         Command::Down(args) => one_thread()?.block_on(commands::down::run(args)),
         Command::Bench(args) => commands::bench::run(args),
+        Command::Cert(command) => commands::cert::run(command),
         Command::Check(args) => commands::check::run(args),
         Command::Reference => commands::print(&config::reference_page()),
         Command::Head(args) => many_threads()?.block_on(commands::head::run(args)),

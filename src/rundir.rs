@@ -4,12 +4,16 @@
 
 use crate::config::Token;
 use anyhow::{Context, Result};
+use heliostat_runtime::system::TlsFiles;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+/// Names the certificates of this machine.
+const TLS: &str = "tls.json";
 
 /// A run directory; it may not exist yet.
 #[derive(Debug, Clone)]
@@ -93,7 +97,7 @@ impl RunDir {
 
     /// Forgets who ran here.
     pub(crate) fn clear_owner(&self) {
-        for name in ["cluster.json", "address", "token", "dashboard", "dashboard-key"] {
+        for name in ["cluster.json", "address", "token", TLS, "dashboard", "dashboard-key"] {
             let _ = fs::remove_file(self.path.join(name));
         }
     }
@@ -144,6 +148,25 @@ impl RunDir {
             Some(token) => self.write_private("token", &token.0),
             None => {
                 let _ = fs::remove_file(self.token_path());
+                Ok(())
+            }
+        }
+    }
+
+    /// Where this machine's certificates are, if that was written here.
+    pub(crate) fn tls(&self) -> Option<TlsFiles> {
+        serde_json::from_slice(&fs::read(self.path.join(TLS)).ok()?).ok()
+    }
+
+    /// Writes where this machine's certificates are, for commands to find; without any, removes an old word of it.
+    pub(crate) fn set_tls(&self, files: Option<&TlsFiles>) -> Result<()> {
+        match files {
+            Some(files) => {
+                let json = serde_json::to_string_pretty(files).context("cannot encode the paths")?;
+                self.write_private(TLS, &json)
+            }
+            None => {
+                let _ = fs::remove_file(self.path.join(TLS));
                 Ok(())
             }
         }

@@ -15,6 +15,7 @@ use heliostat_runtime::actor::RemoteActor;
 use heliostat_runtime::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
 
 use crate::eplb::{Eplb, EplbArgs, EplbConfig};
+use crate::http::HttpDoor;
 use crate::ingress_actor::{IngressActor, IngressArgs};
 use crate::jobs::{JobsActor, JobsArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
@@ -59,8 +60,8 @@ pub struct Deployment {
     pub http: SocketAddr,
     /// Largest request body, bytes.
     pub body_bytes_max: u64,
-    /// What HTTP clients must prove to know; required beyond loopback.
-    pub api_key: Option<String>,
+    /// Which HTTP clients come in.
+    pub door: HttpDoor,
     /// Restarts of every actor.
     pub restart: RestartPolicy,
 }
@@ -124,7 +125,7 @@ impl Deployment {
             block_size: self.engine.block_size,
             max_waiting: self.engine.max_waiting,
             body_bytes_max: self.body_bytes_max,
-            api_key: self.api_key.clone(),
+            door: self.door.clone(),
         };
         let spec = self.spec(INGRESS, IngressActor::TYPE, &ingress)?;
         specs.push(ActorSpec { subscribe: vec![GROUP.into()], mailbox_capacity: 65_536, ..spec });

@@ -20,6 +20,7 @@ use heliostat_runtime::system::PeerEvent;
 
 use crate::deployment::EPLB;
 use crate::eplb::Eplb;
+use crate::http::HttpDoor;
 use crate::ingress::Ingress;
 use crate::ingress::dispatch::DispatchConfig;
 use crate::ingress::engine::{EngineLink, RankCommand, Ranks, Refusal, Unavailable};
@@ -52,8 +53,8 @@ pub struct IngressArgs {
     pub max_waiting: u32,
     /// Largest request body, bytes.
     pub body_bytes_max: u64,
-    /// What clients must prove to know.
-    pub api_key: Option<String>,
+    /// Who may come in.
+    pub door: HttpDoor,
 }
 
 /// The actor.
@@ -249,14 +250,18 @@ impl Spawn for IngressActor {
         let ingress = Ingress::new(&args.model_name, dispatch, link);
         let http = HttpConfig {
             bind: args.bind,
-            api_key: args.api_key.clone(),
+            keys: args.door.keys.clone(),
+            tls: args.door.tls.clone(),
+            cors_origins: args.door.cors_origins.clone(),
+            bounds: args.door.bounds.clone(),
             body_max: args.body_bytes_max as usize,
             ..HttpConfig::default()
         };
         let cluster = cx.cluster().cloned();
         let routes = move |app: &mut ServiceConfig| eplb_routes(app, cluster.clone());
         let service = serve(&http, ingress.clone(), model, routes).map_err(CreateError::failed)?;
-        tracing::info!("serving HTTP at http://{}", service.bound());
+        let scheme = if http.tls.is_some() { "https" } else { "http" };
+        tracing::info!("serving HTTP at {scheme}://{}", service.bound());
         Ok(Self { dp: args.dp, cx, ingress, handles, ranks: Ranks::default(), _service: service })
     }
 }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod dashboard;
 pub mod deployment;
 pub mod eplb;
+pub mod http;
 pub mod ingress;
 pub mod ingress_actor;
 pub mod jobs;

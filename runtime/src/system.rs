@@ -5,6 +5,7 @@
 
 mod arbiters;
 mod config;
+pub(crate) mod gate;
 mod peers;
 
 use std::collections::HashMap;
@@ -30,12 +31,13 @@ use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
 pub use crate::wire::handshake::Secret;
-use crate::wire::link::{self, Link, RefusedTells, now_ms};
+use crate::wire::link::{self, Link, RefusedPeers, RefusedTells, now_ms};
 use crate::wire::tls::Tls;
 pub use crate::wire::tls::{TlsError, TlsFiles};
 
 use arbiters::Arbiters;
 pub use config::{SpawnError, SpawnOptions, SystemConfig, SystemError};
+use gate::Gate;
 use peers::Peers;
 pub use peers::{PeerEvent, PeerEvents};
 
@@ -70,7 +72,9 @@ pub(crate) struct Shared {
     pub(crate) peers: Peers,
     pub(crate) tasks: TaskTracker,
     pub(crate) refused_tells: RefusedTells,
+    pub(crate) refused_peers: RefusedPeers,
     endpoint: String,
+    gate: Arc<Gate>,
     silence_max: Duration,
     links: Mutex<HashMap<String, Arc<Link>>>,
     conns: Mutex<Vec<Weak<Conn>>>,
@@ -146,7 +150,9 @@ impl System {
             peers: Peers::new(),
             tasks: TaskTracker::new(),
             refused_tells: RefusedTells::default(),
+            refused_peers: RefusedPeers::default(),
             endpoint,
+            gate: Gate::new(config.connections_max.max(1)),
             silence_max: config.silence_max,
             links: Mutex::default(),
             conns: Mutex::default(),
@@ -383,7 +389,14 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener) {
         };
         match accepted {
             Ok((stream, from)) => {
-                let serving = link::serve(shared.clone(), stream, from);
+                let place = match shared.gate.enter(from.ip()) {
+                    Ok(place) => place,
+                    Err(full) => {
+                        shared.refused_peers.note(from, &full);
+                        continue;
+                    }
+                };
+                let serving = link::serve(shared.clone(), stream, from, place);
                 let stop = shared.stop.clone();
                 shared.tasks.spawn(async move {
                     // After the stop connections end by their own close.

@@ -2,12 +2,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails should fail its test")]
 
+#[path = "support/pki.rs"]
+mod pki;
+
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use heliostat_runtime::state::{Event, Expect, Op, Revision, StateConfig, StateError, StateStore, Watch};
+use heliostat_runtime::state::{
+    EtcdTls, Event, Expect, Op, Revision, StateConfig, StateError, StateStore, Watch,
+};
+use pki::{Ca, NODE};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -36,6 +42,10 @@ impl EtcdServer {
     }
 
     fn spawn(dir: &Path, client_url: &str, peer_url: &str) -> Child {
+        Self::spawn_with(dir, client_url, peer_url, &[])
+    }
+
+    fn spawn_with(dir: &Path, client_url: &str, peer_url: &str, more: &[&str]) -> Child {
         let log = std::fs::File::create(dir.join("log")).unwrap();
         Command::new("etcd")
             .args(["--name", "test", "--data-dir"])
@@ -43,6 +53,7 @@ impl EtcdServer {
             .args(["--listen-client-urls", client_url, "--advertise-client-urls", client_url])
             .args(["--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url])
             .args(["--initial-cluster", &format!("test={peer_url}")])
+            .args(more)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
@@ -63,7 +74,7 @@ impl EtcdServer {
     }
 
     fn config(&self, prefix: &str) -> StateConfig {
-        StateConfig::Etcd { endpoints: vec![self.client_url.clone()], prefix: prefix.to_owned() }
+        StateConfig::Etcd { endpoints: vec![self.client_url.clone()], prefix: prefix.to_owned(), tls: None }
     }
 
     /// kill -9, then the same server again on the same data.
@@ -366,7 +377,49 @@ async fn etcd_is_followed_through_its_restart() {
 #[tokio::test]
 async fn an_etcd_that_is_not_there_is_an_error() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let config = StateConfig::Etcd { endpoints: vec![format!("http://{free}")], prefix: "p".into() };
+    let config =
+        StateConfig::Etcd { endpoints: vec![format!("http://{free}")], prefix: "p".into(), tls: None };
     let error = StateStore::open(&config).await.err().unwrap();
     assert!(error.is_transient() && error.to_string().contains(&free.to_string()), "{error}");
+}
+
+/// An etcd that speaks TLS only and asks clients for a certificate.
+#[tokio::test]
+async fn an_etcd_with_certificates_lets_only_their_holders_in() {
+    let (dir, ca) = (TempDir::new().unwrap(), Ca::new());
+    let files = ca.make(&dir.path().join("certs"), &NODE);
+    let url = |scheme: &str| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("{scheme}://{}", listener.local_addr().unwrap())
+    };
+    let (client, peer) = (url("https"), url("http"));
+    let [ca, cert, key] = [&files.ca, &files.cert, &files.key].map(|path| path.to_str().unwrap());
+    let tls = ["--cert-file", cert, "--key-file", key, "--client-cert-auth", "--trusted-ca-file", ca];
+    let mut server = EtcdServer::spawn_with(dir.path(), &client, &peer, &tls);
+    let config = |tls| StateConfig::Etcd { endpoints: vec![client.clone()], prefix: "p".into(), tls };
+    let identity = Some((files.cert.clone(), files.key.clone()));
+    let ours = EtcdTls { ca: files.ca.clone(), identity: identity.clone() };
+    let started = Instant::now();
+    let store = loop {
+        match StateStore::open(&config(Some(ours.clone()))).await {
+            Ok(store) => break store,
+            Err(error) => assert!(started.elapsed() < Duration::from_secs(30), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    store.put("a", "1", Expect::Absent).await.unwrap();
+    assert_eq!(store.get("a").await.unwrap().unwrap().value, b"1");
+    let other = Ca::new().make(&dir.path().join("other"), &NODE);
+    for (tls, who) in [
+        (Some(EtcdTls { ca: files.ca.clone(), identity: None }), "no certificate"),
+        (Some(EtcdTls { ca: other.ca.clone(), identity: identity.clone() }), "another CA than the server's"),
+        (None, "no TLS"),
+    ] {
+        assert!(StateStore::open(&config(tls)).await.is_err(), "{who}");
+    }
+    let missing = EtcdTls { ca: "/nowhere/ca.crt".into(), identity: None };
+    let error = StateStore::open(&config(Some(missing))).await.err().unwrap();
+    assert!(!error.is_transient() && error.to_string().contains("/nowhere/ca.crt"), "{error}");
+    server.kill().unwrap();
+    server.wait().unwrap();
 }

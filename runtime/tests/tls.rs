@@ -12,13 +12,16 @@ use std::time::Duration;
 use heliostat_runtime::handle::{ActorAddr, AskError, Handle, Refusal};
 use heliostat_runtime::system::{Secret, System, SystemConfig, SystemError, TlsFiles};
 use heliostat_runtime::wire::tls_crypto;
-use pki::{Bears, CLIENT, Ca, NODE};
+use pki::{Bears, Ca, NODE};
+use rcgen::ExtendedKeyUsagePurpose;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use support::*;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+const CLIENT: Bears = Bears { hosts: &[], uses: &[ExtendedKeyUsagePurpose::ClientAuth], ..NODE };
 
 /// A system with these certificates.
 async fn secure(tls: &TlsFiles) -> System {

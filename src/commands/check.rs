@@ -1,13 +1,12 @@
 //! `helio check`: reads the configuration and the model's files, and starts nothing.
 
-use super::print;
+use super::{cert, print};
 use crate::args::Check;
 use crate::config::{Config, Devices};
 use crate::deploy;
 use crate::failure::{self, Failure, USAGE};
 use crate::gpus::{self, Gpu};
 use anyhow::Result;
-use std::net::SocketAddr;
 
 /// Checks everything that can be checked on this machine.
 pub(crate) fn run(args: &Check) -> Result<()> {
@@ -18,10 +17,11 @@ pub(crate) fn run(args: &Check) -> Result<()> {
     let devices: u32 = config.nodes.iter().map(|n| n.devices.count()).sum();
     let found = found(&config)?;
     let layout = if p.colocate { "on the same devices" } else { "on devices of their own" };
+    warn(&config);
     print(&format!(
         "cluster {} is fine\n  model    {} ({})\n  ranks    dp = {}, ep = {} {layout}; {} nodes, {devices} devices\n  \
          devices  {found}\n  \
-         experts  {} redundant slots per layer\n  actors   {}\n  serves   http://{}\n",
+         experts  {} redundant slots per layer\n  actors   {}\n  serves   {}\n",
         config.name,
         config.model.name,
         config.model.path.display(),
@@ -30,8 +30,16 @@ pub(crate) fn run(args: &Check) -> Result<()> {
         config.nodes.len(),
         config.redundant_experts,
         specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", "),
-        SocketAddr::new(config.serve.host, config.serve.port),
+        config.serve_url(),
     ))
+}
+
+/// Says what is allowed and better known.
+fn warn(config: &Config) {
+    let ends = config.security.iter().filter_map(|tls| cert::ends_soon(&tls.cert));
+    for text in config.in_clear().into_iter().chain(ends) {
+        eprintln!("warning: {text}");
+    }
 }
 
 /// The devices that this machine has for the cluster. Fails where a GPU cannot be opened as a rank would.

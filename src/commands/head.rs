@@ -40,6 +40,7 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     let head = head::run(head_config(&config, args.stood_down)).await?;
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;
+    run.set_tls(config.security.as_ref())?;
     let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
     let url = config.dashboard.enabled.then(|| heliostat_actors::dashboard::url(dashboard));
     run.set_dashboard(url.as_deref(), config.dashboard_key.as_ref())?;
@@ -81,12 +82,13 @@ fn head_config(config: &Config, stood_down: bool) -> HeadConfig {
     let s = &config.supervision;
     let state = match &config.state {
         State::Embedded { dir } => StateConfig::Embedded { dir: dir.clone() },
-        State::Etcd { endpoints, prefix } => {
-            StateConfig::Etcd { endpoints: endpoints.clone(), prefix: prefix.clone() }
+        State::Etcd { endpoints, prefix, tls } => {
+            StateConfig::Etcd { endpoints: endpoints.clone(), prefix: prefix.clone(), tls: tls.clone() }
         }
     };
     let mut head = HeadConfig::new(config.bind, state);
     head.advertise.clone_from(&config.advertise);
+    head.tls.clone_from(&config.security);
     head.token = config.token.as_ref().map(|Token(text)| Secret::new(text));
     head.peers.clone_from(&config.peers);
     head.lease = Duration::from_secs(u64::from(config.lease_s));

@@ -1,6 +1,7 @@
 //! One module per command; each turns checked arguments into calls of the runtime and prints the result.
 
 pub(crate) mod bench;
+pub(crate) mod cert;
 pub(crate) mod check;
 pub(crate) mod down;
 pub(crate) mod entrypoint;

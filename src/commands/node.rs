@@ -46,6 +46,7 @@ fn config(args: &args::Node) -> Result<NodeConfig> {
     config.worker_command = vec![program()?.display().to_string(), "worker".into()];
     let token = args.token_file.as_deref().map(read_token).transpose()?;
     config.token = token.map(|Token(text)| Secret::new(text));
+    config.tls = args.tls.files().context("--tls")?;
     config.timing.agent_grace = Duration::try_from_secs_f64(args.worker_grace).context("--worker-grace")?;
     config.timing.heartbeat = Duration::from_millis(args.heartbeat);
     Ok(config)

@@ -18,11 +18,14 @@ pub(crate) use raw::{All2All, Dashboard, Eplb, PlacementStrategy, Policy, Serve,
 
 use crate::gpus;
 use anyhow::{Context, Result};
+use heliostat_actors::http::{ApiKeys, CertFiles};
 pub(crate) use section::Count;
 
 use error::Problem;
 use heliostat_engine::config::ModelConfig;
 use heliostat_runtime::spec::{Labels, Quantity};
+use heliostat_runtime::state::EtcdTls;
+use heliostat_runtime::system::TlsFiles;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -41,6 +44,8 @@ pub(crate) struct Config {
     pub(crate) run_dir: PathBuf,
     /// What every connection must prove to know; None on loopback only.
     pub(crate) token: Option<Token>,
+    /// Certificates for TLS between processes; None where they talk in clear.
+    pub(crate) security: Option<TlsFiles>,
     /// Where the head listens.
     pub(crate) bind: SocketAddr,
     /// By which host others reach it, where that is not the address of `bind`.
@@ -73,8 +78,10 @@ pub(crate) struct Config {
     pub(crate) cuda: Option<Cuda>,
     /// The HTTP server.
     pub(crate) serve: Serve,
-    /// What HTTP clients must prove to know; None on loopback only.
-    pub(crate) api_key: Option<Token>,
+    /// What HTTP clients must prove to know; empty on loopback only.
+    pub(crate) api_keys: ApiKeys,
+    /// Certificate of the HTTP server.
+    pub(crate) serve_tls: Option<CertFiles>,
     /// Jobs and their REST API.
     pub(crate) dashboard: Dashboard,
     /// What clients of the dashboard must prove to know; None on loopback only.
@@ -109,6 +116,8 @@ pub(crate) enum State {
         endpoints: Vec<String>,
         /// Start of every key, the cluster's name included.
         prefix: String,
+        /// Certificates.
+        tls: Option<EtcdTls>,
     },
 }
 
@@ -259,6 +268,36 @@ pub(crate) struct Cuda {
 }
 
 impl Config {
+    /// Where the HTTP server is.
+    pub(crate) fn serve_url(&self) -> String {
+        let scheme = if self.serve_tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", SocketAddr::new(self.serve.host, self.serve.port))
+    }
+
+    /// What others on the network could read, and how to keep them from it.
+    pub(crate) fn in_clear(&self) -> Vec<String> {
+        let beyond = |ip: std::net::IpAddr| !ip.is_loopback();
+        let mut said = Vec::new();
+        if beyond(self.bind.ip()) && self.security.is_none() {
+            let bind = self.bind;
+            said.push(format!(
+                "connections between processes ({bind}) are not encrypted; set [security] (`helio cert --help`)"
+            ));
+        }
+        if beyond(self.serve.host) && self.serve_tls.is_none() {
+            let host = self.serve.host;
+            said.push(format!(
+                "HTTP on {host} is not encrypted, API keys included; set `tls_cert` and `tls_key` in [serve], or put a \
+                 proxy that ends TLS before it"
+            ));
+        }
+        if self.security.is_some() && self.nodes.len() > 1 && self.nodes.iter().any(|n| n.host.is_some()) {
+            let what = "rows and weights that ranks on different machines exchange are not encrypted";
+            said.push(format!("{what}; keep them on a private network (docs/security.md)"));
+        }
+        said
+    }
+
     /// Loads the file, or `cluster.toml` of the current directory, or (where neither is there) the default cluster.
     pub(crate) fn load(file: Option<&Path>) -> Result<Self> {
         let source = Source::read(file)?;
@@ -301,6 +340,7 @@ impl Config {
             token_file: secret(&raw.cluster.token_file),
             api_key_file: secret(&raw.serve.api_key_file),
             dashboard_key_file: secret(&raw.dashboard.api_key_file),
+            tls: validate::tls_files(&raw, dir).map(|files| files.check().map_err(|e| e.to_string())),
             model: ModelConfig::from_dir(&dir.join(&raw.model.path)).map_err(|e| e.to_string()),
         };
         validate::validate(raw, text, &facts).map_err(fail)

@@ -95,6 +95,27 @@ section! {
 }
 
 section! {
+    /// Encryption between the processes of the cluster: TLS on every connection of the control and request planes, with a
+    /// certificate of the cluster's own CA on both sides. `helio cert` makes them. All processes have this section, or none.
+    /// Not encrypted are the exchange between ranks on different machines, which the cluster token authenticates, and HTTP,
+    /// which has keys of its own in `[serve]` and `[dashboard]`.
+    Security = "security" {
+        /// Directory with `ca.crt`, `tls.crt` and `tls.key`, as `helio cert node` writes it (and Kubernetes mounts a TLS
+        /// secret). In its place the three files may be named.
+        dir: Option<PathBuf> = None,
+        /// Certificates of the CA, in PEM.
+        ca: Option<PathBuf> = None,
+        /// Certificate of this machine, in PEM, with those between it and the CA.
+        cert: Option<PathBuf> = None,
+        /// Its private key, in PEM.
+        key: Option<PathBuf> = None,
+        /// A name that the certificate of every node has. It is checked instead of the address, for machines whose
+        /// addresses change. Without it, a certificate must name the address at which its process listens.
+        server_name: Option<String> = None,
+    }
+}
+
+section! {
     /// Where the head keeps what must survive it.
     State = "state" {
         /// `embedded`: a file store beside the head. `etcd`: an etcd cluster.
@@ -103,6 +124,12 @@ section! {
         dir: Option<PathBuf> = None,
         /// Addresses of the etcd servers.
         endpoints: Vec<String> = vec!["http://127.0.0.1:2379".into()],
+        /// Certificate of the CA of etcd's servers, in PEM, for endpoints that begin with `https://`.
+        ca: Option<PathBuf> = None,
+        /// Certificate that etcd asks of its clients, in PEM.
+        cert: Option<PathBuf> = None,
+        /// Its private key, in PEM.
+        key: Option<PathBuf> = None,
         /// Start of every key in etcd; the cluster's name is added to it.
         prefix: String = "/heliostat".into(),
     }
@@ -255,8 +282,25 @@ section! {
         port: u16 = 8000,
         /// Name of the node that runs the server. Without it: any node.
         node: Option<String> = None,
-        /// A file that holds the key that HTTP clients must send as `Authorization: Bearer KEY`.
+        /// A file with the keys of which HTTP clients must send one as `Authorization: Bearer KEY`: one per line, `#` begins a
+        /// comment. A key has 16 characters or more.
         api_key_file: Option<PathBuf> = None,
+        /// Certificate for HTTPS, in PEM, on the machine that runs the server. Without it HTTP is not encrypted. A renewed
+        /// file is taken without a restart.
+        tls_cert: Option<PathBuf> = None,
+        /// Its private key, in PEM.
+        tls_key: Option<PathBuf> = None,
+        /// Origins (`https://chat.example.com`) whose web pages may use the API; `*` lets all of them.
+        cors_origins: Vec<String> = Vec::new(),
+        /// Connections at a time; others wait until one is closed.
+        max_connections: u32 = 4096,
+        /// Requests per second of one client, which is told by its key, or without keys by its address; beyond that 429 with
+        /// Retry-After. 0: no limit.
+        max_requests_per_s: u32 = 0,
+        /// How long a client may take to send the head of a request, in seconds, and a TLS handshake.
+        header_timeout_s: f64 = 10.0,
+        /// How long a client may take to send the body of a request, in seconds.
+        body_timeout_s: f64 = 60.0,
         /// Requests that may wait per DP rank; beyond that clients get 429 with Retry-After.
         max_queued_requests: u32 = 256,
         /// Largest body of a request.
@@ -327,6 +371,7 @@ section! {
 pub(crate) struct Raw {
     pub(crate) cluster: Cluster,
     pub(crate) head: Head,
+    pub(crate) security: Security,
     pub(crate) state: State,
     pub(crate) nodes: Vec<Node>,
     pub(crate) devices: Devices,
@@ -340,9 +385,10 @@ pub(crate) struct Raw {
 }
 
 /// Every section, in the order of the documentation.
-pub(crate) const SECTIONS: [SectionInfo; 12] = [
+pub(crate) const SECTIONS: [SectionInfo; 13] = [
     Cluster::INFO,
     Head::INFO,
+    Security::INFO,
     State::INFO,
     Node::INFO,
     Devices::INFO,

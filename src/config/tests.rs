@@ -1,6 +1,7 @@
 //! Every error of cluster.toml as its reader sees it.
 
 mod devices;
+mod security;
 
 use super::*;
 use std::fs;

@@ -8,6 +8,7 @@ mod engine;
 mod network;
 
 pub(super) use devices::asks_for_gpus;
+pub(super) use network::tls_files;
 
 use super::error::Problem;
 use super::raw::{Device, Raw};
@@ -31,6 +32,8 @@ pub(crate) struct Facts {
     pub(crate) user_cache: Option<PathBuf>,
     /// Text of the token file; None where none is named.
     pub(crate) token_file: Option<Result<String, String>>,
+    /// Whether the certificates can be used; None where none are named.
+    pub(crate) tls: Option<Result<(), String>>,
     /// Text of the API key's file; None where none is named.
     pub(crate) api_key_file: Option<Result<String, String>>,
     /// Text of the file of the dashboard's key; None where none is named.
@@ -50,9 +53,12 @@ enum Kind {
 pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Vec<Problem>> {
     let mut check = Check { text, problems: Vec::new() };
     let token = check.token(&raw, facts);
-    let api_key = check.secret_file("serve.api_key_file", facts.api_key_file.as_ref());
+    let api_keys = check.keys_file("serve.api_key_file", facts.api_key_file.as_ref());
+    let serve_tls = check.https("serve", (&raw.serve.tls_cert, &raw.serve.tls_key), &facts.dir);
+    check.serve_bounds(&raw);
     let dashboard_key = check.secret_file("dashboard.api_key_file", facts.dashboard_key_file.as_ref());
     check.listeners(&raw, token.is_some());
+    let security = check.security(&raw, facts);
     check.heads(&raw);
     let kind = check.kind(&raw, facts);
     let nodes = check.nodes(&raw, facts, kind);
@@ -83,6 +89,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         name: raw.cluster.name,
         run_dir: raw.cluster.run_dir,
         token,
+        security,
         bind: raw.head.bind,
         advertise: raw.head.advertise,
         peers: raw.head.peers.iter().map(|peer| with_port(peer, DEFAULT_PORT)).collect(),
@@ -99,7 +106,8 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         engine,
         cuda,
         serve: raw.serve,
-        api_key,
+        api_keys,
+        serve_tls,
         dashboard: raw.dashboard,
         dashboard_key,
         supervision: raw.supervision,
@@ -117,8 +125,17 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
     raw.devices.library_dirs.iter_mut().for_each(|path| *path = dir.join(&*path));
     let others = [
         &mut raw.state.dir,
+        &mut raw.state.ca,
+        &mut raw.state.cert,
+        &mut raw.state.key,
+        &mut raw.security.dir,
+        &mut raw.security.ca,
+        &mut raw.security.cert,
+        &mut raw.security.key,
         &mut raw.eplb.initial_layout,
         &mut raw.serve.api_key_file,
+        &mut raw.serve.tls_cert,
+        &mut raw.serve.tls_key,
         &mut raw.dashboard.api_key_file,
     ];
     for path in others.into_iter().flatten() {

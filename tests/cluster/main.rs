@@ -8,4 +8,5 @@ mod hosts;
 mod jobs;
 mod lifecycle;
 mod rig;
+mod security;
 mod serving;

@@ -65,6 +65,14 @@ impl ApiError {
         Self { retry_after: Some(RETRY_NOT_READY_SECONDS), ..error }
     }
 
+    /// 429: this client has made too many requests.
+    pub fn too_many(wait: std::time::Duration) -> Self {
+        let seconds = u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1);
+        let message = format!("Too many requests; try again in {seconds} s.");
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("rate_limit_exceeded");
+        Self { retry_after: Some(seconds), ..error }
+    }
+
     fn queue_full(message: String) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full");
         Self { retry_after: Some(RETRY_FULL_SECONDS), ..error }

@@ -1,16 +1,18 @@
 //! The HTTP server: binds where it is told, routes, names every request, and drains when it stops.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue};
-use actix_web::middleware::{Next, from_fn};
+use actix_web::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::middleware::{Condition, Next, from_fn};
 use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
 use actix_web::{App, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError};
+use heliostat_runtime::wire::TlsError;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
@@ -19,17 +21,26 @@ use super::handle::Ingress;
 use super::metrics::CONTENT_TYPE as METRICS_CONTENT_TYPE;
 use super::model::ServedModel;
 use super::openai;
+use crate::http::{self, ApiKeys, BodyTime, Bounds, Caller, CertFiles, Rates};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_BYTES_MAX: usize = 128;
+/// How long a browser remembers that it may ask, in seconds.
+const PREFLIGHT_KEPT_S: usize = 600;
 
 /// Where and how to serve.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HttpConfig {
-    /// Exactly this address is bound. Beyond loopback an `api_key` is required.
+    /// Exactly this address is bound. Beyond loopback a key is required.
     pub bind: SocketAddr,
-    /// If set, all but `/health` asks for `Authorization: Bearer KEY`.
-    pub api_key: Option<String>,
+    /// With any, all but `/health` asks for `Authorization: Bearer KEY`.
+    pub keys: ApiKeys,
+    /// Serves HTTPS with this certificate.
+    pub tls: Option<CertFiles>,
+    /// Origins whose web pages may use the API; `*` is all.
+    pub cors_origins: Vec<String>,
+    /// What strangers may cost.
+    pub bounds: Bounds,
     /// Longest body, bytes.
     pub body_max: usize,
     /// How long an idle connection is kept.
@@ -44,7 +55,10 @@ impl Default for HttpConfig {
     fn default() -> Self {
         Self {
             bind: SocketAddr::from(([127, 0, 0, 1], 8000)),
-            api_key: None,
+            keys: ApiKeys::default(),
+            tls: None,
+            cors_origins: Vec::new(),
+            bounds: Bounds::default(),
             body_max: 16 << 20,
             keep_alive: Duration::from_secs(75),
             drain: Duration::from_secs(30),
@@ -57,8 +71,11 @@ impl Default for HttpConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Anyone could use it.
-    #[error("serve.bind is {0}, which others can reach: set serve.api_key, or bind 127.0.0.1")]
+    #[error("HTTP would listen on {0}, which others can reach: set `api_key_file`, or bind 127.0.0.1")]
     OpenWithoutKey(SocketAddr),
+    /// The certificate cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The address is taken or not ours.
     #[error("cannot listen on {bind}: {cause}")]
     Bind {
@@ -89,11 +106,10 @@ pub fn serve(
     model: ServedModel,
     extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
 ) -> Result<HttpService, ServeError> {
-    if !config.bind.ip().is_loopback() && config.api_key.is_none() {
+    if !config.bind.ip().is_loopback() && config.keys.is_empty() {
         return Err(ServeError::OpenWithoutKey(config.bind));
     }
-    let failed = |cause| ServeError::Bind { bind: config.bind, cause };
-    let (server, bound) = start(config, &ingress, model, extend).map_err(failed)?;
+    let (server, bound) = start(config, &ingress, model, extend)?;
     let handle = server.handle();
     let accept = tokio::spawn(async move {
         if let Err(error) = server.await {
@@ -109,30 +125,55 @@ fn start(
     ingress: &Ingress,
     model: ServedModel,
     extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
-) -> std::io::Result<(ActixServer, SocketAddr)> {
+) -> Result<(ActixServer, SocketAddr), ServeError> {
     let (ingress, model) = (Data::new(ingress.clone()), Data::new(Arc::new(model)));
-    let (body_max, key) = (config.body_max, config.api_key.clone().map(ApiKey));
+    let (body_max, door, origins) =
+        (config.body_max, Data::new(Door::new(config)), config.cors_origins.clone());
     let app = move || {
         App::new()
             .app_data(ingress.clone())
             .app_data(model.clone())
-            .app_data(Data::new(key.clone()))
+            .app_data(door.clone())
             .app_data(PayloadConfig::new(body_max))
             .wrap(from_fn(around))
+            // Outside of the door: a browser asks without a key whether it may ask.
+            .wrap(Condition::new(!origins.is_empty(), cors(&origins)))
             .configure(extend.clone())
             .configure(routes)
             .default_service(web::to(no_such_route))
     };
+    let threads = config.threads.max(1);
     let server = HttpServer::new(app)
-        .workers(config.threads.max(1))
+        .workers(threads)
+        .max_connections(config.bounds.connections_per_thread(threads))
+        .client_request_timeout(config.bounds.header_timeout)
+        .tls_handshake_timeout(config.bounds.header_timeout)
         .keep_alive(config.keep_alive)
         .shutdown_timeout(config.drain.as_secs())
         // A client that closes its end has gone away: its sequences are aborted at once, not after the answer.
         .h1_allow_half_closed(false)
-        .disable_signals()
-        .bind(config.bind)?;
+        .disable_signals();
+    let failed = |cause| ServeError::Bind { bind: config.bind, cause };
+    let server = match &config.tls {
+        None => server.bind(config.bind),
+        Some(files) => server.bind_rustls_0_23(config.bind, http::server_config(files)?),
+    };
+    let server = server.map_err(failed)?;
     let bound = server.addrs().first().copied().unwrap_or(config.bind);
     Ok((server.run(), bound))
+}
+
+/// Lets web pages of these origins in.
+fn cors(origins: &[String]) -> Cors {
+    let cors = Cors::default()
+        .allowed_methods(["GET", "POST"])
+        .allowed_headers([AUTHORIZATION, CONTENT_TYPE, ACCEPT, REQUEST_ID])
+        .expose_headers([REQUEST_ID, RETRY_AFTER])
+        .max_age(PREFLIGHT_KEPT_S);
+    match origins.iter().any(|origin| origin == "*") {
+        true => cors.allow_any_origin(),
+        false => origins.iter().fold(cors, |cors, origin| cors.allowed_origin(origin)),
+    }
 }
 
 impl HttpService {
@@ -186,6 +227,46 @@ async fn wrong_method(http: HttpRequest) -> HttpResponse {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).with_code("method_not_allowed").error_response()
 }
 
+/// Who may come in, and how often.
+struct Door {
+    keys: ApiKeys,
+    rates: Option<Mutex<Rates>>,
+    body_time: BodyTime,
+    opened: Instant,
+}
+
+impl Door {
+    fn new(config: &HttpConfig) -> Self {
+        let per_s = config.bounds.requests_per_s;
+        Self {
+            keys: config.keys.clone(),
+            rates: (per_s > 0).then(|| Mutex::new(Rates::new(per_s))),
+            body_time: BodyTime::Whole(config.bounds.body_timeout),
+            opened: Instant::now(),
+        }
+    }
+
+    /// Lets a request in, or says why not.
+    fn admit(&self, request: &mut ServiceRequest) -> Result<(), ApiError> {
+        if request.path() == "/health" {
+            return Ok(());
+        }
+        let key = self.keys.find(request.headers().get(AUTHORIZATION));
+        if key.is_none() && !self.keys.is_empty() {
+            let message = "The header `Authorization: Bearer KEY` is missing or has another key.";
+            return Err(ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key"));
+        }
+        if let Some(rates) = &self.rates {
+            let from = || request.peer_addr().map_or(Caller::Other, |from| Caller::at(from.ip()));
+            let caller = key.map_or_else(from, Caller::Key);
+            let mut rates = rates.lock().unwrap_or_else(PoisonError::into_inner);
+            rates.count(caller, self.opened.elapsed()).map_err(ApiError::too_many)?;
+        }
+        http::within(request, self.body_time);
+        Ok(())
+    }
+}
+
 /// A secret that is never printed.
 #[derive(Clone)]
 pub(crate) struct ApiKey(pub(crate) String);
@@ -213,9 +294,9 @@ fn new_name() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
-/// Around every request: its name, the key, the count of answers.
+/// Around every request: its name, the door, the count of answers.
 async fn around(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
     let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
@@ -223,16 +304,12 @@ async fn around(
     let name = given.filter(usable).map_or_else(new_name, str::to_owned);
     let header = HeaderValue::from_str(&name);
     request.extensions_mut().insert(RequestName(name));
-    let key = request.app_data::<Data<Option<ApiKey>>>().and_then(|key| key.as_ref().clone());
-    let allowed = request.path() == "/health"
-        || key.is_none_or(|key| key.matches(request.headers().get(AUTHORIZATION)));
+    let door = request.app_data::<Data<Door>>().cloned();
     let ingress = request.app_data::<Data<Ingress>>().cloned();
-    let mut response = if allowed {
-        next.call(request).await?.map_into_left_body()
-    } else {
-        let message = "The header `Authorization: Bearer KEY` is missing or has another key.";
-        let refusal = ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key");
-        request.into_response(refusal.error_response()).map_into_right_body()
+    let admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
+    let mut response = match admitted {
+        Ok(()) => next.call(request).await?.map_into_left_body(),
+        Err(refusal) => request.into_response(refusal.error_response()).map_into_right_body(),
     };
     if let Some(ingress) = ingress {
         ingress.count_response(response.status().as_u16());

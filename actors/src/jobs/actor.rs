@@ -117,6 +117,6 @@ fn failed(error: ServeError) -> CreateError {
         ServeError::Bind { bind, cause } if cause.kind() == std::io::ErrorKind::AddrInUse => format!(
             "the dashboard cannot listen on {bind}: something listens there; change `port` in [dashboard]"
         ),
-        ServeError::Bind { .. } => format!("the dashboard: {error}"),
+        ServeError::Bind { .. } | ServeError::Tls(_) => format!("the dashboard: {error}"),
     })
 }

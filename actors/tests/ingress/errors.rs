@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use heliostat_actors::http::ApiKeys;
 use heliostat_actors::ingress::dispatch::DispatchConfig;
 use heliostat_actors::ingress::server::HttpConfig;
 use serde_json::{Value as Json, json};
@@ -210,7 +211,7 @@ async fn full_queues_and_mailboxes_answer_429() {
 
 #[tokio::test]
 async fn a_key_is_asked_of_all_but_health() {
-    let http = HttpConfig { api_key: Some("sesame".into()), ..Options::default().http };
+    let http = HttpConfig { keys: ApiKeys::new(["sesame"]), ..Options::default().http };
     let rig = Rig::start(Options { http, ..Options::default() });
     let get = |path: &str, key: &str| rig.http.get(format!("{}{path}", rig.url)).bearer_auth(key).send();
     assert_eq!(get("/v1/models", "sesame").await.unwrap().status(), 200);

@@ -5,6 +5,7 @@
 mod chat;
 mod clients;
 mod completions;
+mod door;
 mod errors;
 mod failover;
 mod rig;

@@ -1,16 +1,17 @@
 //! The store in etcd. Every call has a time limit; a lost connection is made again by the channel below, and a broken
 //! watch goes on from where it was.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, PutOptions, Txn, TxnOp,
-    TxnOpResponse, WatchOptions, WatchStream,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, Identity,
+    PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
 };
 use tokio::time::timeout;
 
-use super::{Entry, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
+use super::{Entry, EtcdTls, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
 
 /// Limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -28,7 +29,11 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    pub(super) async fn connect(endpoints: &[String], prefix: &str) -> Result<Self, StateError> {
+    pub(super) async fn connect(
+        endpoints: &[String],
+        prefix: &str,
+        tls: Option<&EtcdTls>,
+    ) -> Result<Self, StateError> {
         if endpoints.is_empty() {
             return Err(StateError::Invalid("no etcd endpoint is given".into()));
         }
@@ -37,6 +42,10 @@ impl Etcd {
             .with_keep_alive(Duration::from_secs(2), CALL_TIMEOUT)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
+        let options = match tls {
+            Some(tls) => options.with_tls(tls_options(tls)?),
+            None => options,
+        };
         let at = endpoints.join(", ");
         let unavailable = |why: String| StateError::Unavailable(format!("etcd at {at}: {why}"));
         let client = timeout(CALL_TIMEOUT, Client::connect(endpoints, Some(options)))
@@ -175,6 +184,18 @@ impl Etcd {
         })?;
         Ok(key.strip_prefix(&*self.prefix).unwrap_or(key).to_owned())
     }
+}
+
+fn tls_options(tls: &EtcdTls) -> Result<TlsOptions, StateError> {
+    let read = |path: &Path| {
+        let failed = |e| StateError::Invalid(format!("certificates for etcd: {}: {e}", path.display()));
+        std::fs::read(path).map_err(failed)
+    };
+    let options = TlsOptions::new().ca_certificate(Certificate::from_pem(read(&tls.ca)?));
+    Ok(match &tls.identity {
+        Some((cert, key)) => options.identity(Identity::from_pem(read(cert)?, read(key)?)),
+        None => options,
+    })
 }
 
 /// Runs one call with the time limit.

@@ -44,7 +44,18 @@ pub enum StateConfig {
         endpoints: Vec<String>,
         /// Put before every key, so that clusters can share one etcd.
         prefix: String,
+        /// Certificates, for endpoints that are `https://` URLs.
+        tls: Option<EtcdTls>,
     },
+}
+
+/// Certificates towards etcd, in PEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EtcdTls {
+    /// The CA that made those of the servers.
+    pub ca: PathBuf,
+    /// Certificate and key that the servers ask of clients, if they ask for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// A value with the revision that last changed it.
@@ -224,7 +235,9 @@ impl StateStore {
     pub async fn open(config: &StateConfig) -> Result<Self, StateError> {
         match config {
             StateConfig::Embedded { dir } => Embedded::open(dir).await.map(Self::Embedded),
-            StateConfig::Etcd { endpoints, prefix } => Etcd::connect(endpoints, prefix).await.map(Self::Etcd),
+            StateConfig::Etcd { endpoints, prefix, tls } => {
+                Etcd::connect(endpoints, prefix, tls.as_ref()).await.map(Self::Etcd)
+            }
         }
     }
 

@@ -26,6 +26,8 @@ pub struct SystemConfig {
     pub frame_bytes_max: usize,
     /// Bytes that may wait for one peer; one more message is refused and handed back.
     pub queue_bytes_max: usize,
+    /// Connections that others may hold open to this process; one more is refused.
+    pub connections_max: usize,
     /// Limit of connecting and shaking hands.
     pub connect_timeout: Duration,
     /// A peer that says nothing for so long is lost. Live peers say something four times as often.
@@ -45,6 +47,7 @@ impl SystemConfig {
             process: ProcessId::random(),
             frame_bytes_max: FRAME_BYTES_MAX,
             queue_bytes_max: FRAME_BYTES_MAX,
+            connections_max: 16_384,
             connect_timeout: Duration::from_secs(5),
             silence_max: Duration::from_secs(20),
             arbiters: 2,

@@ -1,5 +1,6 @@
 //! Connections to and from peers: connecting on demand, accepting, reading, and noticing when a peer is gone.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use super::tls::TLS_FIRST_BYTE;
 use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
 use crate::mailbox::{Failure, refuse};
 use crate::system::Shared;
+use crate::system::gate::Place;
 
 /// Room for one read.
 const READ_BYTES: usize = 64 << 10;
@@ -116,12 +118,15 @@ async fn connect(shared: Arc<Shared>, conn: Arc<Conn>, endpoint: String) {
 }
 
 /// Serves a connection that a peer made.
-pub(crate) async fn serve(shared: Arc<Shared>, tcp: TcpStream, from: std::net::SocketAddr) {
+pub(crate) async fn serve(shared: Arc<Shared>, tcp: TcpStream, from: SocketAddr, mut place: Place) {
     let (stream, theirs) = match timeout(shared.connect_timeout, greet(&shared, tcp)).await {
         Ok(Ok(greeted)) => greeted,
-        Ok(Err(error)) => return tracing::warn!(%from, %error, "refused a connection"),
-        Err(_) => return tracing::warn!(%from, "refused a connection: no greeting in time"),
+        Ok(Err(error)) => return shared.refused_peers.note(from, &error),
+        Err(_) => return shared.refused_peers.note(from, &"no greeting in time"),
     };
+    if let Err(full) = place.greeted() {
+        return shared.refused_peers.note(from, &full);
+    }
     let conn = Conn::new(shared.limits, shared.runtime.clone());
     shared.adopt(&conn);
     run(&shared, &conn, (End::Serving, stream), &theirs).await;
@@ -276,6 +281,25 @@ fn deliver(
     match shared.registry.find(ActorId(head.actor), Incarnation(head.incarnation)) {
         Ok(entry) => entry.deliver(head.message, payload, expires_at, answer),
         Err(reason) => refuse(answer, reason),
+    }
+}
+
+/// Connections that were refused here. Logged, at most ten times a second: strangers must not fill a disk.
+#[derive(Default)]
+pub(crate) struct RefusedPeers {
+    unlogged: AtomicU64,
+    logged_ms: AtomicU64,
+}
+
+impl RefusedPeers {
+    pub(crate) fn note(&self, from: SocketAddr, reason: &dyn std::fmt::Display) {
+        let refused = self.unlogged.fetch_add(1, Ordering::Relaxed) + 1;
+        let (now, last) = (now_ms().max(1), self.logged_ms.load(Ordering::Relaxed));
+        let due = last == 0 || now >= last + 100;
+        if due && self.logged_ms.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.unlogged.fetch_sub(refused, Ordering::Relaxed);
+            tracing::warn!(%from, %reason, refused, "refused a connection");
+        }
     }
 }
 

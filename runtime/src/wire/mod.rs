@@ -13,7 +13,7 @@ mod outbound;
 pub(crate) mod stream;
 pub(crate) mod tls;
 
-pub use tls::{TlsError, TlsFiles, tls_crypto, tls_server};
+pub use tls::{TlsError, TlsFiles, read_certificates, read_private_key, tls_crypto};
 
 pub use codec::{CodecError, from_bytes, to_bytes};
 

@@ -100,7 +100,7 @@ impl Contexts {
             server_name(name)?;
         }
         let roots = Arc::new(roots(&files.ca)?);
-        let (chain, key) = (certificates("certificate", &files.cert)?, private_key(&files.key)?);
+        let (chain, key) = (read_certificates(&files.cert)?, read_private_key(&files.key)?);
         let unusable = |why: String| TlsError::File {
             what: "CA certificate",
             path: files.ca.display().to_string(),
@@ -135,11 +135,7 @@ impl Contexts {
     }
 }
 
-/// The certificate chain in a PEM file.
-pub(crate) fn certificates(
-    what: &'static str,
-    path: &Path,
-) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |why: String| TlsError::File { what, path: path.display().to_string(), why };
     let bytes = fs::read(path).map_err(|e| failed(e.to_string()))?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
@@ -150,8 +146,19 @@ pub(crate) fn certificates(
     }
 }
 
+/// The certificate chain in a PEM file.
+///
+/// # Errors
+/// It cannot be read or holds none.
+pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    certificates("certificate", path)
+}
+
 /// The private key in a PEM file.
-pub(crate) fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+///
+/// # Errors
+/// It cannot be read or holds none.
+pub fn read_private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     let failed = |why: String| TlsError::File { what: "private key", path: path.display().to_string(), why };
     let bytes = fs::read(path).map_err(|e| failed(e.to_string()))?;
     PrivateKeyDer::from_pem_slice(&bytes).map_err(|e| failed(format!("it holds no private key in PEM: {e}")))
@@ -176,24 +183,6 @@ fn server_name(host: &str) -> Result<ServerName<'static>, TlsError> {
 /// What rustls computes with, for whoever makes a configuration of its own.
 pub fn tls_crypto() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
-}
-
-/// The server side of TLS for anybody who trusts the certificate: what HTTPS wants.
-///
-/// # Errors
-/// What is wrong with which file.
-pub fn tls_server(cert: &Path, key: &Path) -> Result<ServerConfig, TlsError> {
-    let pair = |why: rustls::Error| TlsError::Pair {
-        cert: cert.display().to_string(),
-        key: key.display().to_string(),
-        why: why.to_string(),
-    };
-    ServerConfig::builder_with_provider(tls_crypto())
-        .with_safe_default_protocol_versions()
-        .map_err(pair)?
-        .with_no_client_auth()
-        .with_single_cert(certificates("certificate", cert)?, private_key(key)?)
-        .map_err(pair)
 }
 
 /// TLS of one process. Certificates that are renewed on disk count from the next connection on.

@@ -38,7 +38,10 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     let bind: SocketAddr = args.next().unwrap().parse().unwrap();
     let state = args.next().unwrap();
     let state = match state.strip_prefix("etcd:") {
-        Some(endpoint) => StateConfig::Etcd { endpoints: vec![endpoint.to_owned()], prefix: "test/".into() },
+        Some(endpoint) => {
+            let endpoints = vec![endpoint.to_owned()];
+            StateConfig::Etcd { endpoints, prefix: "test/".into(), tls: None }
+        }
         None => StateConfig::Embedded { dir: state.into() },
     };
     let mut config = HeadConfig::new(bind, state);

@@ -22,7 +22,6 @@ pub(crate) struct Bears {
 
 pub(crate) const NODE: Bears =
     Bears { hosts: &["127.0.0.1"], uses: &[Use::ServerAuth, Use::ClientAuth], ends_in_days: 30 };
-pub(crate) const CLIENT: Bears = Bears { hosts: &[], uses: &[Use::ClientAuth], ends_in_days: 30 };
 
 impl Ca {
     pub(crate) fn new() -> Self {

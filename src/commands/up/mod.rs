@@ -16,6 +16,7 @@ use crate::failure::{self, Failure, NOT_STARTED};
 use crate::rundir::{Lock, Owner, RunDir, tail};
 use anyhow::{Context, Result};
 use family::{Death, Family};
+use heliostat_runtime::system::TlsFiles;
 use report::{Display, Ready, Report, Row};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -55,12 +56,15 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
     let specs = deploy::specs(config).map_err(|e| Failure::error(NOT_STARTED, failure::text(&e)))?;
     let expected = specs.into_iter().map(|spec| spec.name).collect();
     check_ports(config)?;
+    for text in config.in_clear() {
+        display.show(&Report::Note { text: format!("warning: {text}") })?;
+    }
     let mut signals = Signals::new()?;
     let mut family = Family::new(run.clone(), deploy::restart(config))?;
     let ready = Ready {
         cluster: config.name.clone(),
         model: config.model.name.clone(),
-        url: format!("http://{}", SocketAddr::new(config.serve.host, config.serve.port)),
+        url: config.serve_url(),
         head: config.bind.to_string(),
         run_dir: run.path().display().to_string(),
         took_ms: 0,
@@ -172,6 +176,7 @@ impl Supervisor<'_> {
         };
         self.run.set_owner(&owner)?;
         self.run.set_address(&Access::of(self.config).address)?;
+        self.run.set_tls(self.config.security.as_ref())?;
         self.run.set_token(self.config.token.as_ref())
     }
 
@@ -297,12 +302,18 @@ fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
     if config.token.is_some() {
         args.extend(["--token-file".into(), run.token_path().display().to_string()]);
     }
+    args.extend(config.security.iter().flat_map(args::Tls::to_args));
     args
 }
 
 /// What to run on another machine.
 fn by_hand(config: &Config, node: &Node) -> String {
     let token = if config.token.is_some() { " --token-file FILE" } else { "" };
+    let tls = match &config.security {
+        None => String::new(),
+        Some(TlsFiles { server_name: None, .. }) => " --tls DIR".into(),
+        Some(TlsFiles { server_name: Some(name), .. }) => format!(" --tls DIR --tls-server-name {name}"),
+    };
     // Threads are those of this machine; the other one has its own cores.
     let devices = match node.devices {
         Devices::Cpu { count, .. } => format!("--devices cpu={count}"),
@@ -311,7 +322,7 @@ fn by_hand(config: &Config, node: &Node) -> String {
     let heads: Vec<String> =
         std::iter::once(config.bind.to_string()).chain(config.peers.iter().cloned()).collect();
     let offer: String = node.offer_args().iter().map(|arg| format!(" {arg}")).collect();
-    format!("helio node --join {} --name {} {devices}{offer}{token}", heads.join(","), node.name)
+    format!("helio node --join {} --name {} {devices}{offer}{token}{tls}", heads.join(","), node.name)
 }
 
 /// What a signal means.

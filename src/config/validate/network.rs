@@ -3,15 +3,61 @@
 use super::super::raw::{Raw, Store};
 use super::super::{Node, State, Token};
 use super::{Check, Facts};
+use heliostat_actors::http::{ApiKeys, CertFiles};
+use heliostat_runtime::state::EtcdTls;
+use heliostat_runtime::system::TlsFiles;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Shortest token that is accepted.
 const TOKEN_CHARS_MIN: usize = 16;
 /// etcd raises shorter leases to this.
 const LEASE_S_MIN: u32 = 2;
 
+/// The certificates that the file names, absolute; None where it names none, or not all.
+pub(in super::super) fn tls_files(raw: &Raw, dir: &Path) -> Option<TlsFiles> {
+    let security = &raw.security;
+    let files = match (&security.dir, &security.ca, &security.cert, &security.key) {
+        (Some(own), ..) => TlsFiles::in_dir(&dir.join(own)),
+        (None, Some(ca), Some(cert), Some(key)) => {
+            TlsFiles { ca: dir.join(ca), cert: dir.join(cert), key: dir.join(key), server_name: None }
+        }
+        (None, ..) => return None,
+    };
+    Some(TlsFiles { server_name: security.server_name.clone(), ..files })
+}
+
 impl Check<'_> {
+    /// Certificates for the connections between processes.
+    pub(super) fn security(&mut self, raw: &Raw, facts: &Facts) -> Option<TlsFiles> {
+        let security = &raw.security;
+        let single = [("ca", &security.ca), ("cert", &security.cert), ("key", &security.key)];
+        let named: Vec<&str> =
+            single.iter().filter(|(_, path)| path.is_some()).map(|(name, _)| *name).collect();
+        if let (Some(_), Some(first)) = (&security.dir, named.first()) {
+            let message = format!("`dir` names all three files, and `{first}` is set, too");
+            self.require(false, &format!("security.{first}"), message, "keep one of them");
+        }
+        if security.dir.is_none() && (named.len() < 3) {
+            let any = named.first().copied().or(security.server_name.as_ref().map(|_| "server_name"));
+            if let Some(any) = any {
+                let help = "set `dir`, or all of `ca`, `cert` and `key`; `helio cert` makes them";
+                self.require(
+                    false,
+                    &format!("security.{any}"),
+                    "no TLS without certificate, key and CA",
+                    help,
+                );
+            }
+        }
+        if let Some(Err(why)) = &facts.tls {
+            let key = if security.dir.is_some() { "security.dir" } else { "security.cert" };
+            let help = "make them: helio cert ca; helio cert node NAME --host ADDRESS";
+            self.require(false, key, why.trim_end_matches("; `helio cert` makes one"), help);
+        }
+        tls_files(raw, &facts.dir)
+    }
+
     pub(super) fn token(&mut self, raw: &Raw, facts: &Facts) -> Option<Token> {
         let cluster = &raw.cluster;
         let both = cluster.token.is_some() && cluster.token_file.is_some();
@@ -36,6 +82,62 @@ impl Check<'_> {
                 self.require(false, path, message, "create it: openssl rand -hex 32 > FILE");
                 None
             }
+        }
+    }
+
+    /// The keys in a file, one per line.
+    pub(super) fn keys_file(&mut self, path: &str, file: Option<&Result<String, String>>) -> ApiKeys {
+        let keys = match file {
+            None => return ApiKeys::default(),
+            Some(Ok(text)) => ApiKeys::parse(text).map_err(|e| e.to_string()),
+            Some(Err(e)) => Err(format!("cannot read the file: {e}")),
+        };
+        keys.unwrap_or_else(|why| {
+            self.require(false, path, why, "one key per line; make one with: openssl rand -hex 32 >> FILE");
+            ApiKeys::default()
+        })
+    }
+
+    /// The certificate of an HTTP server. It may lie on another machine only, so its files are not looked at.
+    pub(super) fn https(
+        &mut self,
+        section: &str,
+        (cert, key): (&Option<PathBuf>, &Option<PathBuf>),
+        dir: &Path,
+    ) -> Option<CertFiles> {
+        match (cert, key) {
+            (Some(cert), Some(key)) => Some(CertFiles { cert: dir.join(cert), key: dir.join(key) }),
+            (None, None) => None,
+            (Some(_), None) => {
+                let path = format!("{section}.tls_cert");
+                self.require(false, &path, "a certificate without its key", "set `tls_key`");
+                None
+            }
+            (None, Some(_)) => {
+                let path = format!("{section}.tls_key");
+                self.require(false, &path, "a key without its certificate", "set `tls_cert`");
+                None
+            }
+        }
+    }
+
+    /// What clients of the HTTP server may cost.
+    pub(super) fn serve_bounds(&mut self, raw: &Raw) {
+        for (key, value) in [
+            ("serve.max_connections", f64::from(raw.serve.max_connections)),
+            ("serve.header_timeout_s", raw.serve.header_timeout_s),
+            ("serve.body_timeout_s", raw.serve.body_timeout_s),
+        ] {
+            self.positive(key, value);
+        }
+        let bare = |origin: &String| {
+            let host = origin.strip_prefix("https://").or(origin.strip_prefix("http://"));
+            origin == "*" || host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*', ' ']))
+        };
+        if let Some(origin) = raw.serve.cors_origins.iter().find(|origin| !bare(origin)) {
+            let message = format!("`{origin}` is no origin of web pages");
+            let help = "scheme and host, as in \"https://chat.example.com\", or \"*\" for all";
+            self.require(false, "serve.cors_origins", message, help);
         }
     }
 
@@ -187,9 +289,36 @@ impl Check<'_> {
                     "prefix = \"/heliostat\"",
                 );
                 let prefix = format!("{}/{}", state.prefix, raw.cluster.name);
-                State::Etcd { endpoints: state.endpoints.clone(), prefix }
+                State::Etcd { endpoints: state.endpoints.clone(), prefix, tls: self.etcd_tls(raw, dir) }
             }
         }
+    }
+}
+
+impl Check<'_> {
+    fn etcd_tls(&mut self, raw: &Raw, dir: &Path) -> Option<EtcdTls> {
+        let state = &raw.state;
+        let https = state.endpoints.iter().filter(|e| e.starts_with("https://")).count();
+        let all = https == state.endpoints.len();
+        self.require(
+            (https > 0) == state.ca.is_some() && (https == 0 || all),
+            "state.endpoints",
+            "endpoints with `https://` and a CA's certificate go together",
+            "write https:// for all endpoints and set `ca`, or neither",
+        );
+        let identity = match (&state.cert, &state.key) {
+            (Some(cert), Some(key)) => Some((dir.join(cert), dir.join(key))),
+            (None, None) => None,
+            (Some(_), None) => {
+                self.require(false, "state.cert", "a certificate without its key", "set `key`");
+                None
+            }
+            (None, Some(_)) => {
+                self.require(false, "state.key", "a key without its certificate", "set `cert`");
+                None
+            }
+        };
+        Some(EtcdTls { ca: dir.join(state.ca.as_ref()?), identity })
     }
 }
 

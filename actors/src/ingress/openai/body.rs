@@ -1,5 +1,6 @@
 //! From the bytes of a request to typed fields, with errors that name the field.
 
+use actix_web::error::PayloadError;
 use actix_web::http::StatusCode;
 use actix_web::http::header::CONTENT_TYPE;
 use actix_web::{HttpRequest, mime};
@@ -33,7 +34,14 @@ impl Body {
             StatusCode::PAYLOAD_TOO_LARGE => {
                 ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "The body is larger than this server accepts.")
             }
-            _ => ApiError::new(StatusCode::BAD_REQUEST, format!("The body did not arrive whole: {error}.")),
+            _ => {
+                let late = matches!(
+                    error.as_error::<PayloadError>(),
+                    Some(PayloadError::Io(cause)) if cause.kind() == std::io::ErrorKind::TimedOut
+                );
+                let status = if late { StatusCode::REQUEST_TIMEOUT } else { StatusCode::BAD_REQUEST };
+                ApiError::new(status, format!("The body did not arrive whole: {error}."))
+            }
         })?;
         let is_json = |mime: mime::Mime| mime.subtype() == mime::JSON || mime.suffix() == Some(mime::JSON);
         let declared = http.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());

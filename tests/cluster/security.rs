@@ -1,0 +1,50 @@
+//! A cluster that talks TLS only: what works with certificates, and who stays outside.
+
+use std::path::Path;
+
+use crate::rig::{Cluster, greedy, helio, kill, text};
+
+/// Makes a CA with a certificate for the cluster and one for a client.
+fn certificates(dir: &Path) {
+    let dir = dir.display().to_string();
+    for args in [&["ca"][..], &["node", "head"], &["client", "ada"]] {
+        let made = helio(&[&["cert"], args, &["--dir", &dir]].concat());
+        assert!(made.status.success(), "{}", text(&made));
+    }
+}
+
+/// SE-1, SE-2: head, node agent, ranks and commands all talk TLS; whoever has no certificate learns so.
+#[tokio::test]
+async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    certificates(ours.path());
+    certificates(theirs.path());
+    let dir = format!("dir = {:?}", ours.path().join("head"));
+    let cluster = Cluster::up(&[("security", &dir), ("devices", "cpu = 2\ndevice = \"cpu\"")]).await;
+    let answer = cluster.complete(&greedy(0, 8)).await;
+    let status = cluster.status().unwrap();
+    let address = status["head"]["endpoint"].as_str().unwrap();
+    let status = |tls: Option<&Path>| {
+        // A directory without a cluster: nothing is found in it.
+        let nowhere = tempfile::tempdir().unwrap();
+        let nowhere = nowhere.path().display().to_string();
+        let mut args = vec!["status", "--address", address, "--run-dir", &nowhere];
+        let tls = tls.map(|dir| dir.display().to_string());
+        args.extend(tls.iter().flat_map(|dir| ["--tls", dir]));
+        let output = helio(&args);
+        (output.status.code(), text(&output))
+    };
+    let (code, said) = status(Some(&ours.path().join("ada")));
+    assert!(code == Some(0) && said.contains("rank-1"), "{said}");
+    let (code, said) = status(None);
+    assert!(code == Some(3) && said.contains("it speaks TLS only"), "{said}");
+    let (code, said) = status(Some(&theirs.path().join("ada")));
+    assert!(code == Some(3) && said.contains("made by another CA"), "{said}");
+    // A rank is replaced, and its group complete again, over TLS.
+    let pid = cluster.pid("rank-1");
+    kill(pid);
+    let replaced = |cluster: &Cluster| cluster.actor("rank-1")["pid"].as_i64().filter(|new| *new != pid);
+    cluster.until("another process", replaced).await;
+    cluster.until_healed().await;
+    assert_eq!(cluster.complete(&greedy(0, 8)).await["text"], answer["text"]);
+}
