@@ -95,7 +95,16 @@ fn jobs_args(config: &Config) -> JobsArgs {
     JobsArgs {
         dir: config.run_dir.join("jobs"),
         bind: SocketAddr::new(d.host, d.port),
-        api_key: config.dashboard_key.as_ref().map(|Token(text)| text.clone()),
+        door: HttpDoor {
+            keys: config.dashboard_keys.clone(),
+            tls: config.dashboard_tls.clone(),
+            cors_origins: Vec::new(),
+            bounds: Bounds {
+                connections_max: d.max_connections,
+                requests_per_s: d.max_requests_per_s,
+                ..Bounds::default()
+            },
+        },
         running_max: d.max_jobs_running,
         queued_max: d.max_jobs_queued,
         kept_max: d.max_jobs_kept,

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, reason = "a command line prints")]
 
 mod args;
+mod client;
 mod cluster;
 mod commands;
 mod config;

@@ -523,3 +523,49 @@ fn child_process() {
     println!("endpoint={}", home.endpoint());
     let _ = std::io::read_to_string(std::io::stdin());
 }
+
+/// SE-5: connections that say nothing are bounded, in number and in time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_who_say_nothing_are_bounded_and_sent_away() {
+    let config = SystemConfig { connect_timeout: Duration::from_millis(1500), ..SystemConfig::loopback() };
+    let home = System::start(config).await.unwrap();
+    let addr = home.spawn(options("probe", 1, 16), Probe::default).unwrap();
+    let mut strangers = Vec::new();
+    for _ in 0..300 {
+        strangers.push(TcpStream::connect(home.endpoint()).await.unwrap());
+    }
+    let mut closed_at_once = 0;
+    for stranger in &mut strangers {
+        let read = tokio::time::timeout(Duration::from_millis(2), stranger.read(&mut [0; 1])).await;
+        closed_at_once += usize::from(read.is_ok());
+    }
+    // Those of one address that are too many; the others have until the time-out.
+    assert!((30..=44).contains(&closed_at_once), "{closed_at_once}");
+    let away = system().await;
+    let probe = away.handle::<Probe>(addr);
+    let let_in = async {
+        while probe.ask(Add(1)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), let_in).await.expect("strangers are sent away");
+}
+
+/// SE-5: and so are peers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_peer_too_many_is_refused_and_the_others_stay() {
+    let home = System::start(SystemConfig { connections_max: 2, ..SystemConfig::loopback() }).await.unwrap();
+    let addr = home.spawn(options("probe", 1, 16), Probe::default).unwrap();
+    let (one, two, three) = (system().await, system().await, system().await);
+    let [first, second, third] = [&one, &two, &three].map(|system| system.handle::<Probe>(addr.clone()));
+    assert_eq!((first.ask(Add(1)).await.unwrap(), second.ask(Add(1)).await.unwrap()), (1, 2));
+    assert!(third.ask(Add(1)).await.is_err());
+    assert_eq!(first.ask(Add(1)).await.unwrap(), 3);
+    two.shutdown().await;
+    let let_in = async {
+        while third.ask(Add(1)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), let_in).await.expect("a place is free again");
+}

@@ -36,6 +36,9 @@ pub(crate) struct JobArgs {
     /// File that holds the dashboard's key.
     #[arg(long, value_name = "FILE", global = true)]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Certificate of the CA of a dashboard with HTTPS. Without it: the CA of the cluster in the run directory.
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) tls_ca: Option<PathBuf>,
     /// Print JSON.
     #[arg(long, global = true)]
     pub(crate) json: bool,

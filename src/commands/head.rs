@@ -42,7 +42,10 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     run.set_token(config.token.as_ref())?;
     run.set_tls(config.security.as_ref())?;
     let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
-    let url = config.dashboard.enabled.then(|| heliostat_actors::dashboard::url(dashboard));
+    let url = config
+        .dashboard
+        .enabled
+        .then(|| heliostat_actors::dashboard::url(dashboard, config.dashboard_tls.is_some()));
     run.set_dashboard(url.as_deref(), config.dashboard_key.as_ref())?;
     let mut role = head.role();
     let deployed = async {

@@ -2,6 +2,7 @@
 
 use super::{print, print_json};
 use crate::args::{Job, JobArgs, Submit};
+use crate::client::client;
 use crate::cluster::run_dir;
 use crate::failure::{FAILED, Failure, NO_CLUSTER};
 use crate::rundir::read_token;
@@ -142,7 +143,8 @@ impl Api {
             Some(path) => Some(read_token(path)?.0),
             None => read_token(&run.dashboard_key_path()).ok().map(|token| token.0),
         };
-        let client = Client::builder().no_proxy().build().context("cannot speak HTTP")?;
+        let ca = args.tls_ca.clone().or_else(|| Some(run.tls()?.ca));
+        let client = client(ca.as_deref())?;
         Ok(Self { url: url.trim_end_matches('/').to_owned(), key, client })
     }
 

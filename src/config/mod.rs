@@ -84,8 +84,12 @@ pub(crate) struct Config {
     pub(crate) serve_tls: Option<CertFiles>,
     /// Jobs and their REST API.
     pub(crate) dashboard: Dashboard,
-    /// What clients of the dashboard must prove to know; None on loopback only.
+    /// What clients of the dashboard must prove to know; empty on loopback only.
+    pub(crate) dashboard_keys: ApiKeys,
+    /// The one that commands of this machine show.
     pub(crate) dashboard_key: Option<Token>,
+    /// Certificate of the dashboard.
+    pub(crate) dashboard_tls: Option<CertFiles>,
     /// Restarts and grace periods.
     pub(crate) supervision: Supervision,
     /// The same as a cluster.toml with absolute paths and without secrets: the token is read from the run directory.
@@ -289,6 +293,12 @@ impl Config {
             said.push(format!(
                 "HTTP on {host} is not encrypted, API keys included; set `tls_cert` and `tls_key` in [serve], or put a \
                  proxy that ends TLS before it"
+            ));
+        }
+        if self.dashboard.enabled && beyond(self.dashboard.host) && self.dashboard_tls.is_none() {
+            let host = self.dashboard.host;
+            said.push(format!(
+                "the dashboard on {host} is not encrypted, its key included; set `tls_cert` and `tls_key` in [dashboard]"
             ));
         }
         if self.security.is_some() && self.nodes.len() > 1 && self.nodes.iter().any(|n| n.host.is_some()) {

@@ -320,8 +320,18 @@ section! {
         port: u16 = 8265,
         /// Name of the node that runs jobs. Without it: the first node of the head's machine.
         node: Option<String> = None,
-        /// A file that holds the key that clients must send as `Authorization: Bearer KEY`.
+        /// A file with the keys of which clients must send one as `Authorization: Bearer KEY`, one per line. Commands on the
+        /// head's machine take the first.
         api_key_file: Option<PathBuf> = None,
+        /// Certificate for HTTPS, in PEM, on the machine that runs jobs. Without it HTTP is not encrypted.
+        tls_cert: Option<PathBuf> = None,
+        /// Its private key, in PEM.
+        tls_key: Option<PathBuf> = None,
+        /// Connections at a time; others wait until one is closed.
+        max_connections: u32 = 1024,
+        /// Requests per second of one client, which is told by its key, or without keys by its address; beyond that 429. 0: no
+        /// limit.
+        max_requests_per_s: u32 = 0,
         /// Jobs that run at once; others wait.
         max_jobs_running: u32 = 16,
         /// Jobs that may wait; one more is refused with 429.

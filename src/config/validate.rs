@@ -56,7 +56,9 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let api_keys = check.keys_file("serve.api_key_file", facts.api_key_file.as_ref());
     let serve_tls = check.https("serve", (&raw.serve.tls_cert, &raw.serve.tls_key), &facts.dir);
     check.serve_bounds(&raw);
-    let dashboard_key = check.secret_file("dashboard.api_key_file", facts.dashboard_key_file.as_ref());
+    let dashboard_keys = check.keys_file("dashboard.api_key_file", facts.dashboard_key_file.as_ref());
+    let dashboard_tls =
+        check.https("dashboard", (&raw.dashboard.tls_cert, &raw.dashboard.tls_key), &facts.dir);
     check.listeners(&raw, token.is_some());
     let security = check.security(&raw, facts);
     check.heads(&raw);
@@ -109,7 +111,9 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         api_keys,
         serve_tls,
         dashboard: raw.dashboard,
-        dashboard_key,
+        dashboard_keys,
+        dashboard_key: network::first_key(facts.dashboard_key_file.as_ref()),
+        dashboard_tls,
         supervision: raw.supervision,
     })
 }
@@ -137,6 +141,8 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
         &mut raw.serve.tls_cert,
         &mut raw.serve.tls_key,
         &mut raw.dashboard.api_key_file,
+        &mut raw.dashboard.tls_cert,
+        &mut raw.dashboard.tls_key,
     ];
     for path in others.into_iter().flatten() {
         *path = dir.join(&*path);

@@ -89,7 +89,7 @@ impl Cluster {
     pub(crate) async fn by_hand() -> Self {
         let turn = TURN.lock().await;
         let dir = tempfile::tempdir().unwrap();
-        Self { dir, http: free_port(), client: reqwest::Client::new(), _turn: turn }
+        Self { dir, http: free_port(), client: client(), _turn: turn }
     }
 
     pub(crate) async fn up_model(model: &Path, sections: &[(&str, &str)]) -> Self {
@@ -100,7 +100,7 @@ impl Cluster {
         let up = helio(&["up", file.to_str().unwrap(), "--detach"]);
         assert!(up.status.success(), "helio up failed: {}", text(&up));
         eprintln!("cluster ready after {:?}", started.elapsed());
-        Self { dir, http, client: reqwest::Client::new(), _turn: turn }
+        Self { dir, http, client: client(), _turn: turn }
     }
 
     /// Runs a command against this cluster.
@@ -229,6 +229,16 @@ fn logs(dir: &Path) -> String {
         .output()
         .unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A client that trusts no server of HTTPS.
+fn client() -> reqwest::Client {
+    let tls = rustls::ClientConfig::builder_with_provider(heliostat_runtime::wire::tls_crypto())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    reqwest::Client::builder().tls_backend_preconfigured(tls).build().unwrap()
 }
 
 /// Sends SIGKILL.

@@ -20,7 +20,13 @@ async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
     certificates(ours.path());
     certificates(theirs.path());
     let dir = format!("dir = {:?}", ours.path().join("head"));
-    let cluster = Cluster::up(&[("security", &dir), ("devices", "cpu = 2\ndevice = \"cpu\"")]).await;
+    let keys = ours.path().join("keys");
+    std::fs::write(&keys, "# two\n0123456789abcdef\nfedcba9876543210\n").unwrap();
+    let [cert, key] = ["tls.crt", "tls.key"].map(|name| ours.path().join("head").join(name));
+    let https = format!("tls_cert = {cert:?}\ntls_key = {key:?}\napi_key_file = {keys:?}");
+    let cluster =
+        Cluster::up(&[("security", &dir), ("dashboard", &https), ("devices", "cpu = 2\ndevice = \"cpu\"")])
+            .await;
     let answer = cluster.complete(&greedy(0, 8)).await;
     let status = cluster.status().unwrap();
     let address = status["head"]["endpoint"].as_str().unwrap();
@@ -40,6 +46,29 @@ async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
     assert!(code == Some(3) && said.contains("it speaks TLS only"), "{said}");
     let (code, said) = status(Some(&theirs.path().join("ada")));
     assert!(code == Some(3) && said.contains("made by another CA"), "{said}");
+    // The dashboard is HTTPS: commands on this machine know its CA and key, others have to be told.
+    let job = cluster.helio(&["job", "submit", "--", "echo", "over", "https"]);
+    assert!(job.status.success() && text(&job).contains("over https"), "{}", text(&job));
+    let url = std::fs::read_to_string(cluster.dir.path().join("run/dashboard")).unwrap();
+    assert!(url.starts_with("https://127.0.0.1:"), "{url}");
+    let list = |ca: &Path| {
+        let (ca, second) = (ca.join("ca.crt").display().to_string(), ours.path().join("second"));
+        std::fs::write(&second, "fedcba9876543210").unwrap();
+        helio(&[
+            "job",
+            "list",
+            "--address",
+            url.trim(),
+            "--tls-ca",
+            &ca,
+            "--api-key-file",
+            &second.display().to_string(),
+        ])
+    };
+    let told = list(ours.path());
+    assert!(told.status.success(), "{}", text(&told));
+    let stranger = list(theirs.path());
+    assert!(stranger.status.code() == Some(3), "{}", text(&stranger));
     // A rank is replaced, and its group complete again, over TLS.
     let pid = cluster.pid("rank-1");
     kill(pid);

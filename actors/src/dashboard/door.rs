@@ -3,29 +3,67 @@
 //! Errors are plain text, which Ray's clients and `curl` show as they are.
 
 use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use actix_web::HttpResponse;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN};
+use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN, RETRY_AFTER};
 use actix_web::middleware::Next;
 use actix_web::web::Data;
 
-use crate::ingress::server::ApiKey;
+use crate::http::{self, ApiKeys, BodyTime, Caller, HttpDoor, Rates};
 
 /// What a request must show.
 pub(super) struct Door {
-    /// The key that is asked for, if one is.
-    pub(super) key: Option<ApiKey>,
+    /// The keys of which one is asked for, if there are any.
+    keys: ApiKeys,
     /// Only this machine can reach it: then only under a name of this machine.
-    pub(super) loopback: bool,
+    loopback: bool,
+    rates: Option<Mutex<Rates>>,
+    pause_max: BodyTime,
+    opened: Instant,
 }
 
 impl Door {
-    fn refuse(&self, headers: &HeaderMap) -> Option<HttpResponse> {
+    pub(super) fn new(door: &HttpDoor, loopback: bool) -> Self {
+        let per_s = door.bounds.requests_per_s;
+        Self {
+            keys: door.keys.clone(),
+            loopback,
+            rates: (per_s > 0).then(|| Mutex::new(Rates::new(per_s))),
+            // Packages may be large: only a pause ends an upload.
+            pause_max: BodyTime::Pause(door.bounds.body_timeout),
+            opened: Instant::now(),
+        }
+    }
+
+    /// Lets a request in, or answers it.
+    fn admit(&self, request: &mut ServiceRequest) -> Option<HttpResponse> {
+        let key = self.keys.find(request.headers().get(AUTHORIZATION));
+        if let Some(refused) = self.refuse(key.is_some(), request.headers()) {
+            return Some(refused);
+        }
+        if let Some(rates) = &self.rates {
+            let from = || request.peer_addr().map_or(Caller::Other, |from| Caller::at(from.ip()));
+            let caller = key.map_or_else(from, Caller::Key);
+            let mut rates = rates.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(wait) = rates.count(caller, self.opened.elapsed()) {
+                let seconds = wait.as_millis().div_ceil(1000).max(1).to_string();
+                let mut refused = HttpResponse::TooManyRequests();
+                let refused = refused.insert_header((RETRY_AFTER, seconds.clone()));
+                return Some(refused.body(format!("Too many requests; try again in {seconds} s.")));
+            }
+        }
+        http::within(request, self.pause_max);
+        None
+    }
+
+    fn refuse(&self, has_key: bool, headers: &HeaderMap) -> Option<HttpResponse> {
         let text = |status, text: &'static str| Some(HttpResponse::build(status).body(text));
-        if self.key.as_ref().is_some_and(|key| !key.matches(headers.get(AUTHORIZATION))) {
+        if !has_key && !self.keys.is_empty() {
             let why = "The header `Authorization: Bearer KEY` is missing or has another key.";
             return text(StatusCode::UNAUTHORIZED, why);
         }
@@ -52,11 +90,11 @@ fn is_local(host: &str) -> bool {
 
 /// Around every request, of whatever part.
 pub(super) async fn guard(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
-    let refused = match request.app_data::<Data<Door>>() {
-        Some(door) => door.refuse(request.headers()),
+    let refused = match request.app_data::<Data<Door>>().cloned() {
+        Some(door) => door.admit(&mut request),
         None => Some(HttpResponse::InternalServerError().finish()),
     };
     match refused {

@@ -12,7 +12,8 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 
 use super::door::{Door, guard};
-use crate::ingress::server::{ApiKey, ServeError};
+use crate::http::{self, HttpDoor};
+use crate::ingress::server::ServeError;
 
 /// The version of Ray whose APIs are spoken here.
 const RAY_VERSION: &str = "2.60.0";
@@ -28,8 +29,8 @@ const THREADS: usize = 2;
 pub struct DashboardArgs {
     /// Exactly this address is bound.
     pub bind: SocketAddr,
-    /// If set, all asks for `Authorization: Bearer KEY`. Required beyond loopback.
-    pub api_key: Option<String>,
+    /// Who may come in; a key is required beyond loopback. Origins of web pages count for nothing here.
+    pub door: HttpDoor,
 }
 
 impl DashboardArgs {
@@ -38,7 +39,7 @@ impl DashboardArgs {
     /// # Errors
     /// The address is taken, or would be open to others without a key.
     pub fn listen(&self) -> Result<TcpListener, ServeError> {
-        if !self.bind.ip().is_loopback() && self.api_key.is_none() {
+        if !self.bind.ip().is_loopback() && self.door.keys.is_empty() {
             return Err(ServeError::OpenWithoutKey(self.bind));
         }
         TcpListener::bind(self.bind).map_err(|cause| ServeError::Bind { bind: self.bind, cause })
@@ -74,8 +75,8 @@ impl Dashboard {
     pub fn start(self, listener: TcpListener) -> Result<DashboardServer, ServeError> {
         let Self { args, parts } = self;
         let failed = |cause| ServeError::Bind { bind: args.bind, cause };
-        let door =
-            Data::new(Door { key: args.api_key.clone().map(ApiKey), loopback: args.bind.ip().is_loopback() });
+        let bounds = args.door.bounds.clone();
+        let door = Data::new(Door::new(&args.door, args.bind.ip().is_loopback()));
         let app = move || {
             let app = App::new()
                 .app_data(door.clone())
@@ -85,8 +86,18 @@ impl Dashboard {
             let app = parts.iter().fold(app, |app, routes| app.configure(&**routes));
             app.default_service(web::to(no_such_route))
         };
-        let server = actix_web::HttpServer::new(app).workers(THREADS).shutdown_timeout(0).disable_signals();
-        let server = server.listen(listener).map_err(failed)?.run();
+        let server = actix_web::HttpServer::new(app)
+            .workers(THREADS)
+            .max_connections(bounds.connections_per_thread(THREADS))
+            .client_request_timeout(bounds.header_timeout)
+            .tls_handshake_timeout(bounds.header_timeout)
+            .shutdown_timeout(0)
+            .disable_signals();
+        let server = match &args.door.tls {
+            None => server.listen(listener),
+            Some(files) => server.listen_rustls_0_23(listener, http::server_config(files)?),
+        };
+        let server = server.map_err(failed)?.run();
         let handle = server.handle();
         let task = tokio::spawn(async move {
             if let Err(error) = server.await {
@@ -112,13 +123,14 @@ impl Drop for DashboardServer {
 }
 
 /// By which URL clients on this machine reach an address.
-pub fn url(bind: SocketAddr) -> String {
+pub fn url(bind: SocketAddr, is_https: bool) -> String {
     let ip = match bind.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => std::net::Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => std::net::Ipv6Addr::LOCALHOST.into(),
         ip => ip,
     };
-    format!("http://{}", SocketAddr::new(ip, bind.port()))
+    let scheme = if is_https { "https" } else { "http" };
+    format!("{scheme}://{}", SocketAddr::new(ip, bind.port()))
 }
 
 /// An answer that is a reason in plain text.

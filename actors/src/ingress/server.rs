@@ -267,20 +267,6 @@ impl Door {
     }
 }
 
-/// A secret that is never printed.
-#[derive(Clone)]
-pub(crate) struct ApiKey(pub(crate) String);
-
-impl ApiKey {
-    /// Compares in a time that does not tell how much is right.
-    pub(crate) fn matches(&self, header: Option<&HeaderValue>) -> bool {
-        let given = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer ")).unwrap_or_default();
-        let pairs = given.bytes().zip(self.0.bytes());
-        let differing = pairs.fold(0, |differing, (given, own)| differing | (given ^ own));
-        differing == 0 && given.len() == self.0.len()
-    }
-}
-
 /// The name of a request, the client's if it gave one.
 #[derive(Clone)]
 struct RequestName(String);

@@ -12,6 +12,7 @@ use super::core::Limits;
 use super::http;
 use super::service::{Jobs, JobsConfig};
 use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
+use crate::http::HttpDoor;
 use crate::ingress::server::ServeError;
 
 /// Arguments of the jobs actor.
@@ -21,8 +22,8 @@ pub struct JobsArgs {
     pub dir: PathBuf,
     /// Where REST is served.
     pub bind: SocketAddr,
-    /// What clients must prove to know; required beyond loopback.
-    pub api_key: Option<String>,
+    /// Who may come in.
+    pub door: HttpDoor,
     /// Jobs that run at once.
     pub running_max: u32,
     /// Jobs that wait.
@@ -89,7 +90,7 @@ impl Spawn for JobsActor {
             limits: args.limits(),
             keeper,
             head,
-            url: dashboard::url(args.bind),
+            url: dashboard::url(args.bind, args.door.tls.is_some()),
             log_bytes_max: args.log_bytes_max,
             package_bytes_max: args.package_bytes_max,
             packages_bytes_max: args.packages_bytes_max,
@@ -97,12 +98,13 @@ impl Spawn for JobsActor {
             orphan_grace: args.orphan_grace,
         };
         // The port first: a busy one must not cost the jobs that an earlier actor left anything.
-        let http = DashboardArgs { bind: args.bind, api_key: args.api_key };
+        let http = DashboardArgs { bind: args.bind, door: args.door };
+        let url = dashboard::url(http.bind, http.door.tls.is_some());
         let listener = http.listen().map_err(failed)?;
         let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
         let dashboard = Dashboard::new(http).with(http::routes(jobs.clone()));
         let server = dashboard.start(listener).map_err(failed)?;
-        tracing::info!("jobs are taken at {}", dashboard::url(args.bind));
+        tracing::info!("jobs are taken at {url}");
         Ok(Self { jobs, _server: server })
     }
 }

@@ -81,6 +81,16 @@ pub(crate) struct Rig {
     server: Option<std::thread::JoinHandle<()>>,
 }
 
+/// A client that trusts no server of HTTPS.
+fn client(with: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder) -> reqwest::Client {
+    let tls = rustls::ClientConfig::builder_with_provider(heliostat_runtime::wire::tls_crypto())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    with(reqwest::Client::builder().tls_backend_preconfigured(tls)).build().unwrap()
+}
+
 /// What a test may change.
 pub(crate) struct Options {
     pub(crate) ranks: u32,
@@ -148,7 +158,7 @@ impl Rig {
             ingress,
             url: format!("http://{}", listening.recv().unwrap()),
             // Each test has a runtime of its own, and a connection dies with the runtime that opened it.
-            http: reqwest::Client::builder().pool_max_idle_per_host(0).build().unwrap(),
+            http: client(|builder| builder.pool_max_idle_per_host(0)),
             mailbox_full,
             paused: Arc::default(),
             ranks,

@@ -9,6 +9,7 @@ mod report;
 mod watch;
 
 use crate::args;
+use crate::client::client;
 use crate::cluster::Access;
 use crate::config::{Config, Devices, Node};
 use crate::deploy;
@@ -132,7 +133,7 @@ const HEARD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Waits until the HTTP server takes requests: it hears of the complete group when this process does, from the head, and
 /// whoever reads that the cluster serves may be quicker. A server that cannot be asked from here is left alone.
 async fn heard_of_ranks(url: &str) {
-    let Ok(client) = reqwest::Client::builder().no_proxy().build() else { return };
+    let Ok(client) = client(None) else { return };
     let health = format!("{url}/health");
     let look = async {
         while let Ok(answer) = client.get(&health).send().await

@@ -14,6 +14,13 @@ const TOKEN_CHARS_MIN: usize = 16;
 /// etcd raises shorter leases to this.
 const LEASE_S_MIN: u32 = 2;
 
+/// The first key of a file with keys.
+pub(super) fn first_key(file: Option<&Result<String, String>>) -> Option<Token> {
+    let text = file?.as_ref().ok()?;
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.next().map(|key| Token(key.to_owned()))
+}
+
 /// The certificates that the file names, absolute; None where it names none, or not all.
 pub(in super::super) fn tls_files(raw: &Raw, dir: &Path) -> Option<TlsFiles> {
     let security = &raw.security;
@@ -241,6 +248,7 @@ impl Check<'_> {
         for (key, value) in [
             ("dashboard.stop_grace_s", dashboard.stop_grace_s),
             ("dashboard.orphan_grace_s", dashboard.orphan_grace_s),
+            ("dashboard.max_connections", f64::from(dashboard.max_connections)),
             ("dashboard.max_jobs_running", f64::from(dashboard.max_jobs_running)),
             ("dashboard.max_jobs_queued", f64::from(dashboard.max_jobs_queued)),
             ("dashboard.max_jobs_kept", f64::from(dashboard.max_jobs_kept)),
