@@ -125,9 +125,10 @@ impl EngineLink for RankLink {
                 | WireRefusal::WrongProcess
                 | WireRefusal::Elsewhere(_)
                 | WireRefusal::Unreachable(_) => Refusal::Gone,
-                WireRefusal::UnknownMessage | WireRefusal::Unsendable(_) | WireRefusal::Malformed(_) => {
-                    Refusal::Unservable(reason.to_string())
-                }
+                WireRefusal::UnknownMessage
+                | WireRefusal::Unsendable(_)
+                | WireRefusal::Malformed(_)
+                | WireRefusal::Cancelled => Refusal::Unservable(reason.to_string()),
             };
             Unavailable { rank, command: Box::new(command), cause }
         })

@@ -2,24 +2,25 @@
 //!
 //! An actor is an actix actor. This file adds the names that cross the wire and nothing of how they get there.
 
+mod accepts;
+mod stream;
+
 use std::collections::HashMap;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use actix::Handler;
 use bincode::{Decode, Encode};
 use futures_util::future::BoxFuture;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
 use crate::cluster::Cluster;
 use crate::handle::{ActorAddr, ActorId, Incarnation};
-use crate::mailbox::{Table, deliver_json, deliver_json_result};
-use crate::mesh::{MeshSeat, MeshTable};
+use crate::mesh::MeshSeat;
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
 use crate::system::{SpawnError, SpawnOptions, System};
 use crate::wire::from_bytes;
+
+pub use self::accepts::{Accepts, Fallible};
+pub use self::stream::{Items, StreamMessage};
 
 /// A message that may cross processes. It is an actix message too.
 pub trait WireMessage:
@@ -46,84 +47,6 @@ pub trait Spawn: RemoteActor {
     /// Creates the actor, on the thread it will live on. It may take long: it blocks no other actor. The actor is
     /// ready when this returns.
     fn create(args: Self::Args, cx: ActorCx) -> impl Future<Output = Result<Self, CreateError>>;
-}
-
-/// A `Result` whose value has JSON and whose error has words.
-pub trait Fallible {
-    /// The value.
-    type Ok: Serialize;
-
-    /// The value, or the error in words.
-    fn into_result(self) -> Result<Self::Ok, String>;
-}
-
-impl<T: Serialize, E: std::fmt::Display> Fallible for Result<T, E> {
-    type Ok = T;
-
-    fn into_result(self) -> Result<T, String> {
-        self.map_err(|error| error.to_string())
-    }
-}
-
-/// Table of the messages that an actor accepts.
-pub struct Accepts<A> {
-    table: Table,
-    pub(crate) mesh: MeshTable,
-    actor: PhantomData<fn() -> A>,
-}
-
-impl<A: RemoteActor> Accepts<A> {
-    /// Adds a message type.
-    ///
-    /// # Panics
-    /// If the name is already taken by another message of this actor.
-    pub fn accept<M>(&mut self) -> &mut Self
-    where
-        A: Handler<M>,
-        M: WireMessage,
-    {
-        let free = self.table.add::<A, M>();
-        self.mesh.insert::<A, M>();
-        assert!(free, "{} accepts two messages named {:?}", A::TYPE, M::NAME);
-        self
-    }
-
-    /// Adds a message type and offers it to callers that speak JSON too: the REST API, Python, `Cluster::json`. The
-    /// message is what serde reads, the answer what serde writes.
-    ///
-    /// # Panics
-    /// If the name is already taken by another message of this actor.
-    pub fn accept_json<M>(&mut self) -> &mut Self
-    where
-        A: Handler<M>,
-        M: WireMessage<Result: Serialize> + DeserializeOwned,
-    {
-        self.accept::<M>();
-        self.table.add_json(M::NAME, deliver_json::<A, M>);
-        self
-    }
-
-    /// The same for a message whose result is a `Result`: a caller in JSON gets the value of `Ok` alone, and an `Err`
-    /// as a failed call with the error's words (`AskError::Handler`).
-    ///
-    /// # Panics
-    /// If the name is already taken by another message of this actor.
-    pub fn accept_json_result<M>(&mut self) -> &mut Self
-    where
-        A: Handler<M>,
-        M: WireMessage<Result: Fallible> + DeserializeOwned,
-    {
-        self.accept::<M>();
-        self.table.add_json(M::NAME, deliver_json_result::<A, M>);
-        self
-    }
-
-    pub(crate) fn table() -> Table {
-        let mut accepts = Self { table: Table::default(), mesh: MeshTable::default(), actor: PhantomData };
-        A::messages(&mut accepts);
-        accepts.table.mesh = accepts.mesh;
-        accepts.table
-    }
 }
 
 /// Why an actor could not be created.

@@ -359,11 +359,14 @@ fn elsewhere<M>(error: &AskError<M>, several: bool, again: bool) -> (Option<Stri
             | Refusal::UnknownMessage
             | Refusal::QueueFull
             | Refusal::Unsendable(_)
-            | Refusal::Malformed(_) => (None, false),
+            | Refusal::Malformed(_)
+            | Refusal::Cancelled => (None, false),
         },
         AskError::Deadline | AskError::PeerLost(_) | AskError::Stopped | AskError::NoReply => {
             (None, several && again)
         }
-        AskError::Panicked(_) | AskError::Codec(_) | AskError::Handler(_) => (None, false),
+        AskError::Panicked(_) | AskError::Codec(_) | AskError::Handler(_) | AskError::Cancelled => {
+            (None, false)
+        }
     }
 }

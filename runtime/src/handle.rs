@@ -7,6 +7,7 @@
 mod addr;
 mod error;
 mod json;
+mod stream;
 mod way;
 
 use std::fmt;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use actix::Handler;
 use tokio::sync::oneshot;
+pub use tokio_util::sync::CancellationToken;
 
 use crate::actor::{RemoteActor, WireMessage};
 use crate::mailbox::Answer;
@@ -24,6 +26,7 @@ use crate::wire::name_hash;
 pub use addr::{ActorAddr, ActorId, Incarnation, ProcessId};
 pub use error::{AskError, Refusal, Refused};
 pub use json::{JsonHandle, JsonMessage};
+pub use stream::{Replies, Window};
 use way::{Place, Way};
 
 /// A typed handle to an actor. Cheap to clone; usable from any thread.
@@ -59,18 +62,28 @@ impl<A> Handle<A> {
     pub fn with_deadline(&self, deadline: Duration) -> Self {
         Self { way: self.way.with_deadline(deadline), actor: PhantomData }
     }
+
+    /// The same actor, but cancelling `token` cancels every ask that is under way, as if its future were dropped; the
+    /// asker gets `AskError::Cancelled`.
+    pub fn with_cancel(&self, token: CancellationToken) -> Self {
+        Self { way: self.way.with_cancel(token), actor: PhantomData }
+    }
 }
 
 impl<A: RemoteActor> Handle<A> {
     /// Sends a message and waits for its answer.
     ///
-    /// Without a deadline it waits as long as the actor and its process live. Dropping the future forgets the answer;
-    /// the message may be handled nevertheless.
+    /// Without a deadline it waits as long as the actor and its process live. Dropping the future cancels the call: a
+    /// message that still waits in the mailbox is not handled, and work that the actor accepted as cancellable
+    /// (`Accepts::accept_cancellable`) ends. What has been handled already is not undone.
     pub async fn ask<M>(&self, message: M) -> Result<M::Result, AskError<M>>
     where
         A: Handler<M>,
         M: WireMessage,
     {
+        if let Err(reason) = self.way.check() {
+            return Err(AskError::Refused(Refused { message, reason }));
+        }
         let cached = match self.way.place() {
             Place::Local(cached) => cached,
             Place::Remote(link) => {

@@ -6,12 +6,14 @@
 mod answer;
 mod envelope;
 mod registry;
+mod run;
+mod stream;
 mod table;
 
 use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
@@ -25,18 +27,23 @@ use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
 use crate::mesh::MeshTable;
 use crate::wire::answer::RemoteAnswer;
+use crate::wire::frame::Want;
 use crate::wire::{from_bytes, name_hash};
 
 use answer::Asker;
 pub(crate) use answer::{Answer, Failure};
-pub(crate) use envelope::panic_message;
 use envelope::{Deliver, Envelope};
 pub(crate) use registry::Registry;
+pub(crate) use run::panic_message;
+pub(crate) use stream::Consumer;
 use table::NotTaken;
 pub(crate) use table::{JSON_CALL, JsonFrame, JsonText, Table, deliver_json, deliver_json_result};
 
 /// Messages delivered before other work of the arbiter gets a turn.
 const DELIVERIES_PER_POLL: usize = 64;
+
+/// Refusals that pass before a full mailbox is searched for cancelled messages again.
+const SWEEP_PAUSE: usize = 64;
 
 /// How a local actor ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +58,8 @@ pub enum ActorEnd {
 struct Mailbox<A> {
     queue: Mutex<Queue<A>>,
     capacity: usize,
+    /// Refusals before the next sweep. Changed under the lock of the queue.
+    sweep_in: AtomicUsize,
     lifetime: Arc<Lifetime>,
 }
 
@@ -59,6 +68,24 @@ type Queue<A> = VecDeque<Box<dyn Deliver<A>>>;
 impl<A: RemoteActor> Mailbox<A> {
     fn lock(&self) -> MutexGuard<'_, Queue<A>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes messages that nobody waits for out of a full queue. It looks at all of them, so after it found none it
+    /// pauses for some refusals. The caller drops them after the lock.
+    fn sweep(&self, queue: &mut Queue<A>, cancelled: &mut Vec<Box<dyn Deliver<A>>>) {
+        let paused = self.sweep_in.load(Ordering::Relaxed);
+        if paused > 0 {
+            return self.sweep_in.store(paused - 1, Ordering::Relaxed);
+        }
+        for delivery in std::mem::take(queue) {
+            match delivery.is_cancelled() {
+                true => cancelled.push(delivery),
+                false => queue.push_back(delivery),
+            }
+        }
+        if cancelled.is_empty() {
+            self.sweep_in.store(self.capacity.min(SWEEP_PAUSE), Ordering::Relaxed);
+        }
     }
 
     /// Why one more message would be refused.
@@ -75,6 +102,10 @@ impl<A: RemoteActor> Mailbox<A> {
     /// Queues a delivery, or gives it back.
     fn push<D: Deliver<A> + 'static>(&self, delivery: Box<D>) -> Result<(), (Box<D>, Refusal)> {
         let mut queue = self.lock();
+        let mut cancelled = Vec::new();
+        if queue.len() >= self.capacity {
+            self.sweep(&mut queue, &mut cancelled);
+        }
         if let Some(reason) = self.refuses(&queue) {
             return Err((delivery, reason));
         }
@@ -125,6 +156,12 @@ impl Lifetime {
         });
     }
 
+    /// Waits until the actor has ended.
+    async fn ended(&self) {
+        // The sender lives as long as this.
+        let _ = self.end.subscribe().wait_for(Option::is_some).await;
+    }
+
     fn failure(&self) -> Failure {
         match &*self.end.borrow() {
             None => Failure::NoReply,
@@ -149,7 +186,8 @@ impl Entry {
             pump: AtomicWaker::new(),
         });
         let queue = Mutex::new(VecDeque::new());
-        let mailbox = Arc::new(Mailbox::<A> { queue, capacity: capacity.max(1), lifetime: lifetime.clone() });
+        let (capacity, sweep_in) = (capacity.max(1), AtomicUsize::new(0));
+        let mailbox = Arc::new(Mailbox::<A> { queue, capacity, sweep_in, lifetime: lifetime.clone() });
         let entry = Arc::new(Self {
             id,
             incarnation,
@@ -211,12 +249,12 @@ impl Entry {
         A: RemoteActor + Handler<M>,
         M: WireMessage,
     {
-        let accepted = self.table.has(const { name_hash(M::NAME) });
-        let Some(mailbox) = self.mailbox_of::<A>().filter(|_| accepted) else {
+        let run = self.table.run::<A, M>(const { name_hash(M::NAME) });
+        let (Some(mailbox), Some(run)) = (self.mailbox_of::<A>(), run) else {
             return Err(Returned { message, answer, reason: Refusal::UnknownMessage });
         };
         let asker = Asker { answer, lifetime: self.lifetime.clone() };
-        mailbox.push(Box::new(Envelope { message, expires_at, asker })).map_err(|(envelope, reason)| {
+        mailbox.push(Box::new(Envelope { message, expires_at, asker, run })).map_err(|(envelope, reason)| {
             let Envelope { message, asker, .. } = *envelope;
             Returned { message, answer: asker.into_answer(), reason }
         })
@@ -248,16 +286,16 @@ impl Entry {
         expires_at: Option<Instant>,
         answer: Option<RemoteAnswer>,
     ) -> Result<(), Refusal> {
-        match self.table.message(message) {
+        let want = answer.as_ref().map_or(Want::Nothing, RemoteAnswer::want);
+        match self.table.deliver(message, want) {
             Some(deliver) => deliver(self, payload, expires_at, answer),
-            None if message == JSON_CALL => table::deliver_json_frame(self, payload, expires_at, answer),
             None => refuse(answer, Refusal::UnknownMessage),
         }
     }
 
     /// Puts an encoded message into the mailbox, for senders that do not know the type of the actor.
     pub(crate) fn offer_encoded(&self, message: &str, payload: &[u8]) -> Result<(), Refusal> {
-        let deliver = self.table.message(name_hash(message)).ok_or(Refusal::UnknownMessage)?;
+        let deliver = self.table.deliver(name_hash(message), Want::Nothing).ok_or(Refusal::UnknownMessage)?;
         deliver(self, payload, None, None)
     }
 }
@@ -283,7 +321,15 @@ where
 {
     let mailbox = entry.mailbox_of::<A>().expect("an entry's table is of its actor");
     // Asked first, because a full mailbox should not cost the decoding.
-    let refused = mailbox.refuses(&mailbox.lock());
+    let mut cancelled = Vec::new();
+    let refused = {
+        let mut queue = mailbox.lock();
+        if queue.len() >= mailbox.capacity {
+            mailbox.sweep(&mut queue, &mut cancelled);
+        }
+        mailbox.refuses(&queue)
+    };
+    drop(cancelled);
     if let Some(reason) = refused {
         return refuse(answer, reason);
     }

@@ -168,6 +168,7 @@ fn is_gone(reason: &Refusal) -> bool {
         | Refusal::UnknownMessage
         | Refusal::QueueFull
         | Refusal::Unsendable(_)
-        | Refusal::Malformed(_) => false,
+        | Refusal::Malformed(_)
+        | Refusal::Cancelled => false,
     }
 }

@@ -37,6 +37,9 @@ pub enum Refusal {
     /// The actor's process cannot read the message: another version of it, or JSON that does not fit.
     #[error("the actor cannot read it: {0}")]
     Malformed(String),
+    /// The token of the handle (`Handle::with_cancel`) was cancelled before the message was sent.
+    #[error("cancelled")]
+    Cancelled,
 }
 
 impl Refusal {
@@ -49,7 +52,8 @@ impl Refusal {
             | Self::WrongProcess
             | Self::UnknownMessage
             | Self::Unsendable(_)
-            | Self::Malformed(_) => false,
+            | Self::Malformed(_)
+            | Self::Cancelled => false,
         }
     }
 
@@ -65,6 +69,7 @@ impl Refusal {
             Self::Unsendable(why) => (8, why),
             Self::Elsewhere(leader) => (9, leader),
             Self::Malformed(why) => (10, why),
+            Self::Cancelled => (11, ""),
         }
     }
 
@@ -80,6 +85,7 @@ impl Refusal {
             8 => Self::Unsendable(text.to_owned()),
             9 => Self::Elsewhere(text.to_owned()),
             10 => Self::Malformed(text.to_owned()),
+            11 => Self::Cancelled,
             _ => return None,
         })
     }
@@ -119,6 +125,9 @@ pub enum AskError<M> {
     /// The deadline passed. The actor may or may not have handled the message.
     #[error("no answer to {} before the deadline", name_of::<M>())]
     Deadline,
+    /// The token of the handle (`Handle::with_cancel`) was cancelled. The actor may have handled the message.
+    #[error("the ask of {} was cancelled", name_of::<M>())]
+    Cancelled,
     /// The connection to the actor's process broke while the message was on its way.
     #[error("lost the process that was asked: {0}")]
     PeerLost(String),
@@ -165,6 +174,7 @@ impl<M> AskError<M> {
             (Failure::NoReply, _) => Self::NoReply,
             (Failure::Codec(why), _) => Self::Codec(why),
             (Failure::Handler(why), _) => Self::Handler(why),
+            (Failure::Cancelled, _) => Self::Cancelled,
             (Failure::PeerLost(why), _) => Self::PeerLost(why),
         }
     }

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use bincode::{Decode, Encode};
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::{ActorAddr, Refusal};
 use crate::mailbox::{Entry, Failure};
 use crate::system::System;
-use crate::wire::conn::{Forget, Waiter};
-use crate::wire::frame::CallHead;
+use crate::wire::calls::{Waiter, Waiting};
+use crate::wire::conn::Forget;
+use crate::wire::frame::{CallHead, Want};
 use crate::wire::from_bytes;
 use crate::wire::link::Link;
 
@@ -21,6 +23,7 @@ use crate::wire::link::Link;
 pub(super) struct Way {
     target: Arc<Target>,
     deadline: Option<Duration>,
+    cancel: Option<CancellationToken>,
 }
 
 struct Target {
@@ -43,11 +46,23 @@ impl Way {
             true => Place::Local(OnceLock::new()),
             false => Place::Remote(system.link(&addr.endpoint)),
         };
-        Self { target: Arc::new(Target { system, addr, place }), deadline: None }
+        Self { target: Arc::new(Target { system, addr, place }), deadline: None, cancel: None }
     }
 
     pub(super) fn with_deadline(&self, deadline: Duration) -> Self {
         Self { deadline: Some(deadline), ..self.clone() }
+    }
+
+    pub(super) fn with_cancel(&self, cancel: CancellationToken) -> Self {
+        Self { cancel: Some(cancel), ..self.clone() }
+    }
+
+    /// Refuses what is cancelled before it is sent.
+    pub(super) fn check(&self) -> Result<(), Refusal> {
+        match &self.cancel {
+            Some(cancel) if cancel.is_cancelled() => Err(Refusal::Cancelled),
+            Some(_) | None => Ok(()),
+        }
     }
 
     pub(super) fn addr(&self) -> &ActorAddr {
@@ -77,10 +92,7 @@ impl Way {
         &self,
         answered: oneshot::Receiver<Result<T, Failure>>,
     ) -> Result<T, Failure> {
-        self.within_deadline(answered)
-            .await
-            .unwrap_or(Ok(Err(Failure::Expired)))
-            .unwrap_or(Err(Failure::Stopped))
+        self.within_limits(answered).await?.unwrap_or(Err(Failure::Stopped))
     }
 
     /// Sends a message over the connection. Not async, so that the future of an ask does not hold a reference to it.
@@ -90,25 +102,24 @@ impl Way {
     {
         let (answer, answered) = oneshot::channel();
         let conn = link.conn();
-        let call =
-            conn.ask(&self.head(id), message, Box::new(Waiting::<T>(answer))).map_err(Failure::Refused)?;
+        let waiting = Waiting { waiter: Box::new(Asking::<T>(answer)), inlet: None };
+        let head = self.head(id, Want::Answer);
+        let call = conn.call(&head, message, Some(waiting)).map_err(Failure::Refused)?;
         Ok(Asked { answered, _forget: conn.forget_on_drop(call) })
     }
 
     /// Waits for the answer that comes over the connection.
     pub(super) async fn answer_over<T>(&self, asked: Result<Asked<T>, Failure>) -> Result<T, Failure> {
-        // The call is forgotten when this future is dropped or the deadline passes.
         let Asked { answered, _forget } = asked?;
-        match self.within_deadline(answered).await {
-            Some(Ok(outcome)) => outcome,
-            Some(Err(_)) => Err(Failure::PeerLost("the connection closed".into())),
-            None => Err(Failure::Expired),
+        match self.within_limits(answered).await? {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Failure::PeerLost("the connection closed".into())),
         }
     }
 
     /// Sends a message over the connection and waits for nothing.
     pub(super) fn tell_over(&self, link: &Link, id: u64, message: &impl Encode) -> Result<(), Refusal> {
-        link.conn().tell(&self.head(id), message)
+        link.conn().call(&self.head(id, Want::Nothing), message, None).map(drop)
     }
 
     /// When a message that is sent now is not to be handled any more.
@@ -116,21 +127,39 @@ impl Way {
         self.deadline.and_then(|deadline| Instant::now().checked_add(deadline))
     }
 
-    /// Awaits `future`, at most until the deadline. Works outside a tokio context too.
-    async fn within_deadline<F: Future>(&self, future: F) -> Option<F::Output> {
+    /// Awaits `future`, at most until the deadline and while it is not cancelled. Works outside a tokio context too.
+    async fn within_limits<F: Future>(&self, future: F) -> Result<F::Output, Failure> {
+        match &self.cancel {
+            None => self.within_deadline(future).await,
+            Some(cancel) => tokio::select! {
+                biased;
+                outcome = self.within_deadline(future) => outcome,
+                () = cancel.cancelled() => Err(Failure::Cancelled),
+            },
+        }
+    }
+
+    async fn within_deadline<F: Future>(&self, future: F) -> Result<F::Output, Failure> {
         match self.deadline {
-            None => Some(future.await),
+            None => Ok(future.await),
             Some(deadline) => {
                 let timed = {
                     let _context = self.target.system.runtime().enter();
                     tokio::time::timeout(deadline, future)
                 };
-                timed.await.ok()
+                timed.await.map_err(|_| Failure::Expired)
             }
         }
     }
 
-    fn head(&self, message: u64) -> CallHead {
+    /// A timer that ends at the deadline, if there is one. Works outside a tokio context too.
+    pub(super) fn sleep(&self) -> Option<tokio::time::Sleep> {
+        let _context = self.target.system.runtime().enter();
+        self.deadline.map(tokio::time::sleep)
+    }
+
+    /// Whom a message is for and until when.
+    pub(super) fn head(&self, message: u64, want: Want) -> CallHead {
         let addr = &self.target.addr;
         CallHead {
             call: 0,
@@ -139,20 +168,21 @@ impl Way {
             process: addr.process.0,
             message,
             deadline_us: self.deadline.map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX).max(1)),
+            want,
         }
     }
 }
 
-/// An ask that was sent.
+/// An ask that was sent. Dropping it cancels it.
 pub(super) struct Asked<T> {
     answered: oneshot::Receiver<Result<T, Failure>>,
     _forget: Forget,
 }
 
 /// The asker of a call over the wire.
-struct Waiting<T>(oneshot::Sender<Result<T, Failure>>);
+struct Asking<T>(oneshot::Sender<Result<T, Failure>>);
 
-impl<T: Decode<()> + Send + 'static> Waiter for Waiting<T> {
+impl<T: Decode<()> + Send + 'static> Waiter for Asking<T> {
     fn reply(self: Box<Self>, payload: &[u8]) {
         let _ = self.0.send(from_bytes(payload).map_err(|e| Failure::Codec(e.to_string())));
     }

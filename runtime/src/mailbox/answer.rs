@@ -1,6 +1,8 @@
 //! Answers: every asker gets one, whatever becomes of the actor.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use bincode::Encode;
 use tokio::sync::oneshot;
@@ -21,6 +23,7 @@ pub(crate) enum Failure {
     NoReply,
     Codec(String),
     Handler(String),
+    Cancelled,
     PeerLost(String),
 }
 
@@ -33,6 +36,20 @@ impl From<RemoteFailure> for Failure {
             RemoteFailure::NoReply => Self::NoReply,
             RemoteFailure::Codec(why) => Self::Codec(why),
             RemoteFailure::Handler(why) => Self::Handler(why),
+        }
+    }
+}
+
+/// What is said of a failure over the wire.
+pub(super) fn remote_failure(failure: Failure) -> RemoteFailure {
+    match failure {
+        Failure::Expired => RemoteFailure::Expired,
+        Failure::Panicked(message) => RemoteFailure::Panicked(message),
+        Failure::NoReply => RemoteFailure::NoReply,
+        Failure::Codec(why) => RemoteFailure::Codec(why),
+        Failure::Handler(why) => RemoteFailure::Handler(why),
+        Failure::Stopped | Failure::Cancelled | Failure::Refused(_) | Failure::PeerLost(_) => {
+            RemoteFailure::Stopped
         }
     }
 }
@@ -55,14 +72,7 @@ impl<T: Encode> Answer<T> {
             (Self::None, _) => {}
             (Self::Local(asker), outcome) => drop(asker.send(outcome)),
             (Self::Remote(asker), Ok(value)) => asker.reply(&value),
-            (Self::Remote(asker), Err(failure)) => asker.fail(&match failure {
-                Failure::Expired => RemoteFailure::Expired,
-                Failure::Panicked(message) => RemoteFailure::Panicked(message),
-                Failure::NoReply => RemoteFailure::NoReply,
-                Failure::Codec(why) => RemoteFailure::Codec(why),
-                Failure::Handler(why) => RemoteFailure::Handler(why),
-                Failure::Stopped | Failure::Refused(_) | Failure::PeerLost(_) => RemoteFailure::Stopped,
-            }),
+            (Self::Remote(asker), Err(failure)) => asker.fail(&remote_failure(failure)),
             (Self::Json(asker), outcome) => {
                 let (asker, json_of) = *asker;
                 asker.send(outcome.and_then(json_of));
@@ -75,6 +85,27 @@ impl<T: Encode> Answer<T> {
         match self {
             Self::Json(asker) => asker.0,
             Self::None | Self::Local(_) | Self::Remote(_) => Answer::None,
+        }
+    }
+}
+
+impl<T> Answer<T> {
+    /// Whether there was an asker and it is gone.
+    fn is_cancelled(&self) -> bool {
+        match self {
+            Self::None => false,
+            Self::Local(asker) => asker.is_closed(),
+            Self::Remote(asker) => asker.served().is_cancelled(),
+            Self::Json(asker) => asker.0.is_cancelled(),
+        }
+    }
+
+    fn poll_cancelled(&mut self, task: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::None => Poll::Pending,
+            Self::Local(asker) => asker.poll_closed(task),
+            Self::Remote(asker) => asker.served().poll_cancelled(task),
+            Self::Json(asker) => asker.0.poll_cancelled(task),
         }
     }
 }
@@ -96,6 +127,16 @@ pub(super) struct Asker<T: Encode> {
 }
 
 impl<T: Encode> Asker<T> {
+    /// Whether there was an asker and it is gone.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.answer.is_cancelled()
+    }
+
+    /// Waits until the asker is gone.
+    pub(super) async fn cancelled(&mut self) {
+        poll_fn(|task| self.answer.poll_cancelled(task)).await;
+    }
+
     pub(super) fn waits(&self) -> bool {
         !matches!(self.answer, Answer::None)
     }

@@ -4,73 +4,90 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
-use actix::Handler;
-use actix::dev::MessageResponse;
-use tokio::sync::oneshot;
-
-use super::ActorEnd;
 use super::answer::{Asker, Failure};
+use super::run::{RunFn, Running, Watch, panic_message};
+use super::{ActorEnd, Lifetime};
 use crate::actor::{RemoteActor, WireMessage};
 
 /// A message of any type for an actor.
 pub(super) trait Deliver<A: RemoteActor>: Send {
     fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>);
+
+    /// Whether nobody waits for the answer any more, so that it need not be delivered.
+    fn is_cancelled(&self) -> bool;
 }
 
-pub(super) struct Envelope<M: WireMessage> {
+pub(super) struct Envelope<A: RemoteActor, M: WireMessage> {
     pub(super) message: M,
     pub(super) expires_at: Option<Instant>,
     pub(super) asker: Asker<M::Result>,
+    pub(super) run: RunFn<A, M>,
 }
 
-impl<A, M> Deliver<A> for Envelope<M>
-where
-    A: RemoteActor + Handler<M>,
-    M: WireMessage,
-{
+impl<A: RemoteActor, M: WireMessage> Deliver<A> for Envelope<A, M> {
     fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>) {
-        let Self { message, expires_at, asker } = *self;
+        let Self { message, expires_at, asker, run } = *self;
+        if asker.is_cancelled() {
+            return drop(asker.into_answer());
+        }
         if expires_at.is_some_and(|at| Instant::now() >= at) {
             return asker.send(Err(Failure::Expired));
         }
-        let (reply, mut replied) = match asker.waits() {
-            true => {
-                let (reply, replied) = oneshot::channel();
-                (Some(reply), Some(replied))
-            }
-            false => (None, None),
+        let watch = match asker.waits() {
+            true => Watch::Reply,
+            false => Watch::Nothing,
         };
-        // Caught only to answer the asker with the cause; the panic goes on and ends the actor.
-        let handled = catch_unwind(AssertUnwindSafe(|| actor.handle(message, ctx).handle(ctx, reply)));
-        if let Err(panic) = handled {
-            let (message, lifetime) = (panic_message(&*panic), asker.lifetime.clone());
-            // Answered before the end is known: a worker may exit as soon as it is.
-            asker.send(Err(Failure::Panicked(message.clone())));
-            lifetime.end(ActorEnd::Panicked(message));
-            resume_unwind(panic);
-        }
-        let Some(replied_now) = replied.as_mut() else { return };
-        match replied_now.try_recv() {
-            Ok(value) => asker.send(Ok(value)),
-            Err(oneshot::error::TryRecvError::Closed) => asker.send(Err(Failure::NoReply)),
-            Err(oneshot::error::TryRecvError::Empty) => {
-                actix::spawn(async move {
-                    if let Some(replied) = replied
-                        && let Ok(value) = replied.await
-                    {
-                        asker.send(Ok(value));
-                    }
-                });
+        match catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, watch))) {
+            Ok(running) => settle(running, asker),
+            Err(panic) => {
+                let lifetime = asker.lifetime.clone();
+                end_by_panic(&lifetime, panic, |failure| asker.send(Err(failure)));
             }
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.asker.is_cancelled()
+    }
+}
+
+/// Sees to it that the asker gets the reply.
+fn settle<T: bincode::Encode + Send + 'static>(running: Running<T>, mut asker: Asker<T>) {
+    match running {
+        Running::Unwatched => {}
+        Running::Done(outcome) => asker.send(outcome),
+        // If there is no value, dropping the asker says why.
+        Running::Replying(replied) => {
+            actix::spawn(async move {
+                if let Ok(value) = replied.await {
+                    asker.send(Ok(value));
+                }
+            });
+        }
+        Running::ReplyingCancellable(replied) => {
+            actix::spawn(async move {
+                tokio::select! {
+                    replied = replied => if let Ok(value) = replied { asker.send(Ok(value)) },
+                    () = asker.cancelled() => drop(asker.into_answer()),
+                }
+            });
+        }
+        Running::Cancellable(work) => {
+            actix::spawn(async move {
+                tokio::select! {
+                    value = work => asker.send(Ok(value)),
+                    () = asker.cancelled() => drop(asker.into_answer()),
+                }
+            });
         }
     }
 }
 
-/// The text of a panic.
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned())
+/// A handler has panicked: the asker is told with the cause, then the panic goes on and ends the actor.
+pub(super) fn end_by_panic(lifetime: &Lifetime, panic: Box<dyn Any + Send>, tell: impl FnOnce(Failure)) -> ! {
+    let message = panic_message(&*panic);
+    // Before the end is known: a worker may exit as soon as it is.
+    tell(Failure::Panicked(message.clone()));
+    lifetime.end(ActorEnd::Panicked(message));
+    resume_unwind(panic);
 }

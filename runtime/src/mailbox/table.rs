@@ -2,18 +2,22 @@
 //!
 //! It only finds the way to a typed mailbox; what happens there is not its business.
 
+use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
-use actix::Handler;
+use actix::{Handler, ResponseActFuture, ResponseFuture};
 use bincode::{Decode, Encode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::run::{RunFn, run, run_cancellable, run_cancellable_act};
+use super::stream::deliver_stream_frame;
 use super::{Answer, Entry, RemoteAnswer, refuse};
-use crate::actor::{Fallible, RemoteActor, WireMessage};
+use crate::actor::{Fallible, RemoteActor, StreamMessage, WireMessage};
 use crate::handle::Refusal;
 use crate::mesh::MeshTable;
+use crate::wire::frame::Want;
 use crate::wire::{from_bytes, name_hash};
 
 /// The wire id of a message in JSON, whichever its name is. No message of an actor may have it.
@@ -45,10 +49,20 @@ pub(crate) struct JsonFrame {
 /// What an actor accepts.
 #[derive(Default)]
 pub(crate) struct Table {
-    messages: HashMap<u64, DeliverFn>,
+    messages: HashMap<u64, Accepted>,
     json: BTreeMap<&'static str, JsonFn>,
     /// What rounds of a mesh do with them.
     pub(crate) mesh: MeshTable,
+}
+
+/// A message that an actor accepts.
+pub(crate) struct Accepted {
+    /// Delivers one that came over the wire.
+    deliver: DeliverFn,
+    /// The `RunFn` of actor and message.
+    run: &'static (dyn Any + Send + Sync),
+    /// Whether it is answered by a stream.
+    streams: bool,
 }
 
 impl Table {
@@ -58,8 +72,46 @@ impl Table {
         A: RemoteActor + Handler<M>,
         M: WireMessage,
     {
-        let id = const { name_hash(M::NAME) };
-        id != JSON_CALL && self.messages.insert(id, super::deliver_frame::<A, M>).is_none()
+        let (deliver, run) =
+            (super::deliver_frame::<A, M> as DeliverFn, const { &(run::<A, M> as RunFn<A, M>) });
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+    }
+
+    /// Adds a message whose handler's work may be dropped.
+    pub(crate) fn add_cancellable<A, M>(&mut self) -> bool
+    where
+        A: RemoteActor + Handler<M, Result = ResponseFuture<M::Result>>,
+        M: WireMessage,
+    {
+        let run = const { &(run_cancellable::<A, M> as RunFn<A, M>) };
+        let deliver = super::deliver_frame::<A, M>;
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+    }
+
+    /// The same for work that needs the actor.
+    pub(crate) fn add_cancellable_act<A, M>(&mut self) -> bool
+    where
+        A: RemoteActor + Handler<M, Result = ResponseActFuture<A, M::Result>>,
+        M: WireMessage,
+    {
+        let run = const { &(run_cancellable_act::<A, M> as RunFn<A, M>) };
+        let deliver = super::deliver_frame::<A, M>;
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+    }
+
+    /// Adds a message that is answered by a stream.
+    pub(crate) fn add_stream<A, M>(&mut self) -> bool
+    where
+        A: RemoteActor + Handler<M>,
+        M: StreamMessage,
+    {
+        let run = const { &(run::<A, M> as RunFn<A, M>) };
+        let deliver = deliver_stream_frame::<A, M>;
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: true })
+    }
+
+    fn insert(&mut self, id: u64, accepted: Accepted) -> bool {
+        id != JSON_CALL && self.messages.insert(id, accepted).is_none()
     }
 
     /// Offers a message that was added to callers that speak JSON.
@@ -67,12 +119,20 @@ impl Table {
         self.json.insert(name, deliver);
     }
 
-    pub(crate) fn has(&self, id: u64) -> bool {
-        self.messages.contains_key(&id)
+    /// How to run the handler of actor `A` for message `M`, if it is accepted.
+    pub(super) fn run<A: RemoteActor, M: actix::Message + 'static>(&self, id: u64) -> Option<RunFn<A, M>> {
+        self.messages.get(&id)?.run.downcast_ref().copied()
     }
 
-    pub(crate) fn message(&self, id: u64) -> Option<DeliverFn> {
-        self.messages.get(&id).copied()
+    /// How to deliver a message that came over the wire, if it is accepted and gives what is wanted.
+    pub(super) fn deliver(&self, id: u64, want: Want) -> Option<DeliverFn> {
+        let wants_stream = matches!(want, Want::Stream(_));
+        let accepted = self.messages.get(&id).filter(|accepted| accepted.streams == wants_stream);
+        match accepted {
+            Some(accepted) => Some(accepted.deliver),
+            None if id == JSON_CALL && !wants_stream => Some(deliver_json_frame),
+            None => None,
+        }
     }
 
     /// The way of a message in JSON, or a refusal that says which ones there are.
@@ -147,7 +207,7 @@ fn json_of<T: Serialize>(value: T) -> Result<JsonText, super::Failure> {
 }
 
 /// Delivers a message in JSON that came over the wire. A refusal has been told to the asker, if there is one.
-pub(super) fn deliver_json_frame(
+fn deliver_json_frame(
     entry: &Entry,
     payload: &[u8],
     expires_at: Option<Instant>,

@@ -73,6 +73,7 @@ impl<M> From<AskError<M>> for RankError {
             AskError::Panicked(message) => Self::Panicked(message),
             AskError::NoReply => Self::NoReply,
             AskError::Codec(why) | AskError::Handler(why) => Self::Codec(why),
+            AskError::Cancelled => Self::Deadline,
         }
     }
 }

@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bincode::Encode;
 use tokio::sync::Notify;
 
+use super::answer::RemoteAnswer;
+use super::calls::{Served, Waiting};
 use super::codec::{CodecError, encode_into};
-use super::frame::{self, CallHead, LEN_BYTES};
+use super::frame::{self, CallHead, LEN_BYTES, Want, Window};
 use super::outbound::{CHUNK_BYTES, Flush, Outbound};
 use super::stream::Stream;
 use crate::handle::Refusal;
@@ -23,12 +25,6 @@ use crate::mailbox::Failure;
 pub(crate) struct Limits {
     pub(crate) frame_bytes_max: usize,
     pub(crate) queue_bytes_max: usize,
-}
-
-/// Who waits for the answer of a call.
-pub(crate) trait Waiter: Send {
-    fn reply(self: Box<Self>, payload: &[u8]);
-    fn fail(self: Box<Self>, failure: Failure);
 }
 
 /// A connection, from the first message for the peer on: what is queued before the handshake is over is sent then.
@@ -49,7 +45,9 @@ struct State {
     outbound: Outbound,
     open: bool,
     closed: Option<Closed>,
-    waiting: HashMap<u64, Box<dyn Waiter>>,
+    waiting: HashMap<u64, Waiting>,
+    /// Calls of the peer that have no answer yet.
+    serving: HashMap<u64, Arc<Served>>,
 }
 
 impl State {
@@ -98,31 +96,17 @@ impl Conn {
         })
     }
 
-    /// Queues a call. The returned number is what its answer comes with.
-    pub(crate) fn ask<M: Encode>(
+    /// Queues a call, with who waits for what it wants. The returned number is what its answer comes with.
+    pub(crate) fn call<M: Encode>(
         self: &Arc<Self>,
         head: &CallHead,
         message: &M,
-        waiter: Box<dyn Waiter>,
+        waiting: Option<Waiting>,
     ) -> Result<u64, Refusal> {
+        debug_assert_eq!(head.want == Want::Nothing, waiting.is_none(), "somebody waits for what is wanted");
         let call = self.next_call.fetch_add(1, Ordering::Relaxed);
-        self.send_call(&CallHead { call, ..*head }, message, Some(waiter))?;
-        Ok(call)
-    }
-
-    /// Queues a call without an answer.
-    pub(crate) fn tell<M: Encode>(self: &Arc<Self>, head: &CallHead, message: &M) -> Result<(), Refusal> {
-        self.send_call(&CallHead { call: 0, ..*head }, message, None)
-    }
-
-    fn send_call<M: Encode>(
-        self: &Arc<Self>,
-        head: &CallHead,
-        message: &M,
-        waiter: Option<Box<dyn Waiter>>,
-    ) -> Result<(), Refusal> {
         with_scratch(|out| {
-            frame::begin_call(out, head);
+            frame::begin_call(out, &CallHead { call, ..*head });
             encode_into(message, out).map_err(|e| Refusal::Unsendable(e.to_string()))?;
             self.check_size(out).map_err(Refusal::Unsendable)?;
             frame::finish(out);
@@ -138,13 +122,13 @@ impl Conn {
             {
                 return Err(Refusal::QueueFull);
             }
-            if let Some(waiter) = waiter {
-                state.waiting.insert(head.call, waiter);
+            if let Some(waiting) = waiting {
+                state.waiting.insert(call, waiting);
             }
             let flush = state.push(out);
             drop(state);
             self.flush(flush);
-            Ok(())
+            Ok(call)
         })
     }
 
@@ -157,10 +141,11 @@ impl Conn {
         }
     }
 
-    /// Queues a frame that is not a call: answers are never refused, instead the reader of this connection pauses.
-    /// Fails only when the frame cannot be written or is too large.
+    /// Queues a frame that is not a call, and may be the `last` of the answer to a call: answers are never refused,
+    /// instead the reader of this connection pauses. Fails only when the frame cannot be written or is too large.
     pub(super) fn send_answer(
         self: &Arc<Self>,
+        last: Option<u64>,
         write: impl FnOnce(&mut Vec<u8>) -> Result<(), CodecError>,
     ) -> Result<(), String> {
         with_scratch(|out| {
@@ -168,6 +153,9 @@ impl Conn {
             self.check_size(out)?;
             frame::finish(out);
             let mut state = self.lock();
+            if let Some(call) = last {
+                state.serving.remove(&call);
+            }
             if state.closed.is_none() {
                 let flush = state.push(out);
                 drop(state);
@@ -178,8 +166,8 @@ impl Conn {
     }
 
     /// The same for a frame that is small for certain.
-    pub(super) fn send_note(self: &Arc<Self>, write: impl FnOnce(&mut Vec<u8>)) {
-        let sent = self.send_answer(|out| {
+    pub(super) fn send_note(self: &Arc<Self>, last: Option<u64>, write: impl FnOnce(&mut Vec<u8>)) {
+        let sent = self.send_answer(last, |out| {
             write(out);
             Ok(())
         });
@@ -187,26 +175,85 @@ impl Conn {
     }
 
     pub(crate) fn ping(self: &Arc<Self>) {
-        self.send_note(frame::write_ping);
+        self.send_note(None, frame::write_ping);
     }
 
     pub(crate) fn goodbye(self: &Arc<Self>, why: &str) {
-        self.send_note(|out| frame::write_goodbye(out, why));
+        self.send_note(None, |out| frame::write_goodbye(out, why));
+    }
+
+    /// Tells the peer that there is room for more of a stream.
+    pub(crate) fn grant(self: &Arc<Self>, call: u64, window: Window) {
+        self.send_note(None, |out| frame::write_credit(out, call, window));
     }
 
     /// Completes the call with that number. False if nobody waits for it (any more).
     pub(crate) fn reply(&self, call: u64, payload: &[u8]) -> bool {
-        let waiter = self.lock().waiting.remove(&call);
-        waiter.map(|waiter| waiter.reply(payload)).is_some()
+        let waiting = self.lock().waiting.remove(&call);
+        waiting.map(|waiting| waiting.waiter.reply(payload)).is_some()
+    }
+
+    /// Passes an item of a stream on. If it is not taken the stream is over.
+    pub(super) fn item(self: &Arc<Self>, call: u64, payload: &[u8]) {
+        let inlet = self.lock().waiting.get(&call).and_then(|waiting| waiting.inlet.clone());
+        if let Some(inlet) = inlet
+            && let Err(failure) = inlet.item(payload)
+            && self.fail(call, failure)
+        {
+            self.send_note(None, |out| frame::write_cancel(out, call));
+        }
     }
 
     /// Fails the call with that number.
     pub(crate) fn fail(&self, call: u64, failure: Failure) -> bool {
-        let waiter = self.lock().waiting.remove(&call);
-        waiter.map(|waiter| waiter.fail(failure)).is_some()
+        let waiting = self.lock().waiting.remove(&call);
+        waiting.map(|waiting| waiting.waiter.fail(failure)).is_some()
     }
 
-    /// Forgets the call when the guard drops.
+    /// Notes a call of the peer; `None` if it wants no answer.
+    pub(super) fn serve(self: &Arc<Self>, head: &CallHead) -> Option<RemoteAnswer> {
+        let window = match head.want {
+            Want::Nothing => return None,
+            Want::Answer | Want::Receipt => Window::default(),
+            Want::Stream(window) => window,
+        };
+        let served = Served::new(window);
+        let mut state = self.lock();
+        if state.closed.is_some() {
+            served.cancel();
+        } else if let Some(earlier) = state.serving.insert(head.call, served.clone()) {
+            // Not of our making: each call has its own number.
+            earlier.cancel();
+        }
+        Some(RemoteAnswer::new(self.clone(), head.call, head.want, served))
+    }
+
+    /// The peer does not wait any more for the answer of its call.
+    pub(super) fn cancelled(&self, call: u64) {
+        let served = self.lock().serving.remove(&call);
+        if let Some(served) = served {
+            served.cancel();
+        }
+    }
+
+    /// The peer has room for more of a stream.
+    pub(super) fn granted(&self, call: u64, window: Window) {
+        let served = self.lock().serving.get(&call).cloned();
+        if let Some(served) = served {
+            served.grant(window);
+        }
+    }
+
+    pub(super) fn no_longer_serves(&self, call: u64) {
+        self.lock().serving.remove(&call);
+    }
+
+    /// Waits until the outbound queue is within its bound or the connection is closed.
+    pub(super) async fn has_room(&self) {
+        self.drained_to(self.limits.queue_bytes_max).await;
+    }
+
+    /// Forgets the call when the guard drops, and tells the peer if there was no answer yet.
     pub(crate) fn forget_on_drop(self: &Arc<Self>, call: u64) -> Forget {
         Forget { conn: self.clone(), call }
     }
@@ -228,7 +275,7 @@ impl Conn {
 
     /// Closes it. All who wait for an answer hear why, at once. The first reason counts.
     pub(crate) fn close(&self, why: &str) {
-        let (closed, waiting) = {
+        let (closed, waiting, serving) = {
             let mut state = self.lock();
             if state.closed.is_some() {
                 return;
@@ -236,14 +283,18 @@ impl Conn {
             let closed = Closed { why: why.to_owned(), was_open: state.open };
             state.closed = Some(closed.clone());
             state.outbound.clear();
-            (closed, std::mem::take(&mut state.waiting))
+            (closed, std::mem::take(&mut state.waiting), std::mem::take(&mut state.serving))
         };
         if let Some(stream) = self.stream.get() {
             stream.shutdown();
         }
         self.drained.notify_waiters();
-        for waiter in waiting.into_values() {
-            waiter.fail(closed.failure());
+        for waiting in waiting.into_values() {
+            waiting.waiter.fail(closed.failure());
+        }
+        // Whoever asked is gone.
+        for served in serving.into_values() {
+            served.cancel();
         }
     }
 
@@ -383,7 +434,7 @@ impl Drop for FlushTask {
     }
 }
 
-/// Forgets a call that nobody waits for any more.
+/// Cancels a call that nobody waits for any more.
 pub(crate) struct Forget {
     conn: Arc<Conn>,
     call: u64,
@@ -391,7 +442,10 @@ pub(crate) struct Forget {
 
 impl Drop for Forget {
     fn drop(&mut self) {
-        self.conn.lock().waiting.remove(&self.call);
+        let waited = self.conn.lock().waiting.remove(&self.call).is_some();
+        if waited {
+            self.conn.send_note(None, |out| frame::write_cancel(out, self.call));
+        }
     }
 }
 

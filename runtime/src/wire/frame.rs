@@ -16,6 +16,11 @@ const REFUSED: u8 = 3;
 const FAILED: u8 = 4;
 const PING: u8 = 5;
 const GOODBYE: u8 = 6;
+const CANCEL: u8 = 7;
+const STREAM: u8 = 8;
+const ITEM: u8 = 9;
+const CREDIT: u8 = 10;
+const RECEIPT: u8 = 11;
 
 /// A parsed frame; payloads borrow from the receive buffer.
 #[derive(Debug, PartialEq)]
@@ -28,6 +33,12 @@ pub(crate) enum Frame<'a> {
     Refused(u64, Refusal),
     /// The message was accepted but there is no answer.
     Failed(u64, RemoteFailure),
+    /// Nobody waits for the answer of that call any more.
+    Cancel(u64),
+    /// An item of the stream that answers the call.
+    Item(u64, &'a [u8]),
+    /// The asker has room for so much more of the stream.
+    Credit(u64, Window),
     /// Says only that the sender lives.
     Ping,
     /// The sender shuts down in good order.
@@ -47,6 +58,27 @@ pub(crate) struct CallHead {
     pub(crate) message: u64,
     /// What is left until the deadline; 0 for none. Durations, so that clocks need not agree.
     pub(crate) deadline_us: u64,
+    pub(crate) want: Want,
+}
+
+/// What the sender of a message waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// It told.
+    Nothing,
+    /// It told, and wants to know that the handler has the message.
+    Receipt,
+    /// It asked.
+    Answer,
+    /// It asked for a stream, and has room for so much of it.
+    Stream(Window),
+}
+
+/// Room for a part of a stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Window {
+    pub(crate) items: u32,
+    pub(crate) bytes: u32,
 }
 
 /// Why an accepted message got no answer.
@@ -90,17 +122,10 @@ pub(crate) fn parse(body: &[u8]) -> Result<Frame<'_>, FrameError> {
     let Some((&kind, rest)) = body.split_first() else { return Err(FrameError::Short { kind: 0, bytes: 0 }) };
     let mut fields = Fields { kind, rest };
     Ok(match kind {
-        CALL => {
-            let head = CallHead {
-                call: fields.u64()?,
-                actor: fields.u64()?,
-                incarnation: fields.u64()?,
-                process: fields.u64()?,
-                message: fields.u64()?,
-                deadline_us: fields.u64()?,
-            };
-            Frame::Call(head, fields.rest)
-        }
+        CALL | STREAM | RECEIPT => Frame::Call(fields.head()?, fields.rest),
+        CANCEL => Frame::Cancel(fields.u64()?),
+        ITEM => Frame::Item(fields.u64()?, fields.rest),
+        CREDIT => Frame::Credit(fields.u64()?, fields.window()?),
         REPLY => Frame::Reply(fields.u64()?, fields.rest),
         REFUSED => {
             let call = fields.u64()?;
@@ -130,6 +155,36 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
+    fn head(&mut self) -> Result<CallHead, FrameError> {
+        let mut head = CallHead {
+            call: self.u64()?,
+            actor: self.u64()?,
+            incarnation: self.u64()?,
+            process: self.u64()?,
+            message: self.u64()?,
+            deadline_us: self.u64()?,
+            want: Want::Nothing,
+        };
+        head.want = match (self.kind, head.call) {
+            (CALL, 0) => Want::Nothing,
+            (CALL, _) => Want::Answer,
+            (_, 0) => return Err(FrameError::Invalid { kind: self.kind, what: "call number" }),
+            (STREAM, _) => Want::Stream(self.window()?),
+            (_, _) => Want::Receipt,
+        };
+        Ok(head)
+    }
+
+    fn window(&mut self) -> Result<Window, FrameError> {
+        Ok(Window { items: self.u32()?, bytes: self.u32()? })
+    }
+
+    fn u32(&mut self) -> Result<u32, FrameError> {
+        let Some((head, rest)) = self.rest.split_first_chunk::<4>() else { return Err(self.short()) };
+        self.rest = rest;
+        Ok(u32::from_le_bytes(*head))
+    }
+
     fn u64(&mut self) -> Result<u64, FrameError> {
         let Some((head, rest)) = self.rest.split_first_chunk::<8>() else { return Err(self.short()) };
         self.rest = rest;
@@ -192,10 +247,45 @@ pub(crate) fn finish(out: &mut [u8]) {
 
 /// Starts a call frame; the payload is appended after it, then `finish`.
 pub(crate) fn begin_call(out: &mut Vec<u8>, head: &CallHead) {
-    begin(out, CALL);
-    for field in [head.call, head.actor, head.incarnation, head.process, head.message, head.deadline_us] {
+    let (kind, call) = match head.want {
+        Want::Nothing => (CALL, 0),
+        Want::Answer => (CALL, head.call),
+        Want::Receipt => (RECEIPT, head.call),
+        Want::Stream(_) => (STREAM, head.call),
+    };
+    begin(out, kind);
+    for field in [call, head.actor, head.incarnation, head.process, head.message, head.deadline_us] {
         out.extend_from_slice(&field.to_le_bytes());
     }
+    if let Want::Stream(window) = head.want {
+        write_window(out, window);
+    }
+}
+
+fn write_window(out: &mut Vec<u8>, window: Window) {
+    out.extend_from_slice(&window.items.to_le_bytes());
+    out.extend_from_slice(&window.bytes.to_le_bytes());
+}
+
+/// Starts an item frame; the payload is appended after it, then `finish`.
+pub(crate) fn begin_item(out: &mut Vec<u8>, call: u64) {
+    begin(out, ITEM);
+    out.extend_from_slice(&call.to_le_bytes());
+}
+
+/// A whole cancel frame.
+pub(crate) fn write_cancel(out: &mut Vec<u8>, call: u64) {
+    begin(out, CANCEL);
+    out.extend_from_slice(&call.to_le_bytes());
+    finish(out);
+}
+
+/// A whole credit frame.
+pub(crate) fn write_credit(out: &mut Vec<u8>, call: u64, window: Window) {
+    begin(out, CREDIT);
+    out.extend_from_slice(&call.to_le_bytes());
+    write_window(out, window);
+    finish(out);
 }
 
 /// Starts a reply frame; the payload is appended after it, then `finish`.
@@ -248,14 +338,19 @@ mod tests {
     const MAX: usize = 1 << 16;
 
     fn head() -> impl Strategy<Value = CallHead> {
-        any::<[u64; 6]>().prop_map(|[call, actor, incarnation, process, message, deadline_us]| CallHead {
-            call,
-            actor,
-            incarnation,
-            process,
-            message,
-            deadline_us,
-        })
+        let want = prop_oneof![
+            Just(Want::Nothing),
+            Just(Want::Receipt),
+            Just(Want::Answer),
+            any::<[u32; 2]>().prop_map(|[items, bytes]| Want::Stream(Window { items, bytes })),
+        ];
+        let fields = any::<[u64; 5]>();
+        (fields, 1..u64::MAX, want).prop_map(
+            |([actor, incarnation, process, message, deadline_us], call, want)| {
+                let call = if want == Want::Nothing { 0 } else { call };
+                CallHead { call, actor, incarnation, process, message, deadline_us, want }
+            },
+        )
     }
 
     proptest! {
@@ -263,7 +358,7 @@ mod tests {
 
         /// Whatever arrives, parsing neither panics nor reads beyond the frame.
         #[test]
-        fn any_bytes_are_a_frame_or_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..9) {
+        fn any_bytes_are_a_frame_or_an_error(mut bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..13) {
             if let Some(first) = bytes.get_mut(LEN_BYTES) {
                 *first = kind;
             }
@@ -311,6 +406,9 @@ mod tests {
         {
             check(Frame::Failed(8, failure.clone()), &|out| write_failed(out, 8, &failure));
         }
+        check(Frame::Cancel(7), &|out| write_cancel(out, 7));
+        let window = Window { items: 3, bytes: u32::MAX };
+        check(Frame::Credit(7, window), &|out| write_credit(out, 7, window));
         check(Frame::Ping, &write_ping);
         check(Frame::Goodbye("done"), &|out| write_goodbye(out, "done"));
         check(Frame::Reply(9, b""), &|out| {

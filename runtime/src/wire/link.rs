@@ -244,7 +244,7 @@ fn malformed(process: ProcessId, error: &frame::FrameError) -> String {
 fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
     match frame {
         Frame::Call(head, payload) => {
-            let answer = (head.call != 0).then(|| RemoteAnswer { conn: conn.clone(), call: head.call });
+            let answer = conn.serve(&head);
             if let Err(reason) = deliver(shared, &head, payload, answer)
                 && head.call == 0
             {
@@ -261,6 +261,9 @@ fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
         Frame::Failed(call, failure) => {
             conn.fail(call, failure.into());
         }
+        Frame::Item(call, payload) => conn.item(call, payload),
+        Frame::Cancel(call) => conn.cancelled(call),
+        Frame::Credit(call, window) => conn.granted(call, window),
         Frame::Ping | Frame::Goodbye(_) => {}
     }
 }

@@ -1,9 +1,10 @@
 //! Frames, codec, handshake and connections between processes.
 //!
-//! A connection carries calls in one direction and their answers in the other; a process pair that talks both ways
-//! has two. Nothing here knows an actor: `crate::mailbox` delivers what arrives.
+//! A connection carries calls (with their cancellation, and credit for streams) in one direction and their answers in
+//! the other; a process pair that talks both ways has two. Nothing here knows an actor: `crate::mailbox` delivers what arrives.
 
 pub(crate) mod answer;
+pub(crate) mod calls;
 pub(crate) mod codec;
 pub(crate) mod conn;
 pub(crate) mod frame;
@@ -18,7 +19,7 @@ pub use tls::{TlsError, TlsFiles, read_certificates, read_private_key, tls_crypt
 pub use codec::{CodecError, from_bytes, to_bytes};
 
 /// Version of handshake and frames. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// Largest frame that any configuration allows, bytes.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;
