@@ -14,7 +14,7 @@ mod roster;
 #[cfg(test)]
 mod simulation;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -157,6 +157,8 @@ pub struct HeadState {
     nodes: BTreeMap<String, Node>,
     actors: Roster,
     groups: BTreeMap<String, Group>,
+    /// Meshes of which a rank waits to be created.
+    gathering: BTreeSet<String>,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
@@ -181,6 +183,7 @@ impl HeadState {
             nodes: BTreeMap::new(),
             actors: Roster::default(),
             groups: BTreeMap::new(),
+            gathering: BTreeSet::new(),
             incarnations: Reserve::default(),
             hold: None,
             replan: false,
@@ -261,6 +264,7 @@ impl HeadState {
             (self.changed, self.replan) = (true, true);
         }
         self.place_pending();
+        self.create_ranks();
         self.actors.settle();
         if std::mem::take(&mut self.changed) {
             self.version += 1;

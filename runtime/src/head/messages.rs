@@ -355,6 +355,8 @@ pub struct CreateActor {
     pub spec: ActorSpec,
     /// The device it owns.
     pub device: Option<Device>,
+    /// For a rank of a mesh: where its peers are or will be, by rank. `None` for those that have no process.
+    pub peers: Vec<Option<ActorAddr>>,
     /// Term of the head that orders it.
     pub term: u64,
 }

@@ -33,13 +33,13 @@ pub struct Mesh<A> {
     slice: Slice,
     deadline: Option<Duration>,
     fan_out: u32,
-    /// The plan of the slice in the epoch that it was used in last.
+    /// The plan of the slice in the view that it was used with last.
     plan: Arc<Mutex<Option<Planned>>>,
     actor: PhantomData<fn() -> A>,
 }
 
-/// A plan and the epoch that it is of.
-type Planned = (u64, Arc<Plan>);
+/// A plan and the view that it is of. Not the epoch: a mesh that was removed and spawned anew counts from 1 again.
+type Planned = (Arc<GroupView>, Arc<Plan>);
 
 struct Shared {
     system: System,
@@ -171,14 +171,14 @@ impl<A> Mesh<A> {
         let not_ready = |epoch, ranks| MeshError::NotReady { mesh: self.shared.name.clone(), epoch, ranks };
         let Some(view) = view else { return Err(not_ready(0, self.slice.ranks().collect())) };
         let mut cached = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((epoch, plan)) = cached.as_ref()
-            && *epoch == view.epoch
+        if let Some((of, plan)) = cached.as_ref()
+            && Arc::ptr_eq(of, &view)
         {
-            return Ok((*epoch, plan.clone()));
+            return Ok((view, plan.clone()));
         }
         let plan = Arc::new(Plan::new(&view, &self.slice).map_err(|absent| not_ready(view.epoch, absent))?);
-        *cached = Some((view.epoch, plan.clone()));
-        Ok((view.epoch, plan))
+        *cached = Some((view.clone(), plan.clone()));
+        Ok((view, plan))
     }
 }
 
@@ -265,7 +265,8 @@ impl<A: RemoteActor> Mesh<A> {
             to_bytes(message).map_err(|error| MeshError::Codec(error.to_string()))?.into();
         let time = Time::of(self.deadline);
         loop {
-            let (epoch, plan) = self.plan()?;
+            let (view, plan) = self.plan()?;
+            let epoch = view.epoch;
             let (mesh, ranks) = (self.shared.name.clone(), self.slice.len());
             let round = Arc::new(Round {
                 mesh: mesh.clone(),

@@ -14,7 +14,7 @@ pub struct MeshSeat {
     pub(crate) name: String,
     pub(crate) dims: Dims,
     pub(crate) rank: u32,
-    pub(crate) peers: std::sync::Arc<[ActorAddr]>,
+    pub(crate) peers: std::sync::Arc<[Option<ActorAddr>]>,
 }
 
 impl MeshSeat {
@@ -38,9 +38,11 @@ impl MeshSeat {
         self.dims.point_of(self.rank).expect("a spec's rank is within its mesh")
     }
 
-    /// Addresses of all ranks, by rank, as of this rank's start. They are good for messages once a peer was created; a
-    /// message before that is refused, and one to a peer that was restarted since never reaches the new one.
-    pub fn peers(&self) -> &[ActorAddr] {
+    /// Addresses of all ranks, by rank, as of this rank's start; they are there in `Spawn::create` already. `None` is a
+    /// peer that had no process then (one that died for good, or has no place). An address is good for messages once
+    /// its actor was created; a message before that is refused, and one to a peer that was restarted since never
+    /// reaches the new one.
+    pub fn peers(&self) -> &[Option<ActorAddr>] {
         &self.peers
     }
 

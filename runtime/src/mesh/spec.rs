@@ -1,5 +1,6 @@
 //! Meshes as clients ask the cluster for them: spawned, found and removed as one.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -13,6 +14,7 @@ use crate::actor::Spawn;
 use crate::backoff::Backoff;
 use crate::cluster::status::{ActorState, ClusterStatus};
 use crate::cluster::{Cluster, ClusterError};
+use crate::group::GroupView;
 use crate::spec::{ActorSpec, GroupMember};
 use crate::wire::to_bytes;
 
@@ -98,30 +100,26 @@ impl Cluster {
     /// A mesh that was spawned before. The handle follows it from epoch to epoch.
     pub async fn mesh<A>(&self, name: &str) -> Result<Mesh<A>, MeshError> {
         let now = self.watch_mesh(name, None).await?;
-        let (told, views) = watch::channel(None);
-        let tell = move |now: &MeshNow| {
-            let view = &now.view;
-            if view.epoch > 0 {
-                told.send_replace(Some(std::sync::Arc::new(view.clone())));
-            }
-        };
-        tell(&now);
-        let (cluster, mesh, mut epoch) = (self.clone(), name.to_owned(), now.view.epoch);
+        let (told, views) = watch::channel(known(&now));
+        let (cluster, mesh, mut epoch) = (self.clone(), name.to_owned(), Some(now.view.epoch));
         let follower = self.system().runtime().spawn(async move {
             let mut backoff = Backoff::reconnect();
             loop {
-                match cluster.watch_mesh(&mesh, Some(epoch)).await {
-                    // GR-1: an older epoch is of a head that has yet to hear of the newest.
+                match cluster.watch_mesh(&mesh, epoch).await {
                     Ok(now) => {
                         backoff.reset();
-                        if now.view.epoch > epoch {
-                            epoch = now.view.epoch;
-                            tell(&now);
+                        // An earlier epoch is of a mesh that was removed and spawned anew, or of a head, restarted, that
+                        // has yet to hear of the newest. Ranks are the judges of who is late.
+                        if epoch != Some(now.view.epoch) {
+                            epoch = Some(now.view.epoch);
+                            told.send_replace(known(&now));
                         }
                     }
                     Err(error) => {
-                        tracing::debug!(mesh, %error, "cannot follow a mesh");
-                        backoff.pause().await;
+                        if matches!(error, MeshError::Unknown(_)) && told.send_replace(None).is_some() {
+                            tracing::debug!(mesh, "the mesh was removed");
+                        }
+                        (epoch, _) = (None, backoff.pause().await);
                     }
                 }
             }
@@ -136,11 +134,17 @@ impl Cluster {
     }
 
     async fn watch_mesh(&self, name: &str, epoch: Option<u64>) -> Result<MeshNow, MeshError> {
+        // What is not known yet is news at once.
         let wait = if epoch.is_some() { FOLLOW_WAIT } else { Duration::ZERO };
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         let watch = WatchMesh { mesh: name.to_owned(), epoch, wait_ms };
         self.ask_within(watch, wait, true).await?.map_err(MeshError::Unknown)
     }
+}
+
+/// The view, once there is one.
+fn known(now: &MeshNow) -> Option<Arc<GroupView>> {
+    (now.view.epoch > 0).then(|| Arc::new(now.view.clone()))
 }
 
 /// Whether the mesh is up, or will not be; `None` while that is open.
@@ -155,22 +159,22 @@ fn verdict(status: &ClusterStatus, mesh: &str) -> Option<Result<(), String>> {
     })
 }
 
-/// Which rank is not ready, and how it is.
+/// Which rank is not ready, and how it is. One without a place before all others: these may wait for it.
 fn late(status: &ClusterStatus, mesh: &str, limit: Duration) -> String {
-    let mut ranks = status.actors.iter().filter(|actor| actor.group.as_deref() == Some(mesh));
-    let waiting = ranks.find_map(|actor| {
-        let how = match &actor.state {
+    let ranks = status.actors.iter().filter(|actor| actor.group.as_deref() == Some(mesh));
+    let waiting = ranks.filter_map(|actor| {
+        let (weight, how) = match &actor.state {
             ActorState::Ready | ActorState::Dead { .. } => return None,
-            ActorState::Pending { reason } => format!("has no place: {reason}"),
-            ActorState::Starting { progress } => format!("is starting: {}", progress.phase),
-            ActorState::Restarting { attempt, .. } => match &actor.last_death {
-                Some(cause) => format!("{cause}, and is started again (attempt {attempt})"),
-                None => format!("is started again (attempt {attempt})"),
-            },
-            ActorState::Stopping => "is stopping".to_owned(),
+            ActorState::Pending { reason } => (0, format!("has no place: {reason}")),
+            ActorState::Restarting { attempt, .. } => {
+                let cause = actor.last_death.as_ref().map_or(String::new(), |cause| format!("{cause}, and "));
+                (1, format!("{cause}is started again (attempt {attempt})"))
+            }
+            ActorState::Stopping => (2, "is stopping".to_owned()),
+            ActorState::Starting { progress } => (3, format!("is starting: {}", progress.phase)),
         };
-        Some(format!("rank {} ({}) {how}", actor.rank?, actor.name))
+        Some((weight, actor.rank?, format!("rank {} ({}) {how}", actor.rank?, actor.name)))
     });
-    let how = waiting.unwrap_or_else(|| "not all ranks have announced themselves".to_owned());
+    let how = waiting.min().map_or("its view is on its way".to_owned(), |(_, _, how)| how);
     format!("not ready within {limit:?}: {how}")
 }

@@ -115,7 +115,7 @@ impl Host {
     /// The actor from its creation to its end.
     async fn live(&self, order: CreateActor, reports: Reports) -> DeathCause {
         let spec = order.spec;
-        let mesh = match self.take_seat(&spec) {
+        let mesh = match self.take_seat(&spec, order.peers) {
             Ok(mesh) => mesh,
             Err(error) => return DeathCause::CreateFailed { message: error.to_string() },
         };
@@ -157,7 +157,11 @@ impl Host {
     }
 
     /// Its place in a mesh, if the spec has one. From then on rounds of the mesh wait for the first view.
-    fn take_seat(&self, spec: &ActorSpec) -> Result<Option<MeshSeat>, SpawnError> {
+    fn take_seat(
+        &self,
+        spec: &ActorSpec,
+        peers: Vec<Option<ActorAddr>>,
+    ) -> Result<Option<MeshSeat>, SpawnError> {
         let (Some(dims), Some(member)) = (&spec.mesh, &spec.group) else { return Ok(None) };
         self.system.expect_mesh(&member.group)?;
         Ok(Some(MeshSeat {
@@ -165,7 +169,7 @@ impl Host {
             name: member.group.clone(),
             dims: dims.clone(),
             rank: member.rank,
-            peers: Arc::default(),
+            peers: peers.into(),
         }))
     }
 

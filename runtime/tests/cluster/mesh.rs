@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
-use heliostat_runtime::handle::AskError;
+use heliostat_runtime::cluster::status::{ActorState, ClusterStatus};
+use heliostat_runtime::handle::{ActorAddr, AskError};
 use heliostat_runtime::mesh::{Dims, Mesh, MeshError, MeshSpec, RankError, Reduce};
 use heliostat_runtime::spec::RestartPolicy;
 use rustix::process::Signal;
@@ -18,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct MeshRank {
     cx: ActorCx,
     rank: u32,
+    /// As `create` saw them.
+    peers: Vec<Option<ActorAddr>>,
     held: bool,
 }
 
@@ -45,6 +48,7 @@ message!(/** Where it is. */ Whereabouts() -> String, "whereabouts");
 message!(/** Rank and process id. */ Pids() -> Vec<(u32, u32)>, "pids");
 message!(/** The rank that it names never answers. */ Hold(u32) -> u32, "hold");
 message!(/** Whether a `Hold` has arrived. */ Holds() -> bool, "holds");
+message!(/** Where its peers were when it was created. */ Peers() -> Vec<Option<ActorAddr>>, "peers");
 message!(/** A rank gathers over its own mesh, itself included. */ AskPeers() -> Vec<String>, "ask_peers");
 
 impl Reduce for Pids {
@@ -63,7 +67,7 @@ impl RemoteActor for MeshRank {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<Whereabouts>().accept_reduced::<Pids>();
-        m.accept::<Hold>().accept::<Holds>().accept::<AskPeers>();
+        m.accept::<Peers>().accept::<Hold>().accept::<Holds>().accept::<AskPeers>();
     }
 }
 
@@ -76,7 +80,7 @@ impl Spawn for MeshRank {
         if args.fails == Some(rank) {
             return Err(CreateError::Failed(format!("no weights for {}", seat.point())));
         }
-        Ok(Self { rank, cx, held: false })
+        Ok(Self { rank, peers: seat.peers().to_vec(), cx, held: false })
     }
 }
 
@@ -94,6 +98,14 @@ impl Handler<Pids> for MeshRank {
 
     fn handle(&mut self, _: Pids, _: &mut Context<Self>) -> Self::Result {
         MessageResult(vec![(self.rank, std::process::id())])
+    }
+}
+
+impl Handler<Peers> for MeshRank {
+    type Result = MessageResult<Peers>;
+
+    fn handle(&mut self, _: Peers, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.peers.clone())
     }
 }
 
@@ -127,6 +139,16 @@ impl Handler<AskPeers> for MeshRank {
     }
 }
 
+/// MS-4: what the ranks were told of each other when they were created, and what is so.
+async fn check_peers(mesh: &Mesh<MeshRank>, of_ranks: &[u32]) {
+    let now: Vec<Option<ActorAddr>> =
+        mesh.view().unwrap().members.iter().map(|member| member.addr.clone()).collect();
+    for rank in of_ranks {
+        let told = mesh.actor(*rank).unwrap().ask(Peers()).await.unwrap();
+        assert_eq!(told, now, "rank {rank}");
+    }
+}
+
 fn spec(name: &str, fails: Option<u32>) -> MeshSpec {
     let dims = Dims::new([("nodes", 2), ("gpus", 4)]).unwrap();
     MeshSpec::new::<MeshRank>(name, dims, &RankArgs { fails }).unwrap()
@@ -146,6 +168,7 @@ pub(crate) async fn mesh_rounds() {
     let cluster = TestCluster::start(&[0, 0]).await;
     let mesh = spawn(&cluster, "m").await;
     let places = mesh.gather(Whereabouts()).await.unwrap();
+    check_peers(&mesh, &[0, 1, 2, 3, 4, 5, 6, 7]).await;
     assert_eq!(places[6], "nodes 1, gpus 2 of nodes=2 x gpus=4 in m");
     let pids = mesh.reduce(Pids()).await.unwrap();
     assert_eq!(pids.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6, 7]);
@@ -170,6 +193,13 @@ pub(crate) async fn mesh_rounds() {
     cluster.cluster.remove_mesh("m").await.unwrap();
     cluster.until("all ranks are gone", |status| status.actors.is_empty()).await;
     assert!(pids.iter().all(|(_, pid)| !is_alive(*pid)));
+    // A handle from before finds the next mesh of that name.
+    let next = spawn(&cluster, "m").await.reduce(Pids()).await.unwrap();
+    let start = Instant::now();
+    while found.reduce(Pids()).await.ok().as_ref() != Some(&next) {
+        assert!(start.elapsed() < PATIENCE, "{:?}", found.view());
+        tokio::task::yield_now().await;
+    }
     cluster.end().await;
 }
 
@@ -216,6 +246,7 @@ pub(crate) async fn mesh_inner_killed() {
     let now = mesh.reduce(Pids()).await.unwrap();
     let replaced: Vec<u32> = (0..8).filter(|rank| now[*rank as usize] != pids[*rank as usize]).collect();
     assert_eq!(replaced, [4], "one for one");
+    check_peers(&mesh, &[4]).await;
     // The handle from before reaches nobody.
     let refused = old.ask(Holds()).await.unwrap_err();
     assert!(matches!(refused, AskError::Refused(_)), "{refused}");
@@ -225,7 +256,7 @@ pub(crate) async fn mesh_inner_killed() {
 
 /// A mesh of which one rank cannot be created is not left behind in part.
 pub(crate) async fn mesh_spawn_fails() {
-    let cluster = TestCluster::start(&[0]).await;
+    let cluster = TestCluster::start(&[2]).await;
     let mut spec = spec("m", Some(6));
     spec.rank.restart = RestartPolicy::never();
     let error = cluster.cluster.spawn_mesh::<MeshRank>(&spec, PATIENCE).await.unwrap_err().to_string();
@@ -237,8 +268,29 @@ pub(crate) async fn mesh_spawn_fails() {
     let limit = Duration::from_millis(700);
     let error = cluster.cluster.spawn_mesh::<MeshRank>(&spec, limit).await.unwrap_err().to_string();
     println!("  {error}");
-    assert!(error.contains("not ready within 700ms: rank 6 (m-6)"), "{error}");
+    assert!(error.contains("not ready within 700ms: rank 6 (m-6) could not be created"), "{error}");
     assert!(start.elapsed() < Duration::from_secs(10));
+    cluster.until("nothing is left", |status| status.actors.is_empty()).await;
+    // A rank without a place holds the others back: none is created before all have a process.
+    let mut spec = MeshSpec { dims: Dims::new([("x", 3)]).unwrap(), ..self::spec("m", None) };
+    spec.rank.resources.devices = 1;
+    let spawning = {
+        let (cluster, spec) = (cluster.cluster.clone(), spec.clone());
+        tokio::spawn(async move { cluster.spawn_mesh::<MeshRank>(&spec, limit).await })
+    };
+    let phase = |status: &ClusterStatus, rank: usize| match &status.actors[rank].state {
+        ActorState::Starting { progress } => progress.phase.clone(),
+        _ => String::new(),
+    };
+    cluster
+        .until("ranks 0 and 1 wait for rank 2", |status| {
+            status.actors.len() == 3
+                && (0..2).all(|rank| phase(status, rank) == "waits for a process of rank 2")
+        })
+        .await;
+    let error = spawning.await.unwrap().unwrap_err().to_string();
+    println!("  {error}");
+    assert!(error.contains("rank 2 (m-2) has no place: no device of node n0 is free (2 in use)"), "{error}");
     cluster.until("nothing is left", |status| status.actors.is_empty()).await;
     cluster.end().await;
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::nodes::Node;
 use super::{Command, HeadState, INCARNATION_BLOCK, Key, Manner, Record};
-use crate::handle::{ActorAddr, Incarnation};
+use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerProcess, WorkerReport};
 use crate::head::placement::{Offer, Request, Slot, place};
 use crate::head::supervise::{Action, History};
@@ -66,6 +66,10 @@ pub(super) struct Live {
     pub(super) pid: Option<u32>,
     pub(super) phase: Phase,
     pub(super) announced: Option<Vec<u8>>,
+    /// The worker's process and where it listens, once it has reported.
+    pub(super) worker: Option<(ProcessId, String)>,
+    /// It waits to hear what to create.
+    pub(super) waiting: bool,
     seq: u64,
     /// Highest epoch sent, by group.
     pub(super) sent: BTreeMap<String, u64>,
@@ -87,6 +91,8 @@ impl Live {
             pid: None,
             phase: Phase::Starting(Progress { phase: "starting process".into(), ..Progress::default() }),
             announced: None,
+            worker: None,
+            waiting: false,
             seq: 0,
             sent: BTreeMap::new(),
         }
@@ -137,6 +143,12 @@ impl Actor {
             && live.confirmed && live.pid == Some(process.pid))
     }
 
+    /// Name of the mesh that it is a rank of.
+    pub(super) fn mesh(&self) -> Option<&str> {
+        self.spec.mesh.as_ref()?;
+        self.spec.group.as_ref().map(|member| member.group.as_str())
+    }
+
     /// Address of the incarnation that serves.
     pub(super) fn ready(&self) -> Option<&ActorAddr> {
         match &self.life {
@@ -167,7 +179,7 @@ impl HeadState {
         let (name, incarnation) = (report.actor.clone(), report.incarnation);
         self.adopt(&name, incarnation, &report.node, report.device);
         let Some(actor) = self.actors.get_mut(&name) else { return self.dismiss(incarnation) };
-        let spec = actor.spec.clone();
+        let mesh = actor.mesh().map(str::to_owned);
         let Some((live, stopping)) = actor.process_mut(incarnation) else { return self.dismiss(incarnation) };
         if stopping || report.seq <= live.seq {
             return;
@@ -182,13 +194,15 @@ impl HeadState {
         }
         self.changed |= live.pid != Some(report.pid);
         live.pid = Some(report.pid);
+        live.worker = Some((report.addr.process, report.addr.endpoint));
+        live.waiting = report.phase == WorkerPhase::Waiting;
         let phase = match report.phase {
             WorkerPhase::Waiting => {
-                let (device, term) = (live.slot.device, self.term);
-                let node = live.slot.node.clone();
-                let device = device.and_then(|index| self.nodes.get(&node)?.device(index).cloned());
-                let order = CreateActor { incarnation, spec, device, term };
-                self.out.push(Command::CreateActor(Box::new(order)));
+                match mesh {
+                    // MS-4: ranks are created together.
+                    Some(mesh) => drop(self.gathering.insert(mesh)),
+                    None => self.create(&name, Vec::new()),
+                }
                 return;
             }
             WorkerPhase::Creating(progress) => Phase::Starting(progress),
@@ -206,6 +220,16 @@ impl HeadState {
         self.learn_views(report.held);
         self.joined_group(&name);
         self.send_views(&name);
+    }
+
+    /// Has the worker create its actor. A rank of a mesh is told where its peers are.
+    pub(super) fn create(&mut self, name: &str, peers: Vec<Option<ActorAddr>>) {
+        let Some(Actor { life: Life::Live(live), spec, .. }) = self.actors.get(name) else { return };
+        let (incarnation, spec, term) = (live.incarnation, spec.clone(), self.term);
+        let device =
+            live.slot.device.and_then(|index| self.nodes.get(&live.slot.node)?.device(index).cloned());
+        let order = CreateActor { incarnation, spec, device, peers, term };
+        self.out.push(Command::CreateActor(Box::new(order)));
     }
 
     fn dismiss(&mut self, incarnation: Incarnation) {

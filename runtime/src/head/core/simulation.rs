@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use self::world::World;
 use crate::cluster::status::{ActorState, NodeState, NodeStatus};
+use crate::mesh::Dims;
 use crate::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
 
 const RANKS: u32 = 4;
@@ -19,6 +20,7 @@ fn specs() -> Vec<ActorSpec> {
         resources: Resources::device(),
         restart: patient,
         group: Some(GroupMember { group: "ep".into(), rank, size: RANKS }),
+        mesh: Some(Dims::new([("ranks", RANKS)]).expect("a shape")),
         ..ActorSpec::new(format!("rank-{rank}"), "rank", vec![])
     };
     let router = ActorSpec {

@@ -4,8 +4,18 @@ use super::{Link, What, World, addr};
 use crate::group::GroupView;
 use crate::handle::{ActorId, Incarnation};
 use crate::head::core::{Command, Event};
-use crate::head::messages::{WorkerPhase, WorkerReport};
+use crate::head::messages::{CreateActor, WorkerPhase, WorkerReport};
 use crate::spec::DeathCause;
+
+/// MS-4: a rank of a mesh is told its own address, and addresses that are whole.
+fn check_peers(order: &CreateActor) {
+    let Some(member) = order.spec.group.as_ref().filter(|_| order.spec.mesh.is_some()) else { return };
+    let own = order.peers[member.rank as usize].as_ref().map(|addr| addr.incarnation);
+    assert_eq!(own, Some(order.incarnation), "rank {} is told of itself", member.rank);
+    for addr in order.peers.iter().flatten() {
+        assert_eq!(addr.process.0, addr.incarnation.0, "{addr} mixes two lives");
+    }
+}
 
 impl World {
     pub(super) fn report_worker(&mut self, incarnation: Incarnation, registering: bool) {
@@ -36,7 +46,8 @@ impl World {
         let Link::Worker(incarnation) = *link else { return };
         let Some(worker) = self.workers.get_mut(&incarnation) else { return };
         match command {
-            Command::CreateActor(_) if worker.phase == WorkerPhase::Waiting => {
+            Command::CreateActor(order) if worker.phase == WorkerPhase::Waiting => {
+                check_peers(&order);
                 worker.phase = WorkerPhase::Creating(Default::default());
                 self.after(200, What::Step(incarnation));
             }
