@@ -290,7 +290,7 @@ pub(crate) async fn mesh_spawn_fails() {
         .await;
     let error = spawning.await.unwrap().unwrap_err().to_string();
     println!("  {error}");
-    assert!(error.contains("rank 2 (m-2) has no place: no device of node n0 is free (2 in use)"), "{error}");
+    assert!(error.contains("rank 2 (m-2) has no place: node n0 has 0 of 2 devices free"), "{error}");
     cluster.until("nothing is left", |status| status.actors.is_empty()).await;
     cluster.end().await;
 }
