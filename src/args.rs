@@ -2,10 +2,12 @@
 
 mod bench;
 pub(crate) mod cert;
+mod drain;
 mod job;
 
 pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
 pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
+pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -61,6 +63,10 @@ pub(crate) enum Command {
     List(List),
     /// Print what an actor wrote to its log.
     Logs(Logs),
+    /// Empty a node: its actors go elsewhere, and nothing new comes.
+    Drain(Drain),
+    /// Have a drained node take actors again.
+    Undrain(Undrain),
     /// Run commands as jobs: submit, status, logs, stop, list, delete.
     Job(JobArgs),
     /// Keep one job (started by the jobs actor).

@@ -44,6 +44,8 @@ fn run(command: &Command) -> Result<()> {
         Command::Status(args) => one_thread()?.block_on(commands::status::run(args)),
         Command::List(args) => one_thread()?.block_on(commands::list::run(args)),
         Command::Logs(args) => one_thread()?.block_on(commands::logs::run(args)),
+        Command::Drain(args) => one_thread()?.block_on(commands::drain::run(args)),
+        Command::Undrain(args) => one_thread()?.block_on(commands::drain::undo(args)),
         Command::Job(args) => one_thread()?.block_on(commands::job::run(args)),
         Command::Entrypoint(args) => one_thread()?.block_on(commands::entrypoint::run(args)),
         Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),

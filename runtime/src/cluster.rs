@@ -1,6 +1,7 @@
 //! A client's view of the cluster: apply specs, watch, find actors, read logs, shut down.
 
 mod named;
+pub mod placement_group;
 pub mod status;
 
 use std::collections::HashMap;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use actix::Handler;
 
 pub use self::named::{Named, NamedError, NamedJson};
+pub use self::placement_group::PlacementGroup;
 use self::status::ClusterStatus;
 use crate::actor::{RemoteActor, WireMessage};
 use crate::backoff::Backoff;
@@ -147,10 +149,7 @@ impl Cluster {
 
     async fn apply_as(&self, specs: Vec<ActorSpec>, mode: ApplyMode) -> Result<Applied, ClusterError> {
         // Harmless twice: the same specs again change nothing.
-        self.ask(Apply { specs, mode }).await?.map_err(|error| match error {
-            ApplyError::Spec(invalid) => invalid.into(),
-            ApplyError::NotDurable(why) => ClusterError::NotDurable(why),
-        })
+        self.ask(Apply { specs, mode }).await?.map_err(not_applied)
     }
 
     /// Applies specs and removes every actor that is not listed.
@@ -345,6 +344,13 @@ impl Cluster {
 
     fn no_answer<M>(&self, error: &AskError<M>) -> ClusterError {
         ClusterError::Head { head: self.head(), why: error.to_string() }
+    }
+}
+
+fn not_applied(error: ApplyError) -> ClusterError {
+    match error {
+        ApplyError::Spec(invalid) => invalid.into(),
+        ApplyError::NotDurable(why) => ClusterError::NotDurable(why),
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod cert;
 pub(crate) mod check;
 pub(crate) mod down;
+pub(crate) mod drain;
 pub(crate) mod entrypoint;
 pub(crate) mod eplb;
 pub(crate) mod head;

@@ -366,7 +366,10 @@ section! {
         backoff_min_ms: u32 = 100,
         /// Longest delay before a restart, in milliseconds.
         backoff_max_ms: u32 = 5000,
-        /// How long a node may be away before its actors are lost, in seconds.
+        /// How long the head waits for a node agent that ended (its connection broke) before the node's actors are lost,
+        /// in seconds. `helio up` starts it again at once.
+        agent_grace_s: f64 = 1.5,
+        /// How long a node may be silent before its actors are lost, in seconds.
         node_grace_s: f64 = 5.0,
         /// How long a worker lives on without its node agent, in seconds.
         worker_grace_s: f64 = 10.0,

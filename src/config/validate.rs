@@ -296,6 +296,7 @@ impl Check<'_> {
         let s = &raw.supervision;
         for (key, value) in [
             ("supervision.window_s", s.window_s),
+            ("supervision.agent_grace_s", s.agent_grace_s),
             ("supervision.node_grace_s", s.node_grace_s),
             ("supervision.worker_grace_s", s.worker_grace_s),
             ("supervision.heartbeat_ms", f64::from(s.heartbeat_ms)),

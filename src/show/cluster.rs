@@ -2,7 +2,7 @@
 
 use super::{Terminal, or_dash, render, seconds, table};
 use heliostat_runtime::cluster::status::{
-    ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, WorkerStatus,
+    ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, PlacementGroupState, WorkerStatus,
 };
 use heliostat_runtime::spec::{Device, DeviceKind, HOST_LABEL, Labels, NODE_LABEL, Resources};
 use std::collections::BTreeSet;
@@ -56,8 +56,27 @@ pub(crate) fn status(status: &ClusterStatus, terminal: Terminal) -> String {
             group.epoch
         );
     }
+    for group in &status.placement_groups {
+        let _ = writeln!(
+            text,
+            "placement group {}: {}, {} bundles",
+            group.name,
+            placement_group_state(&group.state),
+            group.bundles.len()
+        );
+    }
     let _ = write!(text, "\n{}\n{}", nodes(&status.nodes), actors(&status.actors, &status.nodes));
     text
+}
+
+/// A state in a few words.
+pub(crate) fn placement_group_state(state: &PlacementGroupState) -> String {
+    match state {
+        PlacementGroupState::Pending { reason } => format!("pending: {reason}"),
+        PlacementGroupState::Prepared { reason } => format!("prepared: {reason}"),
+        PlacementGroupState::Created => "created".into(),
+        PlacementGroupState::Rescheduling { reason } => format!("rescheduling: {reason}"),
+    }
 }
 
 /// One line per node.
@@ -142,6 +161,9 @@ pub(crate) fn actor_state(state: &ActorState) -> String {
 fn node_state(state: &NodeState) -> String {
     match state {
         NodeState::Ready => "ready".into(),
+        NodeState::Draining { actors: 1 } => "draining: 1 actor left".into(),
+        NodeState::Draining { actors } => format!("draining: {actors} actors left"),
+        NodeState::Drained => "drained".into(),
         NodeState::Leaving => "leaving".into(),
         NodeState::Unreachable { why } => format!("unreachable: {why}"),
         NodeState::Lost { why } => format!("lost: {why}"),
@@ -236,6 +258,7 @@ mod tests {
             workers: vec![],
             actors: vec![actor],
             groups: vec![],
+            placement_groups: vec![],
             state_store: store,
         };
         let text = status(&cluster, Terminal { colour: false, width: 100 });

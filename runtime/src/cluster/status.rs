@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::group::MemberState;
 use crate::handle::Incarnation;
-use crate::spec::{DeathCause, Device, Labels, Progress, Quantity, Resources};
+use crate::spec::{DeathCause, Device, Labels, Progress, Quantity, Resources, Strategy};
 
 /// The whole cluster at one moment.
 #[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize)]
@@ -24,6 +24,8 @@ pub struct ClusterStatus {
     pub actors: Vec<ActorStatus>,
     /// All groups, by name.
     pub groups: Vec<GroupStatus>,
+    /// All placement groups, by name.
+    pub placement_groups: Vec<PlacementGroupStatus>,
     /// Where the head keeps its state.
     pub state_store: StoreHealth,
 }
@@ -90,6 +92,13 @@ pub struct NodeStatus {
 pub enum NodeState {
     /// It reports.
     Ready,
+    /// It takes no actors, and those that are there go elsewhere.
+    Draining {
+        /// Actors that are still there.
+        actors: u32,
+    },
+    /// It takes no actors and has none.
+    Drained,
     /// It ends its workers and goes.
     Leaving,
     /// It is silent; its actors are kept for a while.
@@ -225,6 +234,59 @@ pub struct MemberStatus {
     pub actor: Option<String>,
     /// Whether it can be reached.
     pub state: MemberState,
+}
+
+/// A placement group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct PlacementGroupStatus {
+    /// Its name.
+    pub name: String,
+    /// How it is.
+    pub state: PlacementGroupState,
+    /// How its bundles lie to each other.
+    pub strategy: Strategy,
+    /// The label whose value is the same for all its nodes.
+    pub topology: Option<String>,
+    /// Its bundles, by index.
+    pub bundles: Vec<BundleStatus>,
+}
+
+/// How a placement group is, by Ray's words.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum PlacementGroupState {
+    /// Its bundles have no places.
+    Pending {
+        /// Why not.
+        reason: String,
+    },
+    /// They have, and the nodes or the state store are still to confirm it.
+    Prepared {
+        /// Who.
+        reason: String,
+    },
+    /// All bundles can be used.
+    Created,
+    /// Some bundles were lost; the others can be used.
+    Rescheduling {
+        /// What the lost ones wait for.
+        reason: String,
+    },
+}
+
+/// A bundle of a placement group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct BundleStatus {
+    /// Its index.
+    pub index: u32,
+    /// What it reserves.
+    pub resources: Resources,
+    /// Where it is.
+    pub node: Option<String>,
+    /// Indices of its devices there.
+    pub devices: Vec<u32>,
+    /// Actors in it.
+    pub actors: Vec<String>,
 }
 
 /// How the state store is.

@@ -14,8 +14,9 @@ use super::authority::Authority;
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::messages::{
-    Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, FindLog, HeadSeen, Lookup,
-    NodeReport, NodeVerdict, ProcessStatus, Shutdown, StartWorker, StopNode, StopWorker, Watch, WorkerReport,
+    Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, FindLog, HeadSeen,
+    Lookup, MakePlacementGroup, NodeReport, NodeVerdict, ProcessStatus, RemovePlacementGroup, Shutdown,
+    StartWorker, StopNode, StopWorker, UndrainNode, Watch, WatchPlacementGroup, WorkerReport,
 };
 use super::tenure::Superseded;
 use crate::actor::{Accepts, RemoteActor, WireMessage};
@@ -30,7 +31,7 @@ use crate::worker::WorkerActor;
 /// Longest wait for the store before a client is told that its change is not durable yet.
 const DURABLE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause before an order whose fate is unknown is repeated.
-const ORDER_PAUSE: Duration = Duration::from_millis(50);
+pub(super) const ORDER_PAUSE: Duration = Duration::from_millis(50);
 /// Attempts to deliver what must arrive, with growing pauses: about 4 s.
 const INSISTENCE: u32 = 12;
 
@@ -38,22 +39,22 @@ const INSISTENCE: u32 = 12;
 pub(crate) struct HeadActor {
     pub(super) core: HeadState,
     system: System,
-    keeper: Keeper,
-    authority: Arc<Authority>,
+    pub(super) keeper: Keeper,
+    pub(super) authority: Arc<Authority>,
     /// Where heads that stand by may be, beside this one.
     heads: Vec<String>,
     started: Instant,
-    nodes: HashMap<String, NodeLink>,
+    pub(super) nodes: HashMap<String, NodeLink>,
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
     pub(super) version: watch::Sender<u64>,
     closed: watch::Sender<bool>,
     timer: Option<(Duration, SpawnHandle)>,
 }
 
-struct NodeLink {
+pub(super) struct NodeLink {
     boot: u64,
     process: ProcessId,
-    handle: Handle<NodeActor>,
+    pub(super) handle: Handle<NodeActor>,
 }
 
 /// What a head actor is made of.
@@ -91,7 +92,7 @@ impl HeadActor {
         self.started.elapsed()
     }
 
-    fn feed(&mut self, event: Event, ctx: &mut Context<Self>) {
+    pub(super) fn feed(&mut self, event: Event, ctx: &mut Context<Self>) {
         let commands = self.core.handle(self.now(), event);
         self.carry_out(commands, ctx);
     }
@@ -144,6 +145,8 @@ impl HeadActor {
                     self.insist(&link.handle, StopNode { term });
                 }
             }
+            Command::PrepareBundles { node, order } => self.prepare_bundles(node, order, ctx),
+            Command::AwaitDurable { group, epoch } => self.await_durable(group, epoch, ctx),
             Command::Persist(write) => self.keeper.write(&write),
         }
     }
@@ -234,6 +237,7 @@ impl HeadActor {
             workers: self.core.worker_status(),
             actors: self.core.actor_status(),
             groups: self.core.group_status(),
+            placement_groups: self.core.placement_group_status(),
             state_store: self.keeper.health(),
         }
     }
@@ -314,6 +318,8 @@ impl RemoteActor for HeadActor {
         m.accept::<Apply>().accept::<Control>().accept::<Watch>().accept::<Lookup>();
         m.accept::<FindLog>().accept::<Shutdown>();
         m.accept::<WatchMesh>().accept::<RemoveMesh>();
+        m.accept::<MakePlacementGroup>().accept::<RemovePlacementGroup>().accept::<WatchPlacementGroup>();
+        m.accept::<DrainNode>().accept::<UndrainNode>();
     }
 }
 

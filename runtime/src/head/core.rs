@@ -5,12 +5,15 @@
 
 mod actors;
 mod apply;
+mod bundles;
+mod drain;
 mod groups;
 mod meshes;
 mod nodes;
 mod record;
 mod report;
 mod roster;
+mod seats;
 #[cfg(test)]
 mod simulation;
 
@@ -18,11 +21,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::bundles::NoSuchGroup;
+use self::bundles::{PlacementGroup, Release};
+pub use self::drain::NoSuchNode;
 use self::groups::Group;
 use self::nodes::Node;
 pub use self::record::{Key, Record, Write};
 use self::roster::Roster;
-use super::messages::{CreateActor, NodeReport, StartWorker, WorkerReport};
+use super::messages::{CreateActor, NodeReport, PrepareBundles, StartWorker, WorkerReport};
 use crate::group::GroupView;
 use crate::handle::Incarnation;
 
@@ -31,13 +37,20 @@ use crate::handle::Incarnation;
 pub struct Patience {
     /// A node that is silent for this long counts as unreachable. Default 3 s.
     pub heartbeat_timeout: Duration,
-    /// A node that stays unreachable for this long is lost, with its actors. Default 5 s.
+    /// A node whose agent closed its connection, and that does not come back for this long, is lost with its actors, if
+    /// another node is there: the agent has ended, as far as one can tell. Default 1.5 s.
+    pub agent_grace: Duration,
+    /// A node that is silent for this long is lost, with its actors. Default 5 s.
     pub node_grace: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { heartbeat_timeout: Duration::from_secs(3), node_grace: Duration::from_secs(5) }
+        Self {
+            heartbeat_timeout: Duration::from_secs(3),
+            agent_grace: Duration::from_millis(1500),
+            node_grace: Duration::from_secs(5),
+        }
     }
 }
 
@@ -62,6 +75,24 @@ pub enum Event {
     },
     /// A worker says how its actor is.
     WorkerReport(WorkerReport),
+    /// A node has answered to `Command::PrepareBundles`.
+    BundlesPrepared {
+        /// Name of the placement group.
+        group: String,
+        /// Which attempt.
+        epoch: u64,
+        /// Name of the node.
+        node: String,
+        /// Why it cannot, if so.
+        refused: Option<String>,
+    },
+    /// What `Command::AwaitDurable` asked for.
+    BundlesDurable {
+        /// Name of the placement group.
+        group: String,
+        /// Which attempt.
+        epoch: u64,
+    },
     /// A deadline has passed.
     Tick,
     /// The cluster is to end: workers, nodes, head.
@@ -107,6 +138,20 @@ pub enum Command {
     StopNode {
         /// Name of the node.
         node: String,
+    },
+    /// Have a node confirm that it is there to hold bundles.
+    PrepareBundles {
+        /// Name of the node.
+        node: String,
+        /// What for.
+        order: PrepareBundles,
+    },
+    /// Say `Event::BundlesDurable` when everything up to here is durable.
+    AwaitDurable {
+        /// Name of the placement group.
+        group: String,
+        /// Which attempt.
+        epoch: u64,
     },
     /// Keep this in the state store.
     Persist(Write),
@@ -159,6 +204,8 @@ pub struct HeadState {
     groups: BTreeMap<String, Group>,
     /// Meshes of which a rank waits to be created.
     gathering: BTreeSet<String>,
+    placement_groups: BTreeMap<String, PlacementGroup>,
+    releasing: Vec<Release>,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
@@ -184,6 +231,8 @@ impl HeadState {
             actors: Roster::default(),
             groups: BTreeMap::new(),
             gathering: BTreeSet::new(),
+            placement_groups: BTreeMap::new(),
+            releasing: Vec::new(),
             incarnations: Reserve::default(),
             hold: None,
             replan: false,
@@ -214,6 +263,10 @@ impl HeadState {
             Event::NodeDisconnected { node, boot } => self.node_disconnected(&node, boot),
             Event::StartFailed { incarnation, message } => self.start_failed(incarnation, message),
             Event::WorkerReport(report) => self.worker_report(report),
+            Event::BundlesPrepared { group, epoch, node, refused } => {
+                self.bundles_prepared(&group, epoch, &node, refused);
+            }
+            Event::BundlesDurable { group, epoch } => self.bundles_durable(&group, epoch),
             Event::Tick => {}
             Event::Shutdown => self.shutdown(),
         }
@@ -229,8 +282,9 @@ impl HeadState {
     /// The moment at which `Event::Tick` is due, unless something else happens first.
     pub fn next_deadline(&self) -> Option<Duration> {
         let nodes = self.nodes.values().filter_map(|node| node.deadline(&self.patience));
+        let drains = self.nodes.values().filter_map(Node::drain_until).filter(|at| *at > self.now);
         let missed = self.missed().filter(|at| *at > self.now);
-        nodes.chain(self.actors.next_deadline()).chain(self.hold).chain(missed).min()
+        nodes.chain(drains).chain(self.actors.next_deadline()).chain(self.hold).chain(missed).min()
     }
 
     /// Whether this head has lost every node that it had, for half of the grace: another head may reach them, and takes
@@ -243,7 +297,7 @@ impl HeadState {
         if self.nodes.values().any(Node::is_connected) {
             return None;
         }
-        self.nodes.values().filter_map(|node| node.missed_at(&self.patience)).max()
+        self.nodes.values().filter_map(|node| node.missed_at()).max()
     }
 
     /// Raised by every visible change.
@@ -263,7 +317,15 @@ impl HeadState {
             self.hold = None;
             (self.changed, self.replan) = (true, true);
         }
-        self.place_pending();
+        let replan = self.actors.take_news() | std::mem::take(&mut self.replan);
+        self.place_pending(replan);
+        self.actors.settle();
+        self.move_from_drained(replan);
+        // After the actors: one that is only being restarted finds its place still free.
+        if replan {
+            self.actors.settle();
+            self.plan_placement_groups();
+        }
         self.create_ranks();
         self.actors.settle();
         if std::mem::take(&mut self.changed) {
@@ -286,6 +348,7 @@ impl HeadState {
         for name in self.actors.keys().cloned().collect::<Vec<_>>() {
             self.retire(&name, "the cluster was shut down", actors::Then::Forget);
         }
+        self.forget_placement_groups();
         let connected = self.nodes.values().filter(|node| node.is_connected());
         let commands: Vec<Command> =
             connected.map(|node| Command::StopNode { node: node.name().to_owned() }).collect();

@@ -128,6 +128,12 @@ impl Keeper {
         self.shared.health.subscribe()
     }
 
+    /// Waits until everything queued is written, however long that takes; false if it never will be.
+    pub(super) fn drained(&self) -> impl Future<Output = bool> + Send + 'static {
+        let mut health = self.shared.health.subscribe();
+        async move { health.wait_for(|health| health.queued == 0).await.is_ok() }
+    }
+
     /// Waits until everything queued is written; false if that takes longer than `limit`, or fails.
     pub(super) fn flushed(&self, limit: Duration) -> impl Future<Output = bool> + Send + 'static {
         let mut health = self.shared.health.subscribe();

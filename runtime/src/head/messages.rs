@@ -9,10 +9,12 @@ use bincode::{Decode, Encode};
 use super::core::Manner;
 use super::tenure::Superseded;
 use crate::actor::WireMessage;
-use crate::cluster::status::ClusterStatus;
+use crate::cluster::status::{ClusterStatus, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
-use crate::spec::{ActorSpec, Capacity, DeathCause, Device, InvalidSpec, Labels, Progress};
+use crate::spec::{
+    ActorSpec, Capacity, DeathCause, Device, InvalidSpec, Labels, PlacementGroupSpec, Progress,
+};
 
 /// Names a message on the wire.
 macro_rules! wire {
@@ -38,9 +40,15 @@ wire! {
     Lookup = "head.lookup" -> Option<ActorAddr>;
     FindLog = "head.find_log" -> Result<ActorAddr, String>;
     Shutdown = "head.shutdown" -> ();
+    MakePlacementGroup = "head.placement_group" -> Result<(), ApplyError>;
+    RemovePlacementGroup = "head.remove_placement_group" -> Result<(), String>;
+    DrainNode = "head.drain" -> Result<(), String>;
+    UndrainNode = "head.undrain" -> Result<(), String>;
+    WatchPlacementGroup = "head.watch_placement_group" -> Option<PlacementGroupStatus>;
     // To a node agent.
     StartWorker = "node.start" -> Result<Result<(), String>, Superseded>;
     StopWorker = "node.stop_worker" -> Result<(), Superseded>;
+    PrepareBundles = "node.prepare_bundles" -> Result<Result<(), String>, Superseded>;
     StopNode = "node.stop" -> Result<(), Superseded>;
     WorkerHello = "node.hello" -> HelloReply;
     ReadLog = "node.read_log" -> Result<LogChunk, String>;
@@ -254,6 +262,47 @@ pub struct Watch {
     pub wait_ms: u64,
 }
 
+/// Empties a node.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DrainNode {
+    /// Its name.
+    pub node: String,
+    /// How long actors stay that fit nowhere else, milliseconds.
+    pub grace_ms: u64,
+    /// Whether its agent ends when nothing is left on it.
+    pub leave: bool,
+}
+
+/// Has a drained node take actors again.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct UndrainNode {
+    /// Its name.
+    pub node: String,
+}
+
+/// Reserves bundles.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MakePlacementGroup {
+    /// What to reserve.
+    pub spec: PlacementGroupSpec,
+}
+
+/// Gives a placement group's bundles back and ends the actors in them.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RemovePlacementGroup {
+    /// Its name.
+    pub name: String,
+}
+
+/// Asks how a placement group is, as soon as it is created or gone, or at the end of the wait.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WatchPlacementGroup {
+    /// Its name.
+    pub name: String,
+    /// Longest wait, milliseconds.
+    pub wait_ms: u64,
+}
+
 /// Asks for the address of a ready actor.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Lookup {
@@ -285,6 +334,19 @@ pub struct StartWorker {
     /// last registration: the head has read from that that the worker does not exist.
     pub report_seq: u64,
     /// Term of the head that orders it.
+    pub term: u64,
+}
+
+/// Has a node confirm that it serves, before bundles there are counted on.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PrepareBundles {
+    /// Name of the placement group.
+    pub group: String,
+    /// Which attempt of the head.
+    pub epoch: u64,
+    /// As in `StartWorker`.
+    pub report_seq: u64,
+    /// Term of the head that asks.
     pub term: u64,
 }
 

@@ -11,6 +11,7 @@ mod keeper;
 mod meshes;
 pub mod messages;
 pub mod placement;
+mod reserve;
 mod service;
 pub mod supervise;
 pub mod tenure;

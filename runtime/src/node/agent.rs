@@ -15,8 +15,8 @@ use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::head::core::Manner;
 use crate::head::finder::Heads;
 use crate::head::messages::{
-    HelloReply, LogChunk, NodeReport, NodeStage, ProcessStatus, ReadLog, StartWorker, StopNode, StopWorker,
-    WorkerHello, WorkerProcess,
+    HelloReply, LogChunk, NodeReport, NodeStage, PrepareBundles, ProcessStatus, ReadLog, StartWorker,
+    StopNode, StopWorker, WorkerHello, WorkerProcess,
 };
 use crate::head::tenure::{Allegiance, Superseded};
 use crate::spec::DeathCause;
@@ -159,6 +159,18 @@ impl Agent {
         state.ordered = incarnation;
         state.workers.insert(incarnation, Worker { record: record.clone(), status: Status::Starting });
         Ok(Some(record))
+    }
+
+    /// Whether what the head knows of this node still holds. Nothing is set aside here: the head alone counts.
+    fn confirms(&self, report_seq: u64) -> Result<(), String> {
+        let state = self.lock();
+        if state.leaving {
+            return Err("it is leaving".into());
+        }
+        if report_seq < state.registered_seq {
+            return Err("it has registered anew since".into());
+        }
+        Ok(())
     }
 
     /// Starts the process of an admitted worker.
@@ -366,6 +378,7 @@ impl RemoteActor for NodeActor {
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<StartWorker>()
             .accept::<StopWorker>()
+            .accept::<PrepareBundles>()
             .accept::<StopNode>()
             .accept::<WorkerHello>()
             .accept::<ReadLog>();
@@ -388,6 +401,15 @@ impl Handler<StartWorker> for NodeActor {
         // Starting a process blocks for a moment.
         let started = self.agent.runtime.spawn_blocking(move || agent.launch(record));
         Box::pin(async move { Ok(started.await.unwrap_or_else(|error| Err(error.to_string()))) })
+    }
+}
+
+impl Handler<PrepareBundles> for NodeActor {
+    type Result = Result<Result<(), String>, Superseded>;
+
+    fn handle(&mut self, order: PrepareBundles, _: &mut Self::Context) -> Self::Result {
+        self.agent.obey(order.term)?;
+        Ok(self.agent.confirms(order.report_seq))
     }
 }
 

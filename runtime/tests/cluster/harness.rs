@@ -46,6 +46,7 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     };
     let mut config = HeadConfig::new(bind, state);
     config.token = Some(Secret::new(TOKEN));
+    config.patience.agent_grace = GRACE;
     config.patience.node_grace = GRACE;
     config.patience.heartbeat_timeout = Duration::from_millis(1500);
     serve(async {

@@ -7,6 +7,7 @@
 mod actors;
 mod harness;
 mod mesh;
+mod placement;
 mod scenarios;
 
 use std::process::ExitCode;
@@ -23,6 +24,9 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("restart_limit", || Box::pin(scenarios::restart_limit())),
     ("node_lost", || Box::pin(scenarios::node_lost())),
     ("orderly_ends", || Box::pin(scenarios::orderly_ends())),
+    ("placement_groups", || Box::pin(placement::placement_groups())),
+    ("gang_again", || Box::pin(placement::gang_again())),
+    ("drain", || Box::pin(placement::drain())),
     ("logs", || Box::pin(scenarios::logs())),
     ("mesh_rounds", || Box::pin(mesh::mesh_rounds())),
     ("mesh_inner_killed", || Box::pin(mesh::mesh_inner_killed())),

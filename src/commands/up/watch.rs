@@ -184,6 +184,7 @@ mod tests {
             workers: vec![],
             actors,
             groups: vec![group],
+            placement_groups: vec![],
             state_store: StoreHealth::default(),
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::nodes::Node;
-use super::{Command, HeadState, INCARNATION_BLOCK, Key, Manner, Record};
+use super::{Command, HeadState, Key, Manner};
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerProcess, WorkerReport};
 use crate::head::placement::{Offer, Request, Slot, place};
@@ -166,7 +166,10 @@ impl HeadState {
             return;
         }
         // It was started, so the one that we remember had ended.
-        let slot = Slot { node: node.to_owned(), device };
+        let spec = actor.spec.clone();
+        let bundle = self.bundle_at(&spec, node, device);
+        let Some(actor) = self.actors.get_mut(name) else { return };
+        let slot = Slot { node: node.to_owned(), device, bundle };
         actor.incarnation = incarnation;
         actor.slot = Some(slot.clone());
         actor.life = Life::Live(Live::new(incarnation, slot));
@@ -344,9 +347,9 @@ impl HeadState {
     }
 
     /// Starts what waits and fits, lower ranks first. Looks again only when something may have changed.
-    pub(super) fn place_pending(&mut self) {
+    pub(super) fn place_pending(&mut self, replan: bool) {
         let mut waiting = self.actors.due(self.now);
-        if self.actors.take_news() | std::mem::take(&mut self.replan) {
+        if replan {
             waiting.extend(self.actors.waiting());
         }
         let waits = |name: &String| match self.actors.get(name).map(|actor| &actor.life) {
@@ -377,7 +380,7 @@ impl HeadState {
 
     /// A place for the actor, which is then taken; wishes that were refused once are refused to all.
     fn find_slot(
-        &self,
+        &mut self,
         name: &str,
         offers: &mut [Offer],
         refused: &mut HashMap<Wish, String>,
@@ -387,6 +390,10 @@ impl HeadState {
         let wish = (resources.clone(), placement.clone(), selector.clone());
         if let Some(why) = refused.get(&wish) {
             return Err(why.clone());
+        }
+        if let Placement::Bundle { group, index } = placement {
+            let (spec, last, index) = (actor.spec.clone(), actor.slot.clone(), *index);
+            return self.find_seat(&spec, last.as_ref(), &group.clone(), index);
         }
         let request = Request { resources, placement, selector, last: actor.slot.as_ref() };
         match place(&request, offers) {
@@ -411,11 +418,7 @@ impl HeadState {
     }
 
     fn start(&mut self, name: &str, slot: Slot) {
-        let (issued, reserve) = self.incarnations.issue(INCARNATION_BLOCK);
-        if let Some(reserved) = reserve {
-            self.persist(Record::Incarnations(reserved));
-        }
-        let incarnation = Incarnation(issued);
+        let incarnation = Incarnation(self.issue());
         let Some(actor) = self.actors.get_mut(name) else { return };
         actor.incarnation = incarnation;
         actor.slot = Some(slot.clone());

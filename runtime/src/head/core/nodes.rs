@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
-use super::record::{NodeRecord, Record};
+use super::record::{DrainRecord, NodeRecord, Record};
 use super::{Command, HeadState, Key, Manner, Patience};
 use crate::handle::Incarnation;
 use crate::head::messages::{NodeReport, NodeStage, ProcessStatus, WorkerProcess};
@@ -19,6 +19,8 @@ pub(super) struct Node {
     pub(super) pid: u32,
     pub(super) reach: Reach,
     leaving: bool,
+    /// When actors that fit nowhere else must go, too.
+    drain_until: Option<Duration>,
     /// Last report, so that one that was overtaken is ignored.
     seq: u64,
     /// Worker processes that run there, as it reports, and that no actor of this head goes by. They are being ended.
@@ -31,19 +33,21 @@ pub(super) enum Reach {
     /// It reports.
     Connected { heard: Duration },
     /// It is silent or its connection broke; its actors are kept for a while.
-    Unreachable { since: Duration, why: String, awaited: bool },
+    Unreachable { since: Duration, until: Duration, why: String, awaited: bool },
     /// It was silent for too long; its actors are fenced.
     Lost { why: String },
 }
 
 impl Node {
-    pub(super) fn recovered(record: NodeRecord, now: Duration) -> Self {
+    pub(super) fn recovered(record: NodeRecord, now: Duration, grace: Duration) -> Self {
         let why = "has not reported since the head restarted".into();
+        let drain_until = record.drain.map(|drain| now + drain.grace);
         Self {
+            drain_until,
             record,
             endpoint: String::new(),
             pid: 0,
-            reach: Reach::Unreachable { since: now, why, awaited: true },
+            reach: Reach::Unreachable { since: now, until: now + grace, why, awaited: true },
             leaving: false,
             seq: 0,
             strays: BTreeMap::new(),
@@ -66,6 +70,29 @@ impl Node {
         self.record.devices.iter().find(|device| device.index == index)
     }
 
+    /// Who owns a device though no actor of this head does.
+    pub(super) fn stray_on(&self, device: u32) -> Option<String> {
+        let stray = self.strays.values().find(|process| process.device == Some(device))?;
+        Some(format!("an old incarnation of {}", stray.actor))
+    }
+
+    /// Begins or ends a drain.
+    pub(super) fn drain(&mut self, drain: Option<DrainRecord>, now: Duration) -> NodeRecord {
+        self.record.drain = drain;
+        self.drain_until = drain.map(|drain| now + drain.grace);
+        self.record.clone()
+    }
+
+    /// When the drain's grace ends, if the node is drained.
+    pub(super) fn drain_until(&self) -> Option<Duration> {
+        self.drain_until
+    }
+
+    /// Whether it is to leave once no actor is on it, and no other process holds it.
+    pub(super) fn may_leave(&self) -> bool {
+        self.record.drain.is_some_and(|drain| drain.leave) && self.strays.is_empty() && !self.leaving
+    }
+
     pub(super) fn is_connected(&self) -> bool {
         matches!(self.reach, Reach::Connected { .. })
     }
@@ -86,23 +113,24 @@ impl Node {
     pub(super) fn deadline(&self, patience: &Patience) -> Option<Duration> {
         match self.reach {
             Reach::Connected { heard } => Some(heard + patience.heartbeat_timeout),
-            Reach::Unreachable { since, .. } => Some(since + patience.node_grace),
+            Reach::Unreachable { until, .. } => Some(until),
             Reach::Lost { .. } => None,
         }
     }
 
     /// When a head that lost this node should let another one try; `None` unless it was here and is now silent.
-    pub(super) fn missed_at(&self, patience: &Patience) -> Option<Duration> {
+    pub(super) fn missed_at(&self) -> Option<Duration> {
         match self.reach {
-            Reach::Unreachable { since, awaited: false, .. } => Some(since + patience.node_grace / 2),
+            Reach::Unreachable { since, until, awaited: false, .. } => Some(since + (until - since) / 2),
             Reach::Unreachable { awaited: true, .. } | Reach::Connected { .. } | Reach::Lost { .. } => None,
         }
     }
 
     /// Why nothing may be placed here, if so.
-    fn closed(&self) -> Option<String> {
+    pub(super) fn closed(&self) -> Option<String> {
         match &self.reach {
             Reach::Connected { .. } if self.leaving => Some("is leaving".into()),
+            Reach::Connected { .. } if self.drain_until.is_some() => Some("is being drained".into()),
             Reach::Connected { .. } => None,
             Reach::Unreachable { why, .. } => Some(format!("is unreachable: it {why}")),
             Reach::Lost { why } => Some(format!("is lost: it {why}")),
@@ -173,16 +201,18 @@ impl HeadState {
             devices: report.devices.clone(),
             capacity: report.capacity.clone(),
             labels: report.labels.clone(),
+            drain: self.nodes.get(&report.name).and_then(|node| node.record.drain),
         };
+        let grace = self.patience.node_grace;
         let known = self.nodes.get(&report.name).map(|node| node.record == record);
         let node = self
             .nodes
             .entry(report.name.clone())
-            .or_insert_with(|| Node::recovered(record.clone(), self.now));
+            .or_insert_with(|| Node::recovered(record.clone(), self.now, grace));
         let leaving = report.stage != NodeStage::Serving;
         let opened = !node.is_connected() || node.leaving != leaving;
         self.changed |= opened;
-        self.replan |= opened;
+        self.replan |= opened || report.registering;
         node.reach = Reach::Connected { heard: self.now };
         node.leaving = leaving;
         node.endpoint.clone_from(&report.addr.endpoint);
@@ -194,6 +224,8 @@ impl HeadState {
         if known != Some(true) {
             node.record = record.clone();
             (self.changed, self.replan) = (true, true);
+            let devices: Vec<u32> = record.devices.iter().map(|device| device.index).collect();
+            self.drop_bundles(&report.name, |slot| slot.devices.iter().any(|index| !devices.contains(index)));
             self.persist(Record::Node(record));
         }
         if self.closing && !leaving {
@@ -231,20 +263,27 @@ impl HeadState {
     }
 
     pub(super) fn node_disconnected(&mut self, name: &str, boot: u64) {
+        let Patience { agent_grace, node_grace, .. } = self.patience;
+        // What lives on without its agent is given up early only where it may go on elsewhere.
+        let elsewhere = self.nodes.values().any(|node| node.is_connected() && node.name() != name);
         let Some(node) = self.nodes.get_mut(name).filter(|node| node.record.boot == boot) else { return };
         if node.is_connected() {
             let why = "closed its connection".to_owned();
-            node.reach = Reach::Unreachable { since: self.now, why, awaited: false };
+            let grace = if elsewhere { agent_grace.min(node_grace) } else { node_grace };
+            let (since, until) = (self.now, self.now + grace);
+            node.reach = Reach::Unreachable { since, until, why, awaited: false };
             (self.changed, self.replan) = (true, true);
+            self.node_silent(name);
         }
     }
 
     /// The agent said goodbye: nothing of it is left.
-    fn node_left(&mut self, name: &str) {
+    pub(super) fn node_left(&mut self, name: &str) {
         for (actor, incarnation, _) in self.actors_on(name) {
             let why = "the node left the cluster".to_owned();
             self.exited(&actor, incarnation, DeathCause::NodeLost { node: name.to_owned(), why });
         }
+        self.drop_bundles(name, |_| true);
         self.nodes.remove(name);
         self.forget(Key::Node(name.to_owned()));
         (self.changed, self.replan) = (true, true);
@@ -254,15 +293,17 @@ impl HeadState {
     pub(super) fn check_nodes(&mut self) {
         let now = self.now;
         let due = |node: &&mut Node| node.deadline(&self.patience).is_some_and(|deadline| deadline <= now);
-        let mut lost = Vec::new();
+        let (mut lost, mut silent) = (Vec::new(), Vec::new());
         for node in self.nodes.values_mut().filter(due) {
             (self.changed, self.replan) = (true, true);
             match node.reach {
                 Reach::Connected { heard } => {
                     let why = format!("was silent for {} ms", (now - heard).as_millis());
+                    silent.push(node.record.name.clone());
                     // Its grace counts from the last sign of life.
-                    node.reach = Reach::Unreachable { since: heard, why, awaited: false };
-                    if heard + self.patience.node_grace <= now {
+                    let until = heard + self.patience.node_grace;
+                    node.reach = Reach::Unreachable { since: heard, until, why, awaited: false };
+                    if until <= now {
                         lost.push(node.record.name.clone());
                     }
                 }
@@ -270,9 +311,8 @@ impl HeadState {
                 Reach::Lost { .. } => {}
             }
         }
-        for name in lost {
-            self.lose_node(&name);
-        }
+        silent.iter().for_each(|name| self.node_silent(name));
+        lost.iter().for_each(|name| self.lose_node(name));
     }
 
     fn lose_node(&mut self, name: &str) {
@@ -287,6 +327,7 @@ impl HeadState {
             let cause = DeathCause::NodeLost { node: name.to_owned(), why: format!("it {why}") };
             self.exited(&actor, incarnation, cause);
         }
+        self.drop_bundles(name, |_| true);
     }
 
     /// Actors with a process on the node: name, incarnation, and whether the node has confirmed it.
@@ -310,16 +351,17 @@ impl HeadState {
 
     /// What each node has free.
     pub(super) fn offers(&self) -> Vec<Offer> {
-        self.nodes.values().map(|node| self.offer(node)).collect()
+        let mut offers: Vec<Offer> = self.nodes.values().map(|node| self.offer(node)).collect();
+        self.offer_less_bundles(&mut offers);
+        offers
     }
 
     fn offer(&self, node: &Node) -> Offer {
         let NodeRecord { name, capacity, labels, devices, .. } = node.record();
         let usage = self.actors.usage(name);
-        let stray = |index: u32| node.strays.values().find(|process| process.device == Some(index));
         let owner = |index: u32| {
             let owner = usage.and_then(|usage| usage.devices.get(&index)).cloned();
-            owner.or_else(|| Some(format!("an old incarnation of {}", stray(index)?.actor)))
+            owner.or_else(|| node.stray_on(index))
         };
         Offer {
             node: name.clone(),

@@ -6,13 +6,14 @@ use std::time::Duration;
 use bincode::{Decode, Encode};
 
 use super::actors::{Actor, Life, Live, Phase, Then};
+use super::bundles::PlacementGroup;
 use super::groups::Group;
 use super::nodes::Node;
 use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
-use crate::head::placement::Slot;
-use crate::spec::{ActorSpec, Capacity, DeathCause, Device, Labels, Progress};
+use crate::head::placement::{Places, Slot};
+use crate::spec::{ActorSpec, Capacity, DeathCause, Device, Labels, PlacementGroupSpec, Progress};
 
 /// One entry of the state store.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
@@ -25,6 +26,8 @@ pub enum Record {
     Group(GroupRecord),
     /// A node that joined.
     Node(NodeRecord),
+    /// A placement group.
+    PlacementGroup(PlacementGroupRecord),
     /// No incarnation above this was ever issued.
     Incarnations(u64),
 }
@@ -71,6 +74,19 @@ pub struct GroupRecord {
     pub reserved: u64,
 }
 
+/// A placement group.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PlacementGroupRecord {
+    /// As it was asked for.
+    pub spec: PlacementGroupSpec,
+    /// Tells it from earlier ones of the same name.
+    pub id: u64,
+    /// Where its bundles are.
+    pub places: Places,
+    /// Whether all have had places.
+    pub created: bool,
+}
+
 /// A node that joined.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct NodeRecord {
@@ -84,6 +100,17 @@ pub struct NodeRecord {
     pub capacity: Capacity,
     /// Its labels.
     pub labels: Labels,
+    /// That it is drained, if so.
+    pub drain: Option<DrainRecord>,
+}
+
+/// How a node is drained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct DrainRecord {
+    /// How long actors stay that fit nowhere else; after a restart of the head anew.
+    pub grace: Duration,
+    /// Whether the node leaves when it is empty.
+    pub leave: bool,
 }
 
 /// Where a record is kept.
@@ -97,6 +124,8 @@ pub enum Key {
     Group(String),
     /// Of a node.
     Node(String),
+    /// Of a placement group.
+    PlacementGroup(String),
     /// Of the incarnation reserve.
     Incarnations,
 }
@@ -109,6 +138,7 @@ impl Key {
             Key::Actor(name) => format!("actor/{name}"),
             Key::Group(name) => format!("group/{name}"),
             Key::Node(name) => format!("node/{name}"),
+            Key::PlacementGroup(name) => format!("placement_group/{name}"),
             Key::Incarnations => "incarnations".into(),
         }
     }
@@ -122,6 +152,7 @@ impl Record {
             Record::Actor(record) => Key::Actor(record.name.clone()),
             Record::Group(record) => Key::Group(record.view.group.clone()),
             Record::Node(record) => Key::Node(record.name.clone()),
+            Record::PlacementGroup(record) => Key::PlacementGroup(record.spec.name.clone()),
             Record::Incarnations(_) => Key::Incarnations,
         }
     }
@@ -168,7 +199,13 @@ impl HeadState {
                     state.groups.insert(group.view().group.clone(), group);
                 }
                 Record::Node(record) => {
-                    state.nodes.insert(record.name.clone(), Node::recovered(record, now));
+                    state
+                        .nodes
+                        .insert(record.name.clone(), Node::recovered(record, now, patience.node_grace));
+                }
+                Record::PlacementGroup(record) => {
+                    let group = PlacementGroup::recovered(record);
+                    state.placement_groups.insert(group.name().to_owned(), group);
                 }
                 Record::Incarnations(reserved) => state.incarnations = Reserve::recovered(reserved),
             }
@@ -185,7 +222,9 @@ impl HeadState {
         state.persist(Record::Incarnations(state.incarnations.reserved));
         let groups: Vec<GroupRecord> = state.groups.values_mut().map(Group::reserve).collect();
         groups.into_iter().for_each(|record| state.persist(Record::Group(record)));
+        state.drop_forgotten_places();
         state.actors.settle();
+        state.replan = true;
         let commands = std::mem::take(&mut state.out);
         (state, commands)
     }

@@ -113,6 +113,10 @@ fn status_of(node: &Node, offer: Offer) -> NodeStatus {
         name: node.name().to_owned(),
         state: match &node.reach {
             Reach::Connected { .. } if node.is_leaving() => NodeState::Leaving,
+            Reach::Connected { .. } if node.drain_until().is_some() => match offer.actors {
+                0 => NodeState::Drained,
+                actors => NodeState::Draining { actors: u32::try_from(actors).unwrap_or(u32::MAX) },
+            },
             Reach::Connected { .. } => NodeState::Ready,
             Reach::Unreachable { why, .. } => NodeState::Unreachable { why: why.clone() },
             Reach::Lost { why } => NodeState::Lost { why: why.clone() },

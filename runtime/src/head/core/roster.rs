@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::time::Duration;
 
 use super::actors::{Actor, Life};
-use crate::head::placement::Slot;
+use crate::head::placement::{BundleRef, Slot};
 use crate::spec::Resources;
 
 /// All actors.
@@ -21,7 +21,10 @@ pub(super) struct Roster {
     entries: HashMap<String, Entry>,
     waiting: BTreeSet<String>,
     deadlines: BTreeSet<(Duration, String)>,
+    /// By node; what actors in bundles have is not counted here, but they are listed.
     nodes: BTreeMap<String, Usage>,
+    /// By bundle and the node where the process is.
+    bundles: BTreeMap<(BundleRef, String), Usage>,
     /// Somebody waits who did not, or something was given back.
     news: bool,
 }
@@ -41,7 +44,7 @@ struct Holding {
     resources: Resources,
 }
 
-/// What the actors of one node have together.
+/// What the actors of one node, or in one bundle, have together.
 #[derive(Debug, Default)]
 pub(super) struct Usage {
     pub(super) resources: Resources,
@@ -112,23 +115,38 @@ impl Roster {
     }
 
     fn set_aside(&mut self, name: &str, holding: &Holding) {
-        let usage = self.nodes.entry(holding.slot.node.clone()).or_default();
+        let Slot { node, bundle, .. } = &holding.slot;
+        let usage = self.nodes.entry(node.clone()).or_default();
         usage.actors.insert(name.to_owned());
-        usage.resources.add(&holding.resources);
-        holding.slot.device.map(|device| usage.devices.insert(device, name.to_owned()));
+        match bundle {
+            None => usage.set_aside(name, holding),
+            Some(bundle) => {
+                let usage = self.bundles.entry((bundle.clone(), node.clone())).or_default();
+                usage.actors.insert(name.to_owned());
+                usage.set_aside(name, holding);
+            }
+        }
     }
 
     fn give_back(&mut self, name: &str, holding: &Holding) {
-        let Some(usage) = self.nodes.get_mut(&holding.slot.node) else { return };
-        usage.actors.remove(name);
-        usage.resources.remove(&holding.resources);
-        if let Some(device) = holding.slot.device
-            && usage.devices.get(&device).is_some_and(|owner| owner == name)
-        {
-            usage.devices.remove(&device);
+        let Slot { node, bundle, .. } = &holding.slot;
+        if let Some(usage) = self.nodes.get_mut(node) {
+            usage.actors.remove(name);
+            if bundle.is_none() {
+                usage.give_back(name, holding);
+            }
+            if usage.actors.is_empty() {
+                self.nodes.remove(node);
+            }
         }
-        if usage.actors.is_empty() {
-            self.nodes.remove(&holding.slot.node);
+        let Some(bundle) = bundle else { return };
+        let key = (bundle.clone(), node.clone());
+        if let Some(usage) = self.bundles.get_mut(&key) {
+            usage.actors.remove(name);
+            usage.give_back(name, holding);
+            if usage.actors.is_empty() {
+                self.bundles.remove(&key);
+            }
         }
     }
 
@@ -162,9 +180,35 @@ impl Roster {
         self.deadlines.first().map(|(at, _)| *at)
     }
 
+    /// What the processes of a bundle have on a node.
+    pub(super) fn bundle_usage(&self, bundle: &BundleRef, node: &str) -> Option<&Usage> {
+        self.bundles.get(&(bundle.clone(), node.to_owned()))
+    }
+
+    /// All bundles with processes in them, those that are gone included, and the node where these are.
+    pub(super) fn bundles(&self) -> impl Iterator<Item = (&(BundleRef, String), &Usage)> {
+        self.bundles.iter()
+    }
+
     /// What the actors of a node have.
     pub(super) fn usage(&self, node: &str) -> Option<&Usage> {
         self.nodes.get(node)
+    }
+}
+
+impl Usage {
+    fn set_aside(&mut self, name: &str, holding: &Holding) {
+        self.resources.add(&holding.resources);
+        holding.slot.device.map(|device| self.devices.insert(device, name.to_owned()));
+    }
+
+    fn give_back(&mut self, name: &str, holding: &Holding) {
+        self.resources.remove(&holding.resources);
+        if let Some(device) = holding.slot.device
+            && self.devices.get(&device).is_some_and(|owner| owner == name)
+        {
+            self.devices.remove(&device);
+        }
     }
 }
 

@@ -1,19 +1,29 @@
 //! Seeded simulation of the whole control plane around the real core: faults at random, then healing.
 //!
-//! A failure prints its seed; `replay` runs it again with the history. More seeds: `HELIOSTAT_SEEDS=10000`.
+//! One file per invariant; what must hold at every step is asserted by `world/checks.rs`. A failure prints its seed;
+//! `replay` runs it again with the history. More seeds: `HELIOSTAT_SEEDS=10000`.
 
+mod bundles;
+mod cut_off;
+mod drain;
+mod fenced;
+mod head_alone;
+mod heals;
 mod world;
 
 use std::time::Duration;
 
 use self::world::World;
-use crate::cluster::status::{ActorState, NodeState, NodeStatus};
 use crate::mesh::Dims;
-use crate::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
+use crate::spec::{
+    ActorSpec, GroupMember, Placement, PlacementGroupSpec, Resources, RestartPolicy, Strategy,
+};
 
 const RANKS: u32 = 4;
+/// Name of the placement group.
+const RESERVED: &str = "reserved";
 
-/// Four ranks on devices, a subscriber, and an actor that is given up early.
+/// Four ranks on devices, a subscriber, an actor that is given up early, and two in bundles.
 fn specs() -> Vec<ActorSpec> {
     let patient = RestartPolicy { max_restarts: u32::MAX, ..RestartPolicy::default() };
     let rank = |rank| ActorSpec {
@@ -30,7 +40,19 @@ fn specs() -> Vec<ActorSpec> {
     };
     let restart = RestartPolicy { max_restarts: 2, ..RestartPolicy::default() };
     let fragile = ActorSpec { restart, ..ActorSpec::new("fragile", "fragile", vec![]) };
-    (0..RANKS).map(rank).chain([router, fragile]).collect()
+    let inside = |index| ActorSpec {
+        resources: Resources::device(),
+        restart: patient,
+        placement: Placement::Bundle { group: RESERVED.into(), index: Some(index) },
+        ..ActorSpec::new(format!("inside-{index}"), "inside", vec![])
+    };
+    (0..RANKS).map(rank).chain([router, fragile, inside(0), inside(1)]).collect()
+}
+
+/// Two bundles, each on a node of its own.
+fn placement_group() -> PlacementGroupSpec {
+    let resources = Resources { cpus: 2.into(), ..Resources::device() };
+    PlacementGroupSpec::new(RESERVED, 2, resources).strategy(Strategy::StrictSpread)
 }
 
 fn simulate(seed: u64) -> World {
@@ -49,7 +71,7 @@ fn simulate(seed: u64) -> World {
 fn seeds() -> u64 {
     // Only to search for longer by hand.
     #[allow(clippy::disallowed_methods)]
-    std::env::var("HELIOSTAT_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(200)
+    std::env::var("HELIOSTAT_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(600)
 }
 
 /// Runs `check` over worlds that were broken and healed; names the seed when it panics.
@@ -61,111 +83,6 @@ fn for_all_seeds(check: impl Fn(&World) + std::panic::RefUnwindSafe) {
             std::panic::resume_unwind(panic);
         }
     }
-}
-
-/// Never two live incarnations, no restart without a death, no epoch with two meanings: the world asserts these at
-/// every step. Here: after healing everything runs, once, and everybody knows the same.
-#[test]
-fn heals_after_any_faults() {
-    for_all_seeds(|world| {
-        let head = world.head();
-        for actor in head.actor_status() {
-            let given_up = actor.name == "fragile" && matches!(actor.state, ActorState::Dead { .. });
-            assert!(actor.state == ActorState::Ready || given_up, "{}: {:?}", actor.name, actor.state);
-            let alive = world.alive(&actor.name);
-            let expected: Vec<_> = (!given_up).then_some(actor.incarnation).into_iter().collect();
-            assert_eq!(alive, expected, "processes of {}", actor.name);
-        }
-        let group = head.group_status().remove(0);
-        assert!(group.complete);
-        for name in ["rank-0", "rank-1", "rank-2", "rank-3", "router"] {
-            let view = world.view_of(name, "ep").unwrap_or_else(|| panic!("{name} has no view"));
-            assert!(
-                view.is_complete() && view.epoch == group.epoch,
-                "{name} has {view:?}, epoch {}",
-                group.epoch
-            );
-            let now = head.actor_status().into_iter().filter(|actor| actor.rank.is_some());
-            let shown = view.members.iter().map(|member| member.addr.as_ref().map(|addr| addr.incarnation));
-            assert!(shown.eq(now.map(|actor| Some(actor.incarnation))), "{name} has {view:?}");
-        }
-        assert!(head.next_deadline().is_some(), "heartbeats are watched");
-    });
-}
-
-/// A head that dies and comes back, alone, changes nothing at all.
-#[test]
-fn a_new_head_restarts_nothing() {
-    for seed in 0..seeds() {
-        let mut world = World::new(seed, specs());
-        world.spare();
-        world.run_for(Duration::from_secs(2));
-        world.kill("rank-1");
-        while !(world.head().group_status()[0].complete && world.head().group_status()[0].epoch == 3) {
-            world.run_for(Duration::from_millis(1));
-        }
-        // Shortly after: all have the view, but some of what the head did is not durable yet.
-        let pause = Duration::from_millis(5 + world.roll(30));
-        world.run_for(pause);
-        let before: Vec<_> = world.head().actor_status();
-        let epoch = world.head().group_status()[0].epoch;
-        // Killed, or frozen: then it wakes after it was replaced.
-        match seed % 2 {
-            0 => world.crash_head(),
-            _ => world.depose(false),
-        }
-        world.run_for(Duration::from_secs(10));
-        let after = world.head().actor_status();
-        let key = |actor: &crate::cluster::status::ActorStatus| {
-            (actor.name.clone(), actor.incarnation, actor.pid, actor.node.clone(), actor.device)
-        };
-        assert_eq!(
-            before.iter().map(key).collect::<Vec<_>>(),
-            after.iter().map(key).collect::<Vec<_>>(),
-            "seed {seed}"
-        );
-        assert_eq!(world.head().group_status()[0].epoch, epoch, "seed {seed}");
-    }
-}
-
-/// HA-1, HA-2: the world asserts that a leader whose lease may have run out orders nothing, and that nobody obeys an
-/// older head than one that was heard of. Here: both were put to the test.
-#[test]
-fn an_older_head_is_fenced() {
-    let (mut fenced, mut refused) = (0, 0);
-    for seed in 0..seeds() {
-        let mut world = World::new(seed, specs());
-        world.run_for(Duration::from_secs(2));
-        for _ in 0..3 {
-            world.depose(true);
-            world.run_for(Duration::from_secs(6));
-        }
-        (fenced, refused) = (fenced + world.fenced, refused + world.refused);
-    }
-    assert!(fenced > seeds() && refused > 0, "{fenced} orders were not given, {refused} were refused");
-    println!("{fenced} orders were not given, {refused} were refused");
-}
-
-/// A head that hears of no node any more says so before it gives their actors up, and one that never heard of them does
-/// not.
-#[test]
-fn a_head_that_lost_all_nodes_lets_another_try() {
-    let mut world = World::new(1, specs());
-    world.spare();
-    world.run_for(Duration::from_secs(2));
-    assert!(!world.head().is_cut_off());
-    world.freeze_all();
-    while !world.head().is_cut_off() {
-        world.run_for(Duration::from_millis(10));
-    }
-    let silent = |node: &NodeStatus| matches!(node.state, NodeState::Unreachable { .. });
-    assert!(world.head().node_status().iter().all(silent), "no actor was given up yet");
-    world.depose(false);
-    world.run_for(Duration::from_millis(2600));
-    assert!(!world.head().is_cut_off(), "the next one has heard of none yet");
-    world.run_for(Duration::from_secs(20));
-    assert!(!world.head().is_cut_off());
-    assert!(world.head().actor_status().iter().all(|actor| actor.state == ActorState::Ready));
 }
 
 /// `cargo test -p heliostat-runtime --lib replay -- --ignored --nocapture`, after setting the seed.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bincode::{Decode, Encode};
 
 use super::Unplaceable;
-use super::offer::{Miss, Offer, reason};
+use super::offer::{Miss, Offer, refusal};
 use crate::spec::{Bundle, PlacementGroupSpec, Strategy};
 
 /// Choices that a search may try.
@@ -129,6 +129,10 @@ impl<'a> Planner<'a> {
         self.offers[node].misses(&bundle.resources, &bundle.selector)
     }
 
+    fn subject(&self, node: usize) -> String {
+        format!("node {}", self.offers[node].node)
+    }
+
     fn fits(&self, node: usize, index: u32) -> bool {
         self.misses(node, index).is_empty()
     }
@@ -150,9 +154,9 @@ impl<'a> Planner<'a> {
     }
 
     /// "7 of 8 bundles fit; bundle 3 (1 device) does not: ..."
-    fn stuck(&self, placed: usize, index: u32, misses: Vec<(&str, Vec<Miss<'_>>)>) -> Failure {
+    fn stuck(&self, placed: usize, index: u32, misses: Vec<(String, Vec<Miss<'_>>)>) -> Failure {
         let (all, needs) = (self.missing.len(), &self.bundle(index).resources);
-        let why = reason(misses);
+        let why = refusal(misses);
         let lost = if self.kept.is_empty() { "" } else { "of those without a place, " };
         Failure {
             placed,
@@ -186,8 +190,8 @@ impl<'a> Planner<'a> {
         let mut nodes: Vec<usize> = (0..self.offers.len()).filter(|&node| self.fits(node, index)).collect();
         if nodes.is_empty() {
             if depth >= self.best.placed || self.best.why.is_empty() {
-                let misses = (0..self.offers.len())
-                    .map(|node| (self.offers[node].node.as_str(), self.misses(node, index)));
+                let misses =
+                    (0..self.offers.len()).map(|node| (self.subject(node), self.misses(node, index)));
                 self.best = self.stuck(depth, index, misses.collect());
             }
             return false;
@@ -243,7 +247,8 @@ impl<'a> Planner<'a> {
             let placed = self.places.len();
             if best.as_ref().is_none_or(|best| placed > best.placed) {
                 let name = self.offers[node].node.as_str();
-                let mut failure = self.stuck(placed, index, vec![(name, self.misses(node, index))]);
+                let mut failure =
+                    self.stuck(placed, index, vec![(self.subject(node), self.misses(node, index))]);
                 failure.why =
                     format!("all bundles must be on one node; on {name}, the nearest, {}", failure.why);
                 best = Some(failure);
@@ -266,7 +271,7 @@ impl<'a> Planner<'a> {
                 let misses = (0..self.offers.len()).map(|node| {
                     let misses = self.misses(node, index);
                     let held = misses.is_empty().then_some(Miss::Sibling);
-                    (self.offers[node].node.as_str(), held.map_or(misses, |held| vec![held]))
+                    (self.subject(node), held.map_or(misses, |held| vec![held]))
                 });
                 let mut failure = self.stuck(placed, index, misses.collect());
                 failure.why = format!("each bundle must be on a node of its own; {}", failure.why);

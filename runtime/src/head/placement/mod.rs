@@ -10,9 +10,21 @@ use std::fmt;
 use bincode::{Decode, Encode};
 
 pub use self::bundles::{BundleSlot, Places, plan};
+use self::offer::Miss;
 pub use self::offer::Offer;
-use self::offer::{Miss, reason};
+pub(super) use self::offer::refusal;
 use crate::spec::{LabelSelector, Placement, Resources};
+
+/// A bundle of one placement group, told from those of earlier groups of the same name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Encode, Decode)]
+pub struct BundleRef {
+    /// Name of the group.
+    pub group: String,
+    /// Number of the group.
+    pub id: u64,
+    /// Index of the bundle.
+    pub index: u32,
+}
 
 /// Where one incarnation runs.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -21,6 +33,8 @@ pub struct Slot {
     pub node: String,
     /// Index of the device it owns there, if it asked for one.
     pub device: Option<u32>,
+    /// The bundle that it takes its resources from; without one, they are its own.
+    pub bundle: Option<BundleRef>,
 }
 
 /// What is to be placed.
@@ -54,16 +68,17 @@ pub fn place(request: &Request<'_>, offers: &[Offer]) -> Result<Slot, Unplaceabl
     let wanted = || offers.iter().filter(|offer| wants(request.placement, offer));
     let fitting = wanted().filter_map(|offer| Some((offer, fit(request, offer).ok()?)));
     if let Some((offer, device)) = fitting.min_by_key(|(offer, device)| order(request, offer, *device)) {
-        return Ok(Slot { node: offer.node.clone(), device });
+        return Ok(Slot { node: offer.node.clone(), device, bundle: None });
     }
-    let misses = wanted().filter_map(|offer| Some((offer.node.as_str(), fit(request, offer).err()?)));
+    let misses =
+        wanted().filter_map(|offer| Some((format!("node {}", offer.node), fit(request, offer).err()?)));
     let misses: Vec<_> = misses.collect();
     Err(Unplaceable(match request.placement {
         Placement::Bundle { group, .. } => format!("there is no placement group {group}"),
         Placement::Node(node) | Placement::Device { node, .. } if misses.is_empty() => {
             format!("node {node} has not joined the cluster")
         }
-        _ => reason(misses),
+        _ => refusal(misses),
     }))
 }
 
@@ -143,7 +158,7 @@ mod tests {
     }
 
     fn slot(node: &str, device: Option<u32>) -> Slot {
-        Slot { node: node.into(), device }
+        Slot { node: node.into(), device, bundle: None }
     }
 
     fn placed(
@@ -231,7 +246,7 @@ mod tests {
         assert_eq!(
             reason(&Resources::device(), &Placement::Anywhere, &offers),
             "node n40 has 0 of 1 devices free, 1 is wanted; node n0 has no device; node n1 has no device; \
-             47 further nodes fit no better"
+             47 others fit no better"
         );
     }
 

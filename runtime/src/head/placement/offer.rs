@@ -30,13 +30,13 @@ pub struct Offer {
 
 impl Offer {
     /// Its first devices that nobody owns, as many as asked; fewer if there are not so many.
-    pub(super) fn free_devices(&self, most: u32) -> Vec<u32> {
+    pub(in crate::head) fn free_devices(&self, most: u32) -> Vec<u32> {
         let free = self.devices.iter().filter(|(_, owner)| owner.is_none());
         free.map(|(index, _)| *index).take(most as usize).collect()
     }
 
     /// Whether nobody owns that device.
-    pub(super) fn is_free(&self, index: u32) -> bool {
+    pub(in crate::head) fn is_free(&self, index: u32) -> bool {
         self.devices.iter().any(|(device, owner)| *device == index && owner.is_none())
     }
 
@@ -76,7 +76,7 @@ impl Offer {
     }
 
     /// What keeps somebody with these needs off the node; nothing if it fits.
-    pub(super) fn misses(&self, resources: &Resources, selector: &LabelSelector) -> Vec<Miss<'_>> {
+    pub(in crate::head) fn misses(&self, resources: &Resources, selector: &LabelSelector) -> Vec<Miss<'_>> {
         if let Some(why) = &self.closed {
             return vec![Miss::Closed(why)];
         }
@@ -113,7 +113,7 @@ impl Offer {
 
 /// One thing that keeps somebody off a node.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Miss<'a> {
+pub(in crate::head) enum Miss<'a> {
     Closed(&'a str),
     Label {
         key: String,
@@ -208,19 +208,19 @@ fn are(wanted: Quantity) -> &'static str {
 /// Nodes that are named in a reason.
 const NAMED_MAX: usize = 3;
 
-/// Why nothing fits: the nodes that come nearest, and how many others there are.
-pub(super) fn reason(mut misses: Vec<(&str, Vec<Miss<'_>>)>) -> String {
+/// Why nothing fits: those that come nearest, and how many others there are. Each with its subject, such as "node a".
+pub(in crate::head) fn refusal(mut misses: Vec<(String, Vec<Miss<'_>>)>) -> String {
     misses.sort_by_key(|(_, misses)| misses.iter().map(Miss::distance).sum::<u32>());
-    let named = misses.iter().take(NAMED_MAX).map(|(node, misses)| {
+    let named = misses.iter().take(NAMED_MAX).map(|(subject, misses)| {
         let misses: Vec<String> = misses.iter().map(Miss::to_string).collect();
-        format!("node {node} {}", misses.join(" and "))
+        format!("{subject} {}", misses.join(" and "))
     });
     let named: Vec<String> = named.collect();
     let mut reason = named.join("; ");
     match misses.len().saturating_sub(NAMED_MAX) {
         0 => {}
-        1 => reason.push_str("; 1 further node fits no better"),
-        others => reason.push_str(&format!("; {others} further nodes fit no better")),
+        1 => reason.push_str("; 1 other fits no better"),
+        others => reason.push_str(&format!("; {others} others fit no better")),
     }
     reason
 }

@@ -1,5 +1,6 @@
 //! Nodes, workers, connections and a store that behave like the real ones, in virtual time.
 
+mod checks;
 mod faults;
 mod ghost;
 mod workers;
@@ -12,12 +13,11 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use self::ghost::Ghost;
-use crate::cluster::status::NodeState;
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
 use crate::head::core::{Command, Event, HeadState, Manner, Patience, Record, Write};
 use crate::head::messages::{
-    ApplyMode, NodeReport, NodeStage, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
+    ApplyMode, NodeReport, NodeStage, PrepareBundles, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
 };
 use crate::head::tenure::Allegiance;
 use crate::spec::{ActorSpec, Capacity, DeathCause, Device};
@@ -78,7 +78,7 @@ struct Node {
     joined: u64,
 }
 
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 struct Worker {
     allegiance: Allegiance,
     joined: u64,
@@ -96,6 +96,7 @@ pub(super) struct World {
     rng: StdRng,
     now: Duration,
     specs: Vec<ActorSpec>,
+    devices: u32,
     queue: BinaryHeap<Reverse<(Duration, u64)>>,
     whats: BTreeMap<u64, What>,
     count: u64,
@@ -112,6 +113,8 @@ pub(super) struct World {
     ticks: Option<Duration>,
     durable: BTreeMap<String, Record>,
     unwritten: Vec<Write>,
+    /// What a head wants to hear when all is written.
+    durables: Vec<(u64, Event)>,
     store_down: bool,
     nodes: BTreeMap<String, Node>,
     workers: BTreeMap<Incarnation, Worker>,
@@ -123,7 +126,13 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(seed: u64, specs: Vec<ActorSpec>) -> Self {
+        Self::with_devices(seed, specs, DEVICES)
+    }
+
+    /// The same where each node has so many devices.
+    pub(super) fn with_devices(seed: u64, specs: Vec<ActorSpec>, devices: u32) -> Self {
         let mut world = Self {
+            devices,
             rng: StdRng::seed_from_u64(seed),
             now: Duration::from_secs(1),
             specs,
@@ -140,6 +149,7 @@ impl World {
             ticks: None,
             durable: BTreeMap::new(),
             unwritten: Vec::new(),
+            durables: Vec::new(),
             store_down: false,
             nodes: NODES.iter().map(|name| ((*name).to_owned(), Node::default())).collect(),
             workers: BTreeMap::new(),
@@ -243,6 +253,9 @@ impl World {
                 self.joins(&link);
                 self.worker_told(&link, command);
             }
+            What::ToNode(Link::Node(node), _, Command::PrepareBundles { order, .. }) => {
+                self.prepare_again(&node, order);
+            }
             What::ToNode(..) | What::ToWorker(..) => {}
             What::Heard(Link::Node(name), generation, ends)
                 if self.is_open(&Link::Node(name.clone()), generation) =>
@@ -315,6 +328,7 @@ impl World {
         }
         // Writes that were not durable are lost, and so is what is on its way.
         self.unwritten.clear();
+        self.durables.clear();
         self.ticks = None;
         self.links.values_mut().for_each(|(generation, _)| *generation += 1);
         self.after(2000, What::StartHead);
@@ -322,6 +336,10 @@ impl World {
 
     fn apply(&mut self) {
         let specs = self.specs.clone();
+        if let Some(head) = self.head.as_mut() {
+            let group = head.apply_placement_group(self.now, super::placement_group()).expect("valid");
+            self.carry_out(group);
+        }
         if let Some(head) = self.head.as_mut() {
             let (_, commands) = head.apply(self.now, specs, ApplyMode::Merge).expect("valid");
             self.carry_out(commands);
@@ -361,12 +379,14 @@ impl World {
         for command in commands {
             match &command {
                 Command::StartWorker { node, order } => {
-                    self.check_start(order);
+                    self.check_start(node, order);
                     self.highest = order.incarnation;
                     let link = Link::Node(node.clone());
                     self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
                 }
-                Command::StopWorker { node, .. } | Command::StopNode { node } => {
+                Command::StopWorker { node, .. }
+                | Command::StopNode { node }
+                | Command::PrepareBundles { node, .. } => {
                     let link = Link::Node(node.clone());
                     self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
                 }
@@ -378,29 +398,25 @@ impl World {
                     let link = Link::Worker(order.incarnation);
                     self.send(&link.clone(), |generation| What::ToWorker(link, generation, command));
                 }
+                Command::AwaitDurable { group, epoch } => {
+                    let event = Event::BundlesDurable { group: group.clone(), epoch: *epoch };
+                    self.durables.push((self.head_run, event));
+                    self.after(20, What::Flush);
+                }
                 Command::Persist(write) => {
+                    self.check_write(write);
                     self.unwritten.push(write.clone());
                     self.after(20, What::Flush);
                 }
             }
         }
+        if self.head.is_some() {
+            self.check_promises();
+        }
         let deadline = self.head.as_ref().and_then(HeadState::next_deadline);
         if let Some(at) = deadline.filter(|at| self.ticks.is_none_or(|tick| *at < tick)) {
             self.ticks = Some(at);
             self.at(at.max(self.now), What::Tick);
-        }
-    }
-
-    /// HD-1, HD-2, SV-2: an order has a new incarnation, and no other process of the actor lives where the head can
-    /// reach it: the one before has died, or its node was declared lost.
-    fn check_start(&self, order: &StartWorker) {
-        let StartWorker { actor, incarnation, .. } = order;
-        assert!(*incarnation > self.highest, "incarnation {incarnation} was issued before");
-        let nodes = self.head().node_status();
-        for (other, worker) in self.workers.iter().filter(|(_, worker)| worker.actor == *actor) {
-            let node = nodes.iter().find(|node| node.name == worker.node);
-            let lost = node.is_none_or(|node| matches!(node.state, NodeState::Lost { .. }));
-            assert!(lost, "{actor}: {incarnation} is started while {other} lives on {node:?}");
         }
     }
 
@@ -413,6 +429,15 @@ impl World {
         }
     }
 
+    fn prepare_again(&mut self, node: &str, order: PrepareBundles) {
+        let head = self.head.as_ref();
+        if head.is_some_and(|head| head.awaits_bundles(&order.group, order.epoch, node)) {
+            let link = Link::Node(node.to_owned());
+            let command = Command::PrepareBundles { node: node.to_owned(), order };
+            self.send(&link.clone(), |generation| What::ToNode(link, generation, command));
+        }
+    }
+
     fn flush(&mut self) {
         if !self.store_down {
             for write in self.unwritten.drain(..) {
@@ -421,6 +446,10 @@ impl World {
                     Write::Put(record) => drop(self.durable.insert(key, *record)),
                     Write::Delete(_) => drop(self.durable.remove(&key)),
                 }
+            }
+            for (run, event) in std::mem::take(&mut self.durables) {
+                let own = Link::Worker(Incarnation(0));
+                self.after(1, What::ToHead(own, run, event));
             }
         }
     }
@@ -474,7 +503,7 @@ impl World {
             registering,
             addr: addr(ActorId::NODE, Incarnation(0), node.boot),
             pid: 1,
-            devices: (0..DEVICES).map(|index| Device::cpu(index, 1)).collect(),
+            devices: (0..self.devices).map(|index| Device::cpu(index, 1)).collect(),
             capacity: Capacity { cpus: 8, ..Capacity::default() },
             labels: Default::default(),
             stage: NodeStage::Serving,
@@ -499,6 +528,13 @@ impl World {
         }
         match command {
             Command::StartWorker { order, .. } => self.start_worker(name, order),
+            Command::PrepareBundles { order, .. } => {
+                let outdated = order.report_seq < node.registered_seq;
+                let refused = outdated.then(|| "outdated".to_owned());
+                let (node, PrepareBundles { group, epoch, .. }) = (name.clone(), order);
+                let event = Event::BundlesPrepared { group, epoch, node, refused };
+                self.send(&link.clone(), |generation| What::ToHead(link, generation, event));
+            }
             Command::StopWorker { incarnation, manner, .. } => {
                 let here = self.workers.get(&incarnation).is_some_and(|worker| worker.node == *name);
                 let (ms, cause) = match manner {

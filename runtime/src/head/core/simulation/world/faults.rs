@@ -84,15 +84,47 @@ impl World {
     /// Somebody asks for something.
     fn request(&mut self) {
         let which = self.roll(self.specs.len() as u64) as usize;
-        let (name, action) = (self.specs[which].name.clone(), self.roll(3));
+        let (name, action) = (self.specs[which].name.clone(), self.roll(6));
         let now = self.now;
         let Some(head) = self.head.as_mut() else { return };
         let commands = match action {
             0 => head.stop_actor(now, &name),
             1 => head.restart_actor(now, &name),
+            3 | 4 => return self.drain_or_undo(action == 3),
+            2 => {
+                // Its actors stay dead until they are applied again.
+                let commands = head.remove_placement_group(now, super::super::RESERVED).unwrap_or_default();
+                self.carry_out(commands);
+                return if self.roll(2) == 0 {
+                    self.apply()
+                };
+            }
             _ => return self.apply(),
         };
         self.carry_out(commands.expect("known"));
+    }
+
+    fn drain_or_undo(&mut self, drain: bool) {
+        let (node, grace) = (NODES[self.roll(3) as usize], Duration::from_millis(self.roll(5000)));
+        let now = self.now;
+        let Some(head) = self.head.as_mut() else { return };
+        // A head that starts anew may not know the node yet.
+        let commands = match drain {
+            true => head.drain_node(now, node, grace, false),
+            false => head.undrain_node(now, node),
+        };
+        self.carry_out(commands.unwrap_or_default());
+    }
+
+    /// The node is to be empty, and to stay.
+    pub(in super::super) fn drain(&mut self, node: &str, grace: Duration) {
+        let commands = self.head.as_mut().expect("there is a head").drain_node(self.now, node, grace, false);
+        self.carry_out(commands.expect("known"));
+    }
+
+    pub(in super::super) fn undrain(&mut self, node: &str) {
+        let commands = self.head.as_mut().expect("there is a head").undrain_node(self.now, node);
+        self.carry_out(commands.unwrap_or_default());
     }
 
     /// Nothing breaks any more, and what is broken is repaired.
@@ -110,5 +142,9 @@ impl World {
         }
         self.apply();
         self.flush();
+        // The head has heard of all nodes by then.
+        self.run_for(Duration::from_secs(8));
+        NODES.iter().for_each(|name| self.undrain(name));
+        self.apply();
     }
 }

@@ -31,6 +31,7 @@ impl World {
         self.ghost = Some(Ghost { head, tenure, pace, asked });
         // The guard of its writes does not hold any more; what it had sent is still on its way.
         self.unwritten.clear();
+        self.durables.clear();
         self.ticks = None;
         self.hold_up();
         self.links.values_mut().for_each(|(generation, _)| *generation += 1);
@@ -66,6 +67,7 @@ impl World {
         let boot = match &command {
             Command::StartWorker { node, .. }
             | Command::StopWorker { node, .. }
+            | Command::PrepareBundles { node, .. }
             | Command::StopNode { node } => self.nodes[node].boot,
             _ => 0,
         };
@@ -85,7 +87,7 @@ impl World {
             commands.extend(ghost.head.restart_actor(self.now, &name).expect("known"));
         }
         for command in commands {
-            if matches!(command, Command::Persist(_)) {
+            if matches!(command, Command::Persist(_) | Command::AwaitDurable { .. }) {
                 // Its transaction does not happen.
                 continue;
             }
@@ -107,6 +109,7 @@ impl World {
         let (link, joined, obeyed) = match &command {
             Command::StartWorker { node: name, .. }
             | Command::StopWorker { node: name, .. }
+            | Command::PrepareBundles { node: name, .. }
             | Command::StopNode { node: name } => {
                 let node = self.nodes.get_mut(name).expect("known");
                 if node.boot == 0 || node.boot != boot {
@@ -126,7 +129,7 @@ impl World {
                 let Some(worker) = self.workers.get_mut(&order.incarnation) else { return };
                 (Link::Worker(order.incarnation), worker.joined, worker.allegiance.obey(term).is_ok())
             }
-            Command::Persist(_) => return,
+            Command::Persist(_) | Command::AwaitDurable { .. } => return,
         };
         if !obeyed {
             self.refused += 1;
