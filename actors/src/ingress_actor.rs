@@ -119,7 +119,9 @@ impl EngineLink for RankLink {
         };
         refused.map_err(|(command, reason)| {
             let cause = match reason {
-                WireRefusal::MailboxFull | WireRefusal::QueueFull => Refusal::Full,
+                WireRefusal::MailboxFull | WireRefusal::QueueFull | WireRefusal::TooManyPending(_) => {
+                    Refusal::Full
+                }
                 WireRefusal::NoSuchActor
                 | WireRefusal::WrongIncarnation
                 | WireRefusal::WrongProcess

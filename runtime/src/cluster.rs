@@ -366,7 +366,8 @@ fn elsewhere<M>(error: &AskError<M>, several: bool, again: bool) -> (Option<Stri
             | Refusal::QueueFull
             | Refusal::Unsendable(_)
             | Refusal::Malformed(_)
-            | Refusal::Cancelled => (None, false),
+            | Refusal::Cancelled
+            | Refusal::TooManyPending(_) => (None, false),
         },
         AskError::Deadline | AskError::PeerLost(_) | AskError::Stopped | AskError::NoReply => {
             (None, several && again)

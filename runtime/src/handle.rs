@@ -7,6 +7,7 @@
 mod addr;
 mod error;
 mod json;
+mod returned;
 mod stream;
 mod way;
 
@@ -26,6 +27,7 @@ use crate::wire::name_hash;
 pub use addr::{ActorAddr, ActorId, Incarnation, ProcessId};
 pub use error::{AskError, Refusal, Refused};
 pub use json::{JsonHandle, JsonMessage};
+pub use returned::{Undeliverable, Undelivered};
 pub use stream::{Replies, Window};
 use way::{Place, Way};
 
@@ -68,6 +70,12 @@ impl<A> Handle<A> {
     pub fn with_cancel(&self, token: CancellationToken) -> Self {
         Self { way: self.way.with_cancel(token), actor: PhantomData }
     }
+
+    /// The same actor, but at most `max` asks of this handle and its clones are under way at once; one more is refused
+    /// (`TooManyPending`) and handed back.
+    pub fn with_max_pending(&self, max: usize) -> Self {
+        Self { way: self.way.with_max_pending(max), actor: PhantomData }
+    }
 }
 
 impl<A: RemoteActor> Handle<A> {
@@ -81,9 +89,10 @@ impl<A: RemoteActor> Handle<A> {
         A: Handler<M>,
         M: WireMessage,
     {
-        if let Err(reason) = self.way.check() {
-            return Err(AskError::Refused(Refused { message, reason }));
-        }
+        let _pending = match self.way.begin() {
+            Ok(pending) => pending,
+            Err(reason) => return Err(AskError::Refused(Refused { message, reason })),
+        };
         let cached = match self.way.place() {
             Place::Local(cached) => cached,
             Place::Remote(link) => {

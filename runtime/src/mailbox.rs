@@ -5,16 +5,18 @@
 
 mod answer;
 mod envelope;
+mod lanes;
+mod queue;
 mod registry;
+mod returned;
 mod run;
 mod stream;
 mod table;
 
 use std::any::{Any, TypeId};
-use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -32,8 +34,11 @@ use crate::wire::{from_bytes, name_hash};
 
 use answer::Asker;
 pub(crate) use answer::{Answer, Failure};
-use envelope::{Deliver, Envelope};
+use envelope::Envelope;
+pub(crate) use lanes::Limit;
+use queue::Mailbox;
 pub(crate) use registry::Registry;
+pub(crate) use returned::ReturnTo;
 pub(crate) use run::panic_message;
 pub(crate) use stream::Consumer;
 use table::NotTaken;
@@ -42,9 +47,6 @@ pub(crate) use table::{JSON_CALL, JsonFrame, JsonText, Table, deliver_json, deli
 /// Messages delivered before other work of the arbiter gets a turn.
 const DELIVERIES_PER_POLL: usize = 64;
 
-/// Refusals that pass before a full mailbox is searched for cancelled messages again.
-const SWEEP_PAUSE: usize = 64;
-
 /// How a local actor ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ActorEnd {
@@ -52,71 +54,6 @@ pub enum ActorEnd {
     Stopped,
     /// It panicked, with this message.
     Panicked(String),
-}
-
-/// The bounded queue. Not a channel: what is pushed after the end must be dropped at once, so that its asker hears it.
-struct Mailbox<A> {
-    queue: Mutex<Queue<A>>,
-    capacity: usize,
-    /// Refusals before the next sweep. Changed under the lock of the queue.
-    sweep_in: AtomicUsize,
-    lifetime: Arc<Lifetime>,
-}
-
-type Queue<A> = VecDeque<Box<dyn Deliver<A>>>;
-
-impl<A: RemoteActor> Mailbox<A> {
-    fn lock(&self) -> MutexGuard<'_, Queue<A>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes messages that nobody waits for out of a full queue. It looks at all of them, so after it found none it
-    /// pauses for some refusals. The caller drops them after the lock.
-    fn sweep(&self, queue: &mut Queue<A>, cancelled: &mut Vec<Box<dyn Deliver<A>>>) {
-        let paused = self.sweep_in.load(Ordering::Relaxed);
-        if paused > 0 {
-            return self.sweep_in.store(paused - 1, Ordering::Relaxed);
-        }
-        for delivery in std::mem::take(queue) {
-            match delivery.is_cancelled() {
-                true => cancelled.push(delivery),
-                false => queue.push_back(delivery),
-            }
-        }
-        if cancelled.is_empty() {
-            self.sweep_in.store(self.capacity.min(SWEEP_PAUSE), Ordering::Relaxed);
-        }
-    }
-
-    /// Why one more message would be refused.
-    fn refuses(&self, queue: &Queue<A>) -> Option<Refusal> {
-        if self.lifetime.ended.load(Ordering::Acquire) {
-            Some(Refusal::NoSuchActor)
-        } else if queue.len() >= self.capacity {
-            Some(Refusal::MailboxFull)
-        } else {
-            None
-        }
-    }
-
-    /// Queues a delivery, or gives it back.
-    fn push<D: Deliver<A> + 'static>(&self, delivery: Box<D>) -> Result<(), (Box<D>, Refusal)> {
-        let mut queue = self.lock();
-        let mut cancelled = Vec::new();
-        if queue.len() >= self.capacity {
-            self.sweep(&mut queue, &mut cancelled);
-        }
-        if let Some(reason) = self.refuses(&queue) {
-            return Err((delivery, reason));
-        }
-        let was_empty = queue.is_empty();
-        queue.push_back(delivery);
-        drop(queue);
-        if was_empty {
-            self.lifetime.pump.wake();
-        }
-        Ok(())
-    }
 }
 
 /// A message that was not queued, with whoever waits for its answer.
@@ -185,15 +122,14 @@ impl Entry {
             stop: AtomicBool::new(false),
             pump: AtomicWaker::new(),
         });
-        let queue = Mutex::new(VecDeque::new());
-        let (capacity, sweep_in) = (capacity.max(1), AtomicUsize::new(0));
-        let mailbox = Arc::new(Mailbox::<A> { queue, capacity, sweep_in, lifetime: lifetime.clone() });
+        let table = registry.table(TypeId::of::<A>(), Accepts::<A>::table);
+        let mailbox = Arc::new(Mailbox::<A>::new(&table.limits(), capacity, lifetime.clone()));
         let entry = Arc::new(Self {
             id,
             incarnation,
             type_name: A::TYPE,
             mailbox: Box::new(mailbox.clone()),
-            table: registry.table(TypeId::of::<A>(), Accepts::<A>::table),
+            table,
             lifetime: lifetime.clone(),
         });
         let pump = Pump { mailbox, lifetime, id, registry: Arc::downgrade(registry) };
@@ -254,10 +190,13 @@ impl Entry {
             return Err(Returned { message, answer, reason: Refusal::UnknownMessage });
         };
         let asker = Asker { answer, lifetime: self.lifetime.clone() };
-        mailbox.push(Box::new(Envelope { message, expires_at, asker, run })).map_err(|(envelope, reason)| {
-            let Envelope { message, asker, .. } = *envelope;
-            Returned { message, answer: asker.into_answer(), reason }
-        })
+        let (run, lane) = run;
+        mailbox.push(lane, Box::new(Envelope { message, expires_at, asker, run })).map_err(
+            |(envelope, reason)| {
+                let Envelope { message, asker, .. } = *envelope;
+                Returned { message, answer: asker.into_answer(), reason }
+            },
+        )
     }
 
     /// Puts a message in JSON into the mailbox, or says why not and who is to hear of it.
@@ -321,16 +260,8 @@ where
 {
     let mailbox = entry.mailbox_of::<A>().expect("an entry's table is of its actor");
     // Asked first, because a full mailbox should not cost the decoding.
-    let mut cancelled = Vec::new();
-    let refused = {
-        let mut queue = mailbox.lock();
-        if queue.len() >= mailbox.capacity {
-            mailbox.sweep(&mut queue, &mut cancelled);
-        }
-        mailbox.refuses(&queue)
-    };
-    drop(cancelled);
-    if let Some(reason) = refused {
+    let lane = entry.table.lane(const { name_hash(M::NAME) });
+    if let Some(reason) = mailbox.refuses(lane) {
         return refuse(answer, reason);
     }
     match from_bytes::<M>(payload) {
@@ -381,9 +312,8 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
                 return Poll::Pending;
             }
             left -= 1;
-            let next = this.mailbox.lock().pop_front();
-            match next {
-                Some(delivery) => delivery.deliver(actor, ctx),
+            match this.mailbox.pop() {
+                Some((delivery, slot)) => delivery.deliver(actor, ctx, slot),
                 None => return Poll::Pending,
             }
         }
@@ -399,8 +329,7 @@ impl<A: RemoteActor> Drop for Pump<A> {
         };
         // Before the queue empties, so that the askers in it hear the cause.
         self.lifetime.end(how);
-        let left = std::mem::take(&mut *self.mailbox.lock());
-        drop(left);
+        drop(self.mailbox.drain());
         if let Some(registry) = self.registry.upgrade() {
             registry.remove(self.id, &self.lifetime);
         }

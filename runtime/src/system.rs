@@ -17,7 +17,7 @@ use actix::dev::ContextFut;
 use actix::{Arbiter, AsyncContext, Context};
 use futures_util::FutureExt;
 use tokio::net::TcpListener;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -73,6 +73,8 @@ pub(crate) struct Shared {
     pub(crate) tasks: TaskTracker,
     pub(crate) refused_tells: RefusedTells,
     pub(crate) refused_peers: RefusedPeers,
+    /// Places for messages that are told and may come back.
+    returnable: Arc<Semaphore>,
     endpoint: String,
     gate: Arc<Gate>,
     silence_max: Duration,
@@ -151,6 +153,7 @@ impl System {
             tasks: TaskTracker::new(),
             refused_tells: RefusedTells::default(),
             refused_peers: RefusedPeers::default(),
+            returnable: Arc::new(Semaphore::new(config.returnable_max)),
             endpoint,
             gate: Gate::new(config.connections_max.max(1)),
             silence_max: config.silence_max,
@@ -336,6 +339,10 @@ impl System {
 
     pub(crate) fn registry(&self) -> &Registry {
         &self.shared.registry
+    }
+
+    pub(crate) fn returnable(&self) -> Arc<Semaphore> {
+        self.shared.returnable.clone()
     }
 
     pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {

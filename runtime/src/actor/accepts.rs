@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{RemoteActor, StreamMessage, WireMessage};
-use crate::mailbox::{Table, deliver_json, deliver_json_result};
+use crate::mailbox::{Limit, Table, deliver_json, deliver_json_result};
 use crate::mesh::MeshTable;
 
 /// A `Result` whose value has JSON and whose error has words.
@@ -31,6 +31,8 @@ impl<T: Serialize, E: std::fmt::Display> Fallible for Result<T, E> {
 pub struct Accepts<A> {
     table: Table,
     pub(crate) mesh: MeshTable,
+    /// The concurrency group that messages are added to; 0 for none.
+    lane: usize,
     actor: PhantomData<fn() -> A>,
 }
 
@@ -44,7 +46,7 @@ impl<A: RemoteActor> Accepts<A> {
         A: Handler<M>,
         M: WireMessage,
     {
-        let free = self.table.add::<A, M>();
+        let free = self.table.add::<A, M>(self.lane);
         self.mesh.insert::<A, M>();
         self.added(free, M::NAME)
     }
@@ -59,7 +61,7 @@ impl<A: RemoteActor> Accepts<A> {
         A: Handler<M, Result = ResponseFuture<M::Result>>,
         M: WireMessage,
     {
-        let free = self.table.add_cancellable::<A, M>();
+        let free = self.table.add_cancellable::<A, M>(self.lane);
         self.mesh.insert::<A, M>();
         self.added(free, M::NAME)
     }
@@ -73,7 +75,7 @@ impl<A: RemoteActor> Accepts<A> {
         A: Handler<M, Result = ResponseActFuture<A, M::Result>>,
         M: WireMessage,
     {
-        let free = self.table.add_cancellable_act::<A, M>();
+        let free = self.table.add_cancellable_act::<A, M>(self.lane);
         self.mesh.insert::<A, M>();
         self.added(free, M::NAME)
     }
@@ -87,8 +89,40 @@ impl<A: RemoteActor> Accepts<A> {
         A: Handler<M>,
         M: StreamMessage,
     {
-        let free = self.table.add_stream::<A, M>();
+        let free = self.table.add_stream::<A, M>(self.lane);
         self.added(free, M::NAME)
+    }
+
+    /// Declares a concurrency group with the messages that `accept` adds: at most `limit` of them are under way at once,
+    /// from the call of the handler to its reply, or to the end of its stream. Others of the group wait, in order and in
+    /// a mailbox of their own, and hold up nobody else.
+    ///
+    /// # Panics
+    /// If the name is taken, `limit` is 0, or it is called within another group.
+    pub fn group(
+        &mut self,
+        name: &'static str,
+        limit: usize,
+        accept: impl FnOnce(&mut Self) -> &mut Self,
+    ) -> &mut Self {
+        assert!(limit > 0, "group {name:?} of {} would never handle a message: its limit is 0", A::TYPE);
+        assert!(self.lane == 0, "group {name:?} of {} is declared within another group", A::TYPE);
+        let lane = self.table.group(name, Limit(limit));
+        self.lane = lane.unwrap_or_else(|| panic!("{} has two groups named {name:?}", A::TYPE));
+        accept(self);
+        self.lane = 0;
+        self
+    }
+
+    /// Limits how many messages that are in no group are under way at once. 1 handles them strictly one after the
+    /// other, asynchronous handlers too. Without it there is no limit.
+    ///
+    /// # Panics
+    /// If `limit` is 0.
+    pub fn max_concurrency(&mut self, limit: usize) -> &mut Self {
+        assert!(limit > 0, "{} would never handle a message: max_concurrency is 0", A::TYPE);
+        self.table.limit(Limit(limit));
+        self
     }
 
     fn added(&mut self, free: bool, name: &str) -> &mut Self {
@@ -143,7 +177,8 @@ impl<A: RemoteActor> Accepts<A> {
     }
 
     pub(crate) fn table() -> Table {
-        let mut accepts = Self { table: Table::default(), mesh: MeshTable::default(), actor: PhantomData };
+        let mut accepts =
+            Self { table: Table::default(), mesh: MeshTable::default(), lane: 0, actor: PhantomData };
         A::messages(&mut accepts);
         accepts.table.mesh = accepts.mesh;
         accepts.table

@@ -169,6 +169,7 @@ fn is_gone(reason: &Refusal) -> bool {
         | Refusal::QueueFull
         | Refusal::Unsendable(_)
         | Refusal::Malformed(_)
-        | Refusal::Cancelled => false,
+        | Refusal::Cancelled
+        | Refusal::TooManyPending(_) => false,
     }
 }

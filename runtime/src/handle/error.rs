@@ -40,13 +40,20 @@ pub enum Refusal {
     /// The token of the handle (`Handle::with_cancel`) was cancelled before the message was sent.
     #[error("cancelled")]
     Cancelled,
+    /// The handle (`Handle::with_max_pending`) has as many asks under way as it may.
+    #[error("the handle has {0} asks under way, and may have no more")]
+    TooManyPending(u64),
 }
 
 impl Refusal {
     /// Whether the same message to the same address may be accepted later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::MailboxFull | Self::QueueFull | Self::Elsewhere(_) | Self::Unreachable(_) => true,
+            Self::MailboxFull
+            | Self::QueueFull
+            | Self::Elsewhere(_)
+            | Self::Unreachable(_)
+            | Self::TooManyPending(_) => true,
             Self::NoSuchActor
             | Self::WrongIncarnation
             | Self::WrongProcess
@@ -69,7 +76,8 @@ impl Refusal {
             Self::Unsendable(why) => (8, why),
             Self::Elsewhere(leader) => (9, leader),
             Self::Malformed(why) => (10, why),
-            Self::Cancelled => (11, ""),
+            // Said by handles only, never over the wire.
+            Self::Cancelled | Self::TooManyPending(_) => (11, ""),
         }
     }
 

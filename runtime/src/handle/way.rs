@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bincode::{Decode, Encode};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{ActorAddr, Refusal};
@@ -24,6 +24,7 @@ pub(super) struct Way {
     target: Arc<Target>,
     deadline: Option<Duration>,
     cancel: Option<CancellationToken>,
+    pending: Option<(Arc<Semaphore>, usize)>,
 }
 
 struct Target {
@@ -46,7 +47,7 @@ impl Way {
             true => Place::Local(OnceLock::new()),
             false => Place::Remote(system.link(&addr.endpoint)),
         };
-        Self { target: Arc::new(Target { system, addr, place }), deadline: None, cancel: None }
+        Self { target: Arc::new(Target { system, addr, place }), deadline: None, cancel: None, pending: None }
     }
 
     pub(super) fn with_deadline(&self, deadline: Duration) -> Self {
@@ -57,12 +58,22 @@ impl Way {
         Self { cancel: Some(cancel), ..self.clone() }
     }
 
-    /// Refuses what is cancelled before it is sent.
-    pub(super) fn check(&self) -> Result<(), Refusal> {
-        match &self.cancel {
-            Some(cancel) if cancel.is_cancelled() => Err(Refusal::Cancelled),
-            Some(_) | None => Ok(()),
+    pub(super) fn with_max_pending(&self, max: usize) -> Self {
+        Self { pending: Some((Arc::new(Semaphore::new(max)), max)), ..self.clone() }
+    }
+
+    /// Refuses an ask that is cancelled before it is sent, or is one too many. What is returned is held until it has
+    /// its answer.
+    pub(super) fn begin(&self) -> Result<Option<OwnedSemaphorePermit>, Refusal> {
+        if self.cancel.as_ref().is_some_and(CancellationToken::is_cancelled) {
+            return Err(Refusal::Cancelled);
         }
+        let Some((pending, max)) = &self.pending else { return Ok(None) };
+        pending.clone().try_acquire_owned().map(Some).map_err(|_| Refusal::TooManyPending(*max as u64))
+    }
+
+    pub(super) fn system(&self) -> &System {
+        &self.target.system
     }
 
     pub(super) fn addr(&self) -> &ActorAddr {

@@ -11,7 +11,7 @@ use super::Lifetime;
 use super::table::{JsonOf, JsonText};
 use crate::handle::Refusal;
 use crate::wire::answer::RemoteAnswer;
-use crate::wire::frame::RemoteFailure;
+use crate::wire::frame::{RemoteFailure, Want};
 
 /// Why a call has no answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,7 +95,8 @@ impl<T> Answer<T> {
         match self {
             Self::None => false,
             Self::Local(asker) => asker.is_closed(),
-            Self::Remote(asker) => asker.served().is_cancelled(),
+            // What was told is handled, also if its sender is gone.
+            Self::Remote(asker) => asker.want() != Want::Receipt && asker.served().is_cancelled(),
             Self::Json(asker) => asker.0.is_cancelled(),
         }
     }
@@ -139,6 +140,15 @@ impl<T: Encode> Asker<T> {
 
     pub(super) fn waits(&self) -> bool {
         !matches!(self.answer, Answer::None)
+    }
+
+    /// The handler gets the message now: a sender that wants to know only this is told, and waits for nothing more.
+    pub(super) fn receipt(mut self) -> Self {
+        match std::mem::replace(&mut self.answer, Answer::None) {
+            Answer::Remote(answer) if answer.want() == Want::Receipt => answer.reply(&()),
+            answer => self.answer = answer,
+        }
+        self
     }
 
     /// Takes the answer out; nobody is told of anything.

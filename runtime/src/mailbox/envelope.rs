@@ -5,13 +5,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
 use super::answer::{Asker, Failure};
+use super::queue::Slot;
 use super::run::{RunFn, Running, Watch, panic_message};
 use super::{ActorEnd, Lifetime};
 use crate::actor::{RemoteActor, WireMessage};
 
 /// A message of any type for an actor.
 pub(super) trait Deliver<A: RemoteActor>: Send {
-    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>);
+    /// Runs the handler; `slot` is given back when its work is done.
+    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>, slot: Option<Slot>);
 
     /// Whether nobody waits for the answer any more, so that it need not be delivered.
     fn is_cancelled(&self) -> bool;
@@ -25,7 +27,7 @@ pub(super) struct Envelope<A: RemoteActor, M: WireMessage> {
 }
 
 impl<A: RemoteActor, M: WireMessage> Deliver<A> for Envelope<A, M> {
-    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>) {
+    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>, slot: Option<Slot>) {
         let Self { message, expires_at, asker, run } = *self;
         if asker.is_cancelled() {
             return drop(asker.into_answer());
@@ -33,12 +35,10 @@ impl<A: RemoteActor, M: WireMessage> Deliver<A> for Envelope<A, M> {
         if expires_at.is_some_and(|at| Instant::now() >= at) {
             return asker.send(Err(Failure::Expired));
         }
-        let watch = match asker.waits() {
-            true => Watch::Reply,
-            false => Watch::Nothing,
-        };
+        let asker = asker.receipt();
+        let watch = Watch::of(asker.waits() || slot.is_some());
         match catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, watch))) {
-            Ok(running) => settle(running, asker),
+            Ok(running) => settle(running, asker, slot),
             Err(panic) => {
                 let lifetime = asker.lifetime.clone();
                 end_by_panic(&lifetime, panic, |failure| asker.send(Err(failure)));
@@ -51,14 +51,18 @@ impl<A: RemoteActor, M: WireMessage> Deliver<A> for Envelope<A, M> {
     }
 }
 
-/// Sees to it that the asker gets the reply.
-fn settle<T: bincode::Encode + Send + 'static>(running: Running<T>, mut asker: Asker<T>) {
+/// Sees to it that the asker gets the reply, and holds the slot until the work is done.
+pub(super) fn settle<T>(running: Running<T>, mut asker: Asker<T>, slot: Option<Slot>)
+where
+    T: bincode::Encode + Send + 'static,
+{
     match running {
         Running::Unwatched => {}
         Running::Done(outcome) => asker.send(outcome),
         // If there is no value, dropping the asker says why.
         Running::Replying(replied) => {
             actix::spawn(async move {
+                let _slot = slot;
                 if let Ok(value) = replied.await {
                     asker.send(Ok(value));
                 }
@@ -66,6 +70,7 @@ fn settle<T: bincode::Encode + Send + 'static>(running: Running<T>, mut asker: A
         }
         Running::ReplyingCancellable(replied) => {
             actix::spawn(async move {
+                let _slot = slot;
                 tokio::select! {
                     replied = replied => if let Ok(value) = replied { asker.send(Ok(value)) },
                     () = asker.cancelled() => drop(asker.into_answer()),
@@ -74,6 +79,7 @@ fn settle<T: bincode::Encode + Send + 'static>(running: Running<T>, mut asker: A
         }
         Running::Cancellable(work) => {
             actix::spawn(async move {
+                let _slot = slot;
                 tokio::select! {
                     value = work => asker.send(Ok(value)),
                     () = asker.cancelled() => drop(asker.into_answer()),

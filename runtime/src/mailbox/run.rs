@@ -18,6 +18,16 @@ pub(crate) enum Watch {
     Nothing,
 }
 
+impl Watch {
+    /// `Reply`, if somebody waits for it.
+    pub(super) fn of(wanted: bool) -> Self {
+        match wanted {
+            true => Self::Reply,
+            false => Self::Nothing,
+        }
+    }
+}
+
 /// A handler that has returned.
 pub(crate) enum Running<T> {
     /// Nobody wants to know.

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::answer::{Failure, remote_failure};
 use super::envelope::{Deliver, end_by_panic};
+use super::queue::Slot;
 use super::run::{RunFn, Running, Watch};
 use super::{Entry, Lifetime, RemoteAnswer, refuse};
 use crate::actor::{Items, RemoteActor, StreamMessage};
@@ -113,7 +114,7 @@ pub(super) struct StreamEnvelope<A: RemoteActor, M: StreamMessage> {
 }
 
 impl<A: RemoteActor, M: StreamMessage> Deliver<A> for StreamEnvelope<A, M> {
-    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>) {
+    fn deliver(self: Box<Self>, actor: &mut A, ctx: &mut actix::Context<A>, slot: Option<Slot>) {
         let Self { message, expires_at, mut outlet, run } = *self;
         if outlet.is_gone() {
             return drop(outlet.into_consumer());
@@ -122,7 +123,7 @@ impl<A: RemoteActor, M: StreamMessage> Deliver<A> for StreamEnvelope<A, M> {
             return outlet.end(Err(Failure::Expired));
         }
         match catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, Watch::Reply))) {
-            Ok(running) => drop(actix::spawn(produce(running, outlet))),
+            Ok(running) => drop(actix::spawn(produce(running, outlet, slot))),
             Err(panic) => {
                 let lifetime = outlet.lifetime.clone();
                 end_by_panic(&lifetime, panic, |failure| outlet.end(Err(failure)));
@@ -136,7 +137,9 @@ impl<A: RemoteActor, M: StreamMessage> Deliver<A> for StreamEnvelope<A, M> {
 }
 
 /// Waits for the stream and sends it to its end: its own, its consumer's or its actor's.
-async fn produce<T: Encode + 'static>(running: Running<Items<T>>, mut outlet: Outlet<T>) {
+async fn produce<T: Encode + 'static>(running: Running<Items<T>>, mut outlet: Outlet<T>, slot: Option<Slot>) {
+    // Held to the end of the stream.
+    let _slot = slot;
     let lifetime = outlet.lifetime.clone();
     let outcome = tokio::select! {
         biased;
@@ -222,7 +225,8 @@ impl Entry {
             return Err(Returned { message, consumer: Some(consumer), reason: Refusal::UnknownMessage });
         };
         let outlet = Outlet::new(consumer, self.lifetime.clone());
-        let queued = mailbox.push(Box::new(StreamEnvelope { message, expires_at, outlet, run }));
+        let (run, lane) = run;
+        let queued = mailbox.push(lane, Box::new(StreamEnvelope { message, expires_at, outlet, run }));
         queued.map_err(|(envelope, reason)| {
             let StreamEnvelope { message, outlet, .. } = *envelope;
             Returned { message, consumer: outlet.into_consumer(), reason }

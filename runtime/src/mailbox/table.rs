@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use super::run::{RunFn, run, run_cancellable, run_cancellable_act};
 use super::stream::deliver_stream_frame;
-use super::{Answer, Entry, RemoteAnswer, refuse};
+use super::{Answer, Entry, Limit, RemoteAnswer, refuse};
 use crate::actor::{Fallible, RemoteActor, StreamMessage, WireMessage};
 use crate::handle::Refusal;
 use crate::mesh::MeshTable;
@@ -49,6 +49,10 @@ pub(crate) struct JsonFrame {
 /// What an actor accepts.
 #[derive(Default)]
 pub(crate) struct Table {
+    /// Of messages without a group.
+    limit: Option<Limit>,
+    /// Names and limits of the groups, which are lanes 1, 2, ...
+    groups: Vec<(&'static str, Limit)>,
     messages: HashMap<u64, Accepted>,
     json: BTreeMap<&'static str, JsonFn>,
     /// What rounds of a mesh do with them.
@@ -63,51 +67,53 @@ pub(crate) struct Accepted {
     run: &'static (dyn Any + Send + Sync),
     /// Whether it is answered by a stream.
     streams: bool,
+    /// Its concurrency group; 0 for none.
+    lane: usize,
 }
 
 impl Table {
     /// Adds a message; false if its id is taken.
-    pub(crate) fn add<A, M>(&mut self) -> bool
+    pub(crate) fn add<A, M>(&mut self, lane: usize) -> bool
     where
         A: RemoteActor + Handler<M>,
         M: WireMessage,
     {
         let (deliver, run) =
             (super::deliver_frame::<A, M> as DeliverFn, const { &(run::<A, M> as RunFn<A, M>) });
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
     }
 
     /// Adds a message whose handler's work may be dropped.
-    pub(crate) fn add_cancellable<A, M>(&mut self) -> bool
+    pub(crate) fn add_cancellable<A, M>(&mut self, lane: usize) -> bool
     where
         A: RemoteActor + Handler<M, Result = ResponseFuture<M::Result>>,
         M: WireMessage,
     {
         let run = const { &(run_cancellable::<A, M> as RunFn<A, M>) };
         let deliver = super::deliver_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
     }
 
     /// The same for work that needs the actor.
-    pub(crate) fn add_cancellable_act<A, M>(&mut self) -> bool
+    pub(crate) fn add_cancellable_act<A, M>(&mut self, lane: usize) -> bool
     where
         A: RemoteActor + Handler<M, Result = ResponseActFuture<A, M::Result>>,
         M: WireMessage,
     {
         let run = const { &(run_cancellable_act::<A, M> as RunFn<A, M>) };
         let deliver = super::deliver_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false })
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
     }
 
     /// Adds a message that is answered by a stream.
-    pub(crate) fn add_stream<A, M>(&mut self) -> bool
+    pub(crate) fn add_stream<A, M>(&mut self, lane: usize) -> bool
     where
         A: RemoteActor + Handler<M>,
         M: StreamMessage,
     {
         let run = const { &(run::<A, M> as RunFn<A, M>) };
         let deliver = deliver_stream_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: true })
+        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: true, lane })
     }
 
     fn insert(&mut self, id: u64, accepted: Accepted) -> bool {
@@ -120,8 +126,38 @@ impl Table {
     }
 
     /// How to run the handler of actor `A` for message `M`, if it is accepted.
-    pub(super) fn run<A: RemoteActor, M: actix::Message + 'static>(&self, id: u64) -> Option<RunFn<A, M>> {
-        self.messages.get(&id)?.run.downcast_ref().copied()
+    pub(super) fn run<A, M>(&self, id: u64) -> Option<(RunFn<A, M>, usize)>
+    where
+        A: RemoteActor,
+        M: actix::Message + 'static,
+    {
+        let accepted = self.messages.get(&id)?;
+        Some((*accepted.run.downcast_ref()?, accepted.lane))
+    }
+
+    /// The lane of a message that is accepted.
+    pub(super) fn lane(&self, id: u64) -> usize {
+        self.messages.get(&id).map_or(0, |accepted| accepted.lane)
+    }
+
+    /// Adds a concurrency group and returns its lane; `None` if there is one of that name.
+    pub(crate) fn group(&mut self, name: &'static str, limit: Limit) -> Option<usize> {
+        if self.groups.iter().any(|(taken, _)| *taken == name) {
+            return None;
+        }
+        self.groups.push((name, limit));
+        Some(self.groups.len())
+    }
+
+    /// Limits the messages that are in no group.
+    pub(crate) fn limit(&mut self, limit: Limit) {
+        self.limit = Some(limit);
+    }
+
+    /// The limits of all lanes.
+    pub(super) fn limits(&self) -> Vec<Limit> {
+        let ungrouped = self.limit.unwrap_or(Limit::NONE);
+        std::iter::once(ungrouped).chain(self.groups.iter().map(|(_, limit)| *limit)).collect()
     }
 
     /// How to deliver a message that came over the wire, if it is accepted and gives what is wanted.

@@ -28,6 +28,8 @@ pub struct SystemConfig {
     pub queue_bytes_max: usize,
     /// Connections that others may hold open to this process; one more is refused.
     pub connections_max: usize,
+    /// Messages sent by `Handle::tell_or_return` that may be without a receipt; one more is refused and handed back.
+    pub returnable_max: usize,
     /// Limit of connecting and shaking hands.
     pub connect_timeout: Duration,
     /// A peer that says nothing for so long is lost. Live peers say something four times as often.
@@ -48,6 +50,7 @@ impl SystemConfig {
             frame_bytes_max: FRAME_BYTES_MAX,
             queue_bytes_max: FRAME_BYTES_MAX,
             connections_max: 16_384,
+            returnable_max: 16_384,
             connect_timeout: Duration::from_secs(5),
             silence_max: Duration::from_secs(20),
             arbiters: 2,

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails should fail its test")]
 
 mod cancel;
+mod groups;
 mod json;
 mod stream;
+mod undelivered;
 
 use std::time::Duration;
 
@@ -23,7 +25,8 @@ struct Rig {
 
 impl Rig {
     async fn start<A: RemoteActor>(capacity: usize, actor: impl FnOnce() -> A + Send + 'static) -> Self {
-        let home = System::start(SystemConfig::loopback()).await.unwrap();
+        // A thread for the actor, one for the bystander and one for another actor.
+        let home = System::start(SystemConfig { arbiters: 3, ..SystemConfig::loopback() }).await.unwrap();
         let away = System::start(SystemConfig::loopback()).await.unwrap();
         let options = SpawnOptions {
             id: ActorId::named("subject"),
