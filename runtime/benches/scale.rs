@@ -11,7 +11,7 @@ use heliostat_runtime::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
 use heliostat_runtime::head::Patience;
 use heliostat_runtime::head::core::{Command, Event, HeadState};
 use heliostat_runtime::head::messages::{
-    ApplyMode, NodeReport, NodeStage, ProcessStatus, WorkerPhase, WorkerProcess, WorkerReport,
+    Apply, NodeReport, NodeStage, ProcessStatus, WorkerPhase, WorkerProcess, WorkerReport,
 };
 use heliostat_runtime::spec::{
     ActorSpec, Capacity, Labels, PlacementGroupSpec, Quantity, Resources, Strategy,
@@ -131,7 +131,7 @@ fn main() {
     let start = Instant::now();
     for batch in 0..ACTORS / BATCH {
         let specs = (batch * BATCH..(batch + 1) * BATCH).map(spec).collect();
-        let (_, commands) = world.head.apply(world.now, specs, ApplyMode::Merge).unwrap();
+        let (_, commands) = world.head.apply(world.now, Apply::merge(specs)).unwrap();
         assert_eq!(world.carry_out(commands), BATCH);
     }
     let took = start.elapsed();

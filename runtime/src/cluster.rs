@@ -1,6 +1,8 @@
 //! A client's view of the cluster: apply specs, watch, find actors, read logs, shut down.
 
+mod driver;
 mod named;
+mod owned;
 pub mod placement_group;
 pub mod status;
 
@@ -20,10 +22,10 @@ use crate::head::HeadActor;
 use crate::head::finder::Heads;
 pub use crate::head::messages::{Applied, LogChunk};
 use crate::head::messages::{
-    Apply, ApplyError, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
+    ApplyError, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
 };
 use crate::node::NodeActor;
-use crate::spec::{ActorSpec, InvalidSpec};
+use crate::spec::{ActorSpec, DEFAULT_NAMESPACE, DeathCause, InvalidSpec, Owner};
 use crate::system::{Secret, System, SystemConfig, SystemError, TlsFiles};
 
 /// Limit of a question to the head.
@@ -61,6 +63,32 @@ pub enum ClusterError {
     /// The actor is not ready.
     #[error("actor {0} is not ready")]
     NotReady(String),
+    /// No actor has that name.
+    #[error("no actor is named {name:?} in namespace {namespace:?}")]
+    NoSuchActor {
+        /// Its short name.
+        name: String,
+        /// Where it was looked for.
+        namespace: String,
+    },
+    /// The actor is of another type than was asked for.
+    #[error("actor {actor} is a {found:?}, not a {wanted:?}")]
+    WrongType {
+        /// The actor.
+        actor: String,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// The actor is dead and is not started again by itself.
+    #[error("actor {actor} is dead: {cause}")]
+    Dead {
+        /// The actor.
+        actor: String,
+        /// Why it ended.
+        cause: DeathCause,
+    },
 }
 
 /// By what a client proves that it may talk to a cluster.
@@ -81,7 +109,15 @@ pub struct Cluster {
     stood_by: Arc<Mutex<Option<(String, String)>>>,
     /// Addresses that were looked up.
     known: Arc<Mutex<HashMap<String, ActorAddr>>>,
+    /// Where names are looked for that say no namespace.
+    namespace: Arc<str>,
+    /// What actors belong to that do not say how long they are there.
+    owner: Option<Owner>,
+    /// Who asks, for causes of death.
+    by: Arc<str>,
 }
+
+pub use self::driver::Driver;
 
 impl Cluster {
     /// Connects to the head at `host:port`; fails if it does not answer. Several heads, with commas between, are tried
@@ -103,7 +139,15 @@ impl Cluster {
     /// A client that uses a system which is there already. Connects when it is used.
     pub fn with_system(system: System, head: &str) -> Self {
         let heads = Arc::new(Mutex::new(Heads::new(head)));
-        Self { system, heads, stood_by: Arc::default(), known: Arc::default() }
+        Self {
+            system,
+            heads,
+            stood_by: Arc::default(),
+            known: Arc::default(),
+            namespace: DEFAULT_NAMESPACE.into(),
+            owner: None,
+            by: owned::this_process().into(),
+        }
     }
 
     /// The system that it uses.
@@ -144,17 +188,15 @@ impl Cluster {
     /// Applies specs, all or none. The same spec again changes nothing, but revives a dead actor; another spec of a
     /// known name restarts it. Actors that are not listed stay.
     pub async fn apply(&self, specs: Vec<ActorSpec>) -> Result<Applied, ClusterError> {
-        self.apply_as(specs, ApplyMode::Merge).await
+        self.apply_tree(specs, Vec::new()).await
     }
 
-    async fn apply_as(&self, specs: Vec<ActorSpec>, mode: ApplyMode) -> Result<Applied, ClusterError> {
-        // Harmless twice: the same specs again change nothing.
-        self.ask(Apply { specs, mode }).await?.map_err(not_applied)
-    }
-
-    /// Applies specs and removes every actor that is not listed.
+    /// Applies specs as a set, and removes what was part of an earlier set of this namespace and is not listed. What
+    /// was applied or spawned otherwise stays.
     pub async fn apply_exactly(&self, specs: Vec<ActorSpec>) -> Result<Applied, ClusterError> {
-        self.apply_as(specs, ApplyMode::Exactly).await
+        let specs = specs.into_iter().map(|spec| ActorSpec { in_set: true, ..spec }).collect();
+        let mode = ApplyMode::Exactly { namespace: self.namespace.to_string() };
+        self.apply_as(specs, Vec::new(), mode).await
     }
 
     /// The cluster at this moment.
@@ -203,11 +245,12 @@ impl Cluster {
 
     /// Address of a ready actor, from the head. The answer is remembered for `handle`.
     pub async fn lookup(&self, actor: &str) -> Result<Option<ActorAddr>, ClusterError> {
-        let found = self.ask(Lookup { actor: actor.to_owned() }).await?;
+        let actor = self.full(actor);
+        let found = self.ask(Lookup { actor: actor.clone() }).await?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match &found {
-            Some(addr) => known.insert(actor.to_owned(), addr.clone()),
-            None => known.remove(actor),
+            Some(addr) => known.insert(actor, addr.clone()),
+            None => known.remove(&actor),
         };
         Ok(found)
     }
@@ -219,7 +262,7 @@ impl Cluster {
 
     /// The address of the present incarnation, from memory if it was looked up before.
     async fn addr(&self, actor: &str) -> Result<ActorAddr, ClusterError> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(actor).cloned();
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&self.full(actor)).cloned();
         match known {
             Some(addr) => Ok(addr),
             None => self.lookup(actor).await?.ok_or_else(|| ClusterError::NotReady(actor.to_owned())),
@@ -228,7 +271,7 @@ impl Cluster {
 
     /// Forgets a looked-up address; the next `handle` asks the head.
     pub fn forget(&self, actor: &str) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(actor);
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.full(actor));
     }
 
     /// A piece of an actor's log from byte `offset` on, at most `max` bytes; `offset` `u64::MAX` for its end. If there
@@ -240,7 +283,7 @@ impl Cluster {
         max: u32,
         wait: Duration,
     ) -> Result<LogChunk, ClusterError> {
-        let actor = actor.to_owned();
+        let actor = self.full(actor);
         let node = self.ask(FindLog { actor: actor.clone() }).await?.map_err(ClusterError::Refused)?;
         let node: Handle<NodeActor> = self.system.handle(node);
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
@@ -290,7 +333,7 @@ impl Cluster {
         self.forget(actor);
         // A restart is not harmless twice.
         let again = action != ControlAction::Restart;
-        let control = Control { actor: actor.to_owned(), action };
+        let control = Control { actor: self.full(actor), action, by: self.by.to_string() };
         let done = self.ask_within(control, Duration::ZERO, again).await?;
         done.map_err(ClusterError::Refused)
     }

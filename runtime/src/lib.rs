@@ -14,6 +14,7 @@ pub mod node;
 pub mod process;
 pub mod spec;
 pub mod state;
+pub mod supervisor;
 pub mod system;
 pub mod wire;
 pub mod worker;

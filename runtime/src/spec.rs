@@ -3,8 +3,11 @@
 //! Plain data. It never decides anything: `head::placement` and `head::supervise` do.
 
 mod bundles;
+mod death;
 mod labels;
+mod lifetime;
 mod resources;
+mod supervision;
 
 use std::time::Duration;
 
@@ -17,12 +20,18 @@ pub(crate) use self::resources::bytes;
 pub use self::resources::{Capacity, InvalidQuantity, Quantity, Resources};
 use crate::mesh::Dims;
 
+pub use self::death::DeathCause;
+pub use self::lifetime::{DEFAULT_NAMESPACE, DriverId, Lifetime, Owner, full_name, split_name};
+pub(crate) use self::lifetime::{is_full_name, is_name};
+pub use self::supervision::{Seat, SupervisorSpec, SupervisorStrategy, Verdict};
+
 /// One actor that the cluster keeps alive.
 ///
 /// Applying the same spec twice changes nothing; applying another spec of the same name restarts the actor with it.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ActorSpec {
-    /// Unique in the cluster; letters, digits, `-`, `_` and `.`, since it also names the log file.
+    /// Unique in its namespace; letters, digits, `-`, `_` and `.`, since it also names the log file. In another than the
+    /// default namespace, `namespace/name`.
     pub name: String,
     /// `RemoteActor::TYPE` of an actor in the worker's table of types.
     pub type_name: String,
@@ -44,6 +53,13 @@ pub struct ActorSpec {
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
     pub mailbox_capacity: u32,
+    /// How long it is there.
+    pub lifetime: Lifetime,
+    /// Its place below a supervisor, which then decides what follows from its death, and not `restart`.
+    pub seat: Option<Seat>,
+    /// It is part of an exact set: a later set of its namespace that does not list it removes it. Set by
+    /// [`Cluster::apply_exactly`](crate::cluster::Cluster::apply_exactly).
+    pub in_set: bool,
 }
 
 impl ActorSpec {
@@ -64,16 +80,17 @@ impl ActorSpec {
             mesh: None,
             subscribe: Vec::new(),
             mailbox_capacity: Self::MAILBOX_CAPACITY,
+            lifetime: Lifetime::Caller,
+            seat: None,
+            in_set: false,
         }
     }
 
     /// Says what is wrong with the spec, so that a mistake is refused before anything starts.
     pub fn validate(&self) -> Result<(), InvalidSpec> {
         let fail = |why: String| Err(InvalidSpec::actor(&self.name, why));
-        if !is_name(&self.name) {
-            return fail(
-                "the name must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'".into(),
-            );
+        if !is_full_name(&self.name) {
+            return fail(name_rule("the name"));
         }
         if self.type_name.is_empty() {
             return fail("the actor type is empty".into());
@@ -114,12 +131,11 @@ impl ActorSpec {
     }
 }
 
-/// Whether this can name an actor, a group or a node: it also names files.
-pub(crate) fn is_name(name: &str) -> bool {
-    !name.is_empty()
-        && !name.starts_with('.')
-        && name.len() <= 128
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+fn name_rule(what: &str) -> String {
+    format!(
+        "{what} must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'; a namespace may stand before \
+         it, as in \"training/a\""
+    )
 }
 
 /// A spec that cannot be applied.
@@ -138,6 +154,11 @@ impl InvalidSpec {
     /// Of an actor.
     pub fn actor(name: &str, why: impl Into<String>) -> Self {
         Self { what: "actor".into(), name: name.to_owned(), why: why.into() }
+    }
+
+    /// Of a supervisor.
+    pub fn supervisor(name: &str, why: impl Into<String>) -> Self {
+        Self { what: "supervisor".into(), name: name.to_owned(), why: why.into() }
     }
 
     /// Of a placement group.
@@ -267,84 +288,6 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// Why an incarnation of an actor ended.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode, Serialize, Deserialize)]
-#[serde(tag = "cause", rename_all = "snake_case")]
-pub enum DeathCause {
-    /// The worker process exited by itself.
-    #[error("worker process exited with code {code}")]
-    Exited {
-        /// Its exit code.
-        code: i32,
-    },
-    /// A signal ended the worker process.
-    #[error("worker process killed by signal {signal}{}", signal_name(*.signal))]
-    Killed {
-        /// Number of the signal.
-        signal: i32,
-    },
-    /// The worker process is gone and nobody could read its exit status.
-    #[error("worker process is gone: {why}")]
-    Vanished {
-        /// What is known.
-        why: String,
-    },
-    /// The actor panicked.
-    #[error("panicked: {message}")]
-    Panicked {
-        /// The panic message.
-        message: String,
-    },
-    /// `Spawn::create` returned an error.
-    #[error("could not be created: {message}")]
-    CreateFailed {
-        /// The error.
-        message: String,
-    },
-    /// The worker process could not be started.
-    #[error("worker could not be started: {message}")]
-    StartFailed {
-        /// The error.
-        message: String,
-    },
-    /// The actor ended itself with an error.
-    #[error("failed: {message}")]
-    Failed {
-        /// The error.
-        message: String,
-    },
-    /// The actor ended itself because its work is done. It is not restarted.
-    #[error("finished")]
-    Finished,
-    /// The node was lost.
-    #[error("node {node} was lost: {why}")]
-    NodeLost {
-        /// Name of the node.
-        node: String,
-        /// How that was noticed.
-        why: String,
-    },
-    /// Somebody asked for it: a stop, a restart or another spec.
-    #[error("stopped: {why}")]
-    Stopped {
-        /// Who asked for what.
-        why: String,
-    },
-}
-
-fn signal_name(signal: i32) -> &'static str {
-    match signal {
-        2 => " (SIGINT)",
-        4 => " (SIGILL)",
-        6 => " (SIGABRT)",
-        7 => " (SIGBUS)",
-        9 => " (SIGKILL; by hand or by the kernel when memory ran out)",
-        11 => " (SIGSEGV)",
-        15 => " (SIGTERM)",
-        _ => "",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,15 +297,10 @@ mod tests {
         let spec = ActorSpec::new("rank-0", "rank", vec![]);
         assert_eq!(spec.validate(), Ok(()));
         let why = |spec: ActorSpec| spec.validate().unwrap_err().to_string();
-        assert!(why(ActorSpec { name: "a/b".into(), ..spec.clone() }).contains("letters, digits"));
+        assert!(why(ActorSpec { name: "a b".into(), ..spec.clone() }).contains("letters, digits"));
         assert!(why(ActorSpec { name: "..".into(), ..spec.clone() }).contains("not starting with"));
         let group = Some(GroupMember { group: "ep".into(), rank: 4, size: 4 });
         assert!(why(ActorSpec { group, ..spec.clone() }).contains("rank 4 is not below the group size 4"));
         assert!(why(ActorSpec { mailbox_capacity: 0, ..spec }).contains("mailbox_capacity"));
-    }
-
-    #[test]
-    fn a_death_cause_says_what_happened() {
-        assert!(DeathCause::Killed { signal: 9 }.to_string().contains("signal 9 (SIGKILL"));
     }
 }

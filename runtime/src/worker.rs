@@ -105,10 +105,7 @@ pub struct Ended {
 impl Ended {
     /// The exit code of the process: 0 if this was meant to be.
     pub fn code(&self) -> i32 {
-        match self.cause {
-            DeathCause::Finished | DeathCause::Stopped { .. } => 0,
-            _ => 1,
-        }
+        i32::from(!self.cause.is_intended())
     }
 }
 
@@ -149,7 +146,7 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
         }
         Ending::Terminated => {
             host.stop_actor().await;
-            DeathCause::Stopped { why: "SIGTERM".into() }
+            DeathCause::stopped("SIGTERM")
         }
         Ending::Fenced(why) => DeathCause::Failed { message: why },
     };

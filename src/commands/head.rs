@@ -101,6 +101,7 @@ fn head_config(config: &Config, stood_down: bool) -> HeadConfig {
         heartbeat_timeout: Duration::from_millis(u64::from(s.heartbeat_ms) * 3),
         agent_grace: Duration::from_secs_f64(s.agent_grace_s),
         node_grace: Duration::from_secs_f64(s.node_grace_s),
+        ..Patience::default()
     };
     head
 }

@@ -228,9 +228,6 @@ mod tests {
     #[test]
     fn a_cluster_in_trouble_says_which() {
         let actor = ActorStatus {
-            name: "rank-0".into(),
-            type_name: "rank".into(),
-            state: ActorState::Restarting { attempt: 2, in_ms: 100 },
             restarts: 2,
             last_death: Some(DeathCause::Killed { signal: 9 }),
             incarnation: Incarnation(7),
@@ -238,8 +235,7 @@ mod tests {
             rank: Some(0),
             node: Some("node-0".into()),
             device: Some(0),
-            pid: None,
-            endpoint: None,
+            ..ActorStatus::new("rank-0", "rank", ActorState::Restarting { attempt: 2, in_ms: 100 })
         };
         let head = HeadStatus {
             endpoint: "127.0.0.1:6379".into(),
@@ -259,6 +255,8 @@ mod tests {
             actors: vec![actor],
             groups: vec![],
             placement_groups: vec![],
+            supervisors: vec![],
+            drivers: vec![],
             state_store: store,
         };
         let text = status(&cluster, Terminal { colour: false, width: 100 });

@@ -7,7 +7,10 @@ use serde::Serialize;
 
 use crate::group::MemberState;
 use crate::handle::Incarnation;
-use crate::spec::{DeathCause, Device, Labels, Progress, Quantity, Resources, Strategy};
+use crate::spec::{
+    DeathCause, Device, DriverId, Labels, Lifetime, Progress, Quantity, Resources, Seat, Strategy,
+    SupervisorSpec,
+};
 
 /// The whole cluster at one moment.
 #[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize)]
@@ -26,6 +29,10 @@ pub struct ClusterStatus {
     pub groups: Vec<GroupStatus>,
     /// All placement groups, by name.
     pub placement_groups: Vec<PlacementGroupStatus>,
+    /// All supervisors, by name.
+    pub supervisors: Vec<SupervisorSpec>,
+    /// All drivers that are there.
+    pub drivers: Vec<DriverStatus>,
     /// Where the head keeps its state.
     pub state_store: StoreHealth,
 }
@@ -178,6 +185,45 @@ pub struct ActorStatus {
     pub pid: Option<u32>,
     /// Where its process listens, once it is ready.
     pub endpoint: Option<String>,
+    /// How long it is there.
+    pub lifetime: Lifetime,
+    /// Its place below a supervisor.
+    pub seat: Option<Seat>,
+}
+
+impl ActorStatus {
+    /// An actor that was never started, detached, in no group.
+    pub fn new(name: impl Into<String>, type_name: impl Into<String>, state: ActorState) -> Self {
+        Self {
+            name: name.into(),
+            type_name: type_name.into(),
+            state,
+            restarts: 0,
+            last_death: None,
+            incarnation: Incarnation(0),
+            group: None,
+            rank: None,
+            node: None,
+            device: None,
+            pid: None,
+            endpoint: None,
+            lifetime: Lifetime::Detached,
+            seat: None,
+        }
+    }
+}
+
+/// A registered driver.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct DriverStatus {
+    /// Which it is.
+    pub id: DriverId,
+    /// What it calls itself.
+    pub name: String,
+    /// Whether there is a connection with it.
+    pub connected: bool,
+    /// Actors and supervisors that end with it.
+    pub owned: u32,
 }
 
 /// How an actor is.

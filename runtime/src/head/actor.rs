@@ -14,9 +14,10 @@ use super::authority::Authority;
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::messages::{
-    Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, FindLog, HeadSeen,
-    Lookup, MakePlacementGroup, NodeReport, NodeVerdict, ProcessStatus, RemovePlacementGroup, Shutdown,
-    StartWorker, StopNode, StopWorker, UndrainNode, Watch, WatchPlacementGroup, WorkerReport,
+    Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, DriverBye,
+    DriverHello, Find, FindLog, Found, HeadSeen, Lookup, MakePlacementGroup, NodeReport, NodeVerdict,
+    ProcessStatus, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker, UndrainNode, Watch,
+    WatchPlacementGroup, WorkerReport,
 };
 use super::tenure::Superseded;
 use crate::actor::{Accepts, RemoteActor, WireMessage};
@@ -25,11 +26,14 @@ use crate::cluster::status::{ClusterStatus, HeadStatus, StoreHealth};
 use crate::handle::{ActorAddr, AskError, Handle, Incarnation, ProcessId};
 use crate::mesh::{RemoveMesh, WatchMesh};
 use crate::node::NodeActor;
+use crate::supervisor::{ChildDied, Judge};
 use crate::system::{PeerEvent, System};
 use crate::worker::WorkerActor;
 
 /// Longest wait for the store before a client is told that its change is not durable yet.
 const DURABLE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long an actor that decides may take for one answer.
+const JUDGE_DEADLINE: Duration = Duration::from_secs(5);
 /// Pause before an order whose fate is unknown is repeated.
 pub(super) const ORDER_PAUSE: Duration = Duration::from_millis(50);
 /// Attempts to deliver what must arrive, with growing pauses: about 4 s.
@@ -140,6 +144,7 @@ impl HeadActor {
                     self.insist(worker, DeliverView { view: (*view).clone(), term });
                 }
             }
+            Command::AskJudge { judge, question } => self.ask_judge(judge, question, ctx),
             Command::StopNode { node } => {
                 if let Some(link) = self.nodes.get(&node) {
                     self.insist(&link.handle, StopNode { term });
@@ -167,6 +172,23 @@ impl HeadActor {
                     head.do_send(OrderAgain { node, order });
                 }
             }
+        });
+    }
+
+    /// Asks the actor that decides what follows from a death.
+    fn ask_judge(&self, judge: ActorAddr, question: ChildDied, ctx: &mut Context<Self>) {
+        let (judge, head) = (self.system.handle::<Judge>(judge), ctx.address());
+        actix::spawn(async move {
+            let verdict = match judge.with_deadline(JUDGE_DEADLINE).ask(question.clone()).await {
+                Ok(verdict) => Some(verdict),
+                Err(error) => {
+                    tracing::warn!(supervisor = question.supervisor, child = question.child, %error, "no verdict");
+                    tokio::time::sleep(ORDER_PAUSE).await;
+                    None
+                }
+            };
+            let ChildDied { child, incarnation, .. } = question;
+            head.do_send(Tell(Event::Judged { child, incarnation, verdict }));
         });
     }
 
@@ -238,6 +260,8 @@ impl HeadActor {
             actors: self.core.actor_status(),
             groups: self.core.group_status(),
             placement_groups: self.core.placement_group_status(),
+            supervisors: self.core.supervisor_status(),
+            drivers: self.core.driver_status(),
             state_store: self.keeper.health(),
         }
     }
@@ -289,6 +313,11 @@ struct OrderAgain {
     order: StartWorker,
 }
 
+/// Something happened outside of this actor.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+struct Tell(Event);
+
 /// Asks for the status.
 #[derive(actix::Message)]
 #[rtype(result = "ClusterStatus")]
@@ -320,6 +349,7 @@ impl RemoteActor for HeadActor {
         m.accept::<WatchMesh>().accept::<RemoveMesh>();
         m.accept::<MakePlacementGroup>().accept::<RemovePlacementGroup>().accept::<WatchPlacementGroup>();
         m.accept::<DrainNode>().accept::<UndrainNode>();
+        m.accept::<Find>().accept::<DriverHello>().accept::<DriverBye>();
     }
 }
 
@@ -327,9 +357,16 @@ impl StreamHandler<PeerEvent> for HeadActor {
     fn handle(&mut self, event: PeerEvent, ctx: &mut Context<Self>) {
         let gone: Vec<(String, u64)> = match event {
             PeerEvent::Connected { .. } => return,
-            PeerEvent::Lost { process, .. } => self.links(|link| link.process == process),
+            PeerEvent::Lost { process, .. } => {
+                self.feed(Event::ProcessLost(process), ctx);
+                self.links(|link| link.process == process)
+            }
             PeerEvent::Missed(_) => {
                 let system = self.system.clone();
+                let drivers = self.core.driver_processes().filter(|process| !system.is_connected(*process));
+                for process in drivers.collect::<Vec<_>>() {
+                    self.feed(Event::ProcessLost(process), ctx);
+                }
                 self.links(|link| !system.is_connected(link.process))
             }
         };
@@ -437,7 +474,7 @@ impl Handler<Apply> for HeadActor {
         if !self.authority.may_act() {
             return Box::pin(async { Err(ApplyError::NotDurable("this head leads no more".to_owned())) });
         }
-        let applied = match self.core.apply(self.now(), apply.specs, apply.mode) {
+        let applied = match self.core.apply(self.now(), apply) {
             Ok((applied, commands)) => {
                 self.carry_out(commands, ctx);
                 applied
@@ -453,15 +490,16 @@ impl Handler<Control> for HeadActor {
     type Result = ResponseFuture<Result<(), String>>;
 
     fn handle(&mut self, control: Control, ctx: &mut Context<Self>) -> Self::Result {
-        let (now, name) = (self.now(), &control.actor);
+        let (now, name, by) = (self.now(), &control.actor, &control.by);
         let commands = match control.action {
-            ControlAction::Stop => self.core.stop_actor(now, name),
-            ControlAction::Restart => self.core.restart_actor(now, name),
-            ControlAction::Remove => self.core.remove_actor(now, name),
+            ControlAction::Stop => self.core.stop_actor(now, name, by).map_err(|e| e.to_string()),
+            ControlAction::Restart => self.core.restart_actor(now, name, by).map_err(|e| e.to_string()),
+            ControlAction::Remove => self.core.remove_actor(now, name, by).map_err(|e| e.to_string()),
+            ControlAction::RemoveSupervisor => self.core.remove_supervisor(now, name, by),
         };
         match commands {
             Ok(commands) => self.carry_out(commands, ctx),
-            Err(error) => return Box::pin(async move { Err(error.to_string()) }),
+            Err(error) => return Box::pin(async move { Err(error) }),
         }
         self.durably(())
     }
@@ -490,6 +528,52 @@ impl Handler<Lookup> for HeadActor {
 
     fn handle(&mut self, lookup: Lookup, _: &mut Context<Self>) -> Self::Result {
         self.core.lookup(&lookup.actor).cloned()
+    }
+}
+
+impl Handler<Tell> for HeadActor {
+    type Result = ();
+
+    fn handle(&mut self, Tell(event): Tell, ctx: &mut Context<Self>) {
+        self.feed(event, ctx);
+    }
+}
+
+impl Handler<Find> for HeadActor {
+    type Result = Option<Found>;
+
+    fn handle(&mut self, find: Find, _: &mut Context<Self>) -> Self::Result {
+        self.core.find(&find.actor)
+    }
+}
+
+impl Handler<DriverHello> for HeadActor {
+    type Result = ResponseFuture<Result<HeadSeen, String>>;
+
+    fn handle(&mut self, hello: DriverHello, ctx: &mut Context<Self>) -> Self::Result {
+        let DriverHello { id, name, process, first } = hello;
+        if let Err(why) = self.core.admits_driver(id, first) {
+            return Box::pin(async move { Err(why) });
+        }
+        self.feed(Event::DriverHello { id, name, process, first }, ctx);
+        // Its connection may have broken before this was read.
+        if !self.system.is_connected(process) && process != self.system.process() {
+            self.feed(Event::ProcessLost(process), ctx);
+        }
+        let seen = self.seen(0).map_err(|superseded| superseded.to_string());
+        match (first, seen) {
+            // What it is about to own must not be orphaned by a head that never heard of it.
+            (true, Ok(seen)) => self.durably(seen),
+            (_, seen) => Box::pin(async move { seen }),
+        }
+    }
+}
+
+impl Handler<DriverBye> for HeadActor {
+    type Result = ();
+
+    fn handle(&mut self, bye: DriverBye, ctx: &mut Context<Self>) {
+        self.feed(Event::DriverEnded { id: bye.id, why: bye.why }, ctx);
     }
 }
 

@@ -10,12 +10,16 @@ mod drain;
 mod groups;
 mod meshes;
 mod nodes;
+mod owners;
 mod record;
 mod report;
 mod roster;
 mod seats;
 #[cfg(test)]
 mod simulation;
+mod supervisors;
+#[cfg(test)]
+mod tree_tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,11 +30,15 @@ use self::bundles::{PlacementGroup, Release};
 pub use self::drain::NoSuchNode;
 use self::groups::Group;
 use self::nodes::Node;
+use self::owners::{Driver, Owned};
 pub use self::record::{Key, Record, Write};
 use self::roster::Roster;
+use self::supervisors::Supervisor;
 use super::messages::{CreateActor, NodeReport, PrepareBundles, StartWorker, WorkerReport};
 use crate::group::GroupView;
-use crate::handle::Incarnation;
+use crate::handle::{ActorAddr, Incarnation, ProcessId};
+use crate::spec::{DriverId, Verdict};
+use crate::supervisor::ChildDied;
 
 /// How patient the head is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +50,8 @@ pub struct Patience {
     pub agent_grace: Duration,
     /// A node that is silent for this long is lost, with its actors. Default 5 s.
     pub node_grace: Duration,
+    /// A driver whose connection broke and that does not come back for so long is gone, with what it owns. Default 3 s.
+    pub driver_grace: Duration,
 }
 
 impl Default for Patience {
@@ -50,6 +60,7 @@ impl Default for Patience {
             heartbeat_timeout: Duration::from_secs(3),
             agent_grace: Duration::from_millis(1500),
             node_grace: Duration::from_secs(5),
+            driver_grace: Duration::from_secs(3),
         }
     }
 }
@@ -93,6 +104,35 @@ pub enum Event {
         /// Which attempt.
         epoch: u64,
     },
+    /// A driver registers, or says that it is still there.
+    DriverHello {
+        /// Which it is.
+        id: DriverId,
+        /// What it calls itself.
+        name: String,
+        /// Its process.
+        process: ProcessId,
+        /// Whether it registers for the first time.
+        first: bool,
+    },
+    /// The last connection with a process, which may be a driver, broke.
+    ProcessLost(ProcessId),
+    /// A driver ends.
+    DriverEnded {
+        /// Which it was.
+        id: DriverId,
+        /// How it ended.
+        why: String,
+    },
+    /// The actor that was asked about a death has answered, or cannot be asked.
+    Judged {
+        /// The child that died.
+        child: String,
+        /// The life that ended.
+        incarnation: Incarnation,
+        /// What is to be done; `None` if there was no answer: it is asked again while there is time.
+        verdict: Option<Verdict>,
+    },
     /// A deadline has passed.
     Tick,
     /// The cluster is to end: workers, nodes, head.
@@ -133,6 +173,13 @@ pub enum Command {
         incarnation: Incarnation,
         /// The view.
         view: Arc<GroupView>,
+    },
+    /// Ask an actor what follows from a death.
+    AskJudge {
+        /// The actor.
+        judge: ActorAddr,
+        /// What it is asked.
+        question: ChildDied,
     },
     /// Have a node end its workers and itself.
     StopNode {
@@ -206,6 +253,11 @@ pub struct HeadState {
     gathering: BTreeSet<String>,
     placement_groups: BTreeMap<String, PlacementGroup>,
     releasing: Vec<Release>,
+    supervisors: BTreeMap<String, Supervisor>,
+    drivers: BTreeMap<DriverId, Driver>,
+    owned: Owned,
+    /// Rounds of restarts so far.
+    rounds: u64,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
@@ -233,6 +285,10 @@ impl HeadState {
             gathering: BTreeSet::new(),
             placement_groups: BTreeMap::new(),
             releasing: Vec::new(),
+            supervisors: BTreeMap::new(),
+            drivers: BTreeMap::new(),
+            owned: Owned::default(),
+            rounds: 0,
             incarnations: Reserve::default(),
             hold: None,
             replan: false,
@@ -267,6 +323,13 @@ impl HeadState {
                 self.bundles_prepared(&group, epoch, &node, refused);
             }
             Event::BundlesDurable { group, epoch } => self.bundles_durable(&group, epoch),
+            Event::DriverHello { id, name, process, first } => self.driver_hello(id, name, process, first),
+            Event::ProcessLost(process) => self.driver_disconnected(process),
+            Event::DriverEnded { id, why } => self.end_driver(id, &why),
+            Event::Judged { child, incarnation, verdict } => match verdict {
+                Some(verdict) => self.judged(&child, incarnation, verdict),
+                None => self.judge_silent(&child, incarnation),
+            },
             Event::Tick => {}
             Event::Shutdown => self.shutdown(),
         }
@@ -284,7 +347,8 @@ impl HeadState {
         let nodes = self.nodes.values().filter_map(|node| node.deadline(&self.patience));
         let drains = self.nodes.values().filter_map(Node::drain_until).filter(|at| *at > self.now);
         let missed = self.missed().filter(|at| *at > self.now);
-        nodes.chain(drains).chain(self.actors.next_deadline()).chain(self.hold).chain(missed).min()
+        let own = self.actors.next_deadline().into_iter().chain(self.drivers_due());
+        nodes.chain(drains).chain(own).chain(self.hold).chain(missed).min()
     }
 
     /// Whether this head has lost every node that it had, for half of the grace: another head may reach them, and takes
@@ -316,7 +380,10 @@ impl HeadState {
         if self.hold.is_some_and(|until| self.now >= until || !self.nodes.values().any(Node::is_awaited)) {
             self.hold = None;
             (self.changed, self.replan) = (true, true);
+            self.recheck_owners();
         }
+        self.end_orphans();
+        self.ask_judges();
         let replan = self.actors.take_news() | std::mem::take(&mut self.replan);
         self.place_pending(replan);
         self.actors.settle();
@@ -346,7 +413,14 @@ impl HeadState {
         self.closing = true;
         self.changed = true;
         for name in self.actors.keys().cloned().collect::<Vec<_>>() {
-            self.retire(&name, "the cluster was shut down", actors::Then::Forget);
+            let cause = crate::spec::DeathCause::stopped("the cluster was shut down");
+            self.retire(&name, cause, actors::Then::Forget);
+        }
+        for name in std::mem::take(&mut self.supervisors).into_keys() {
+            self.forget(Key::Supervisor(name));
+        }
+        for id in std::mem::take(&mut self.drivers).into_keys() {
+            self.forget(Key::Driver(id));
         }
         self.forget_placement_groups();
         let connected = self.nodes.values().filter(|node| node.is_connected());

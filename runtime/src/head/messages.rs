@@ -9,11 +9,12 @@ use bincode::{Decode, Encode};
 use super::core::Manner;
 use super::tenure::Superseded;
 use crate::actor::WireMessage;
-use crate::cluster::status::{ClusterStatus, PlacementGroupStatus};
+use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::spec::{
-    ActorSpec, Capacity, DeathCause, Device, InvalidSpec, Labels, PlacementGroupSpec, Progress,
+    ActorSpec, Capacity, DeathCause, Device, DriverId, InvalidSpec, Labels, PlacementGroupSpec, Progress,
+    SupervisorSpec,
 };
 
 /// Names a message on the wire.
@@ -38,6 +39,9 @@ wire! {
     Control = "head.control" -> Result<(), String>;
     Watch = "head.watch" -> ClusterStatus;
     Lookup = "head.lookup" -> Option<ActorAddr>;
+    Find = "head.find" -> Option<Found>;
+    DriverHello = "head.driver" -> Result<HeadSeen, String>;
+    DriverBye = "head.driver_bye" -> ();
     FindLog = "head.find_log" -> Result<ActorAddr, String>;
     Shutdown = "head.shutdown" -> ();
     MakePlacementGroup = "head.placement_group" -> Result<(), ApplyError>;
@@ -196,8 +200,19 @@ pub enum WorkerPhase {
 pub struct Apply {
     /// The specs.
     pub specs: Vec<ActorSpec>,
-    /// What becomes of the others.
+    /// The supervisors. The same again changes nothing, another of the same name takes its place.
+    pub supervisors: Vec<SupervisorSpec>,
+    /// What becomes of names that are taken, and of actors that are not listed.
     pub mode: ApplyMode,
+    /// Who asks, for causes of death. Empty for nobody in particular.
+    pub by: String,
+}
+
+impl Apply {
+    /// Merges specs in nobody's name.
+    pub fn merge(specs: Vec<ActorSpec>) -> Self {
+        Self { specs, supervisors: Vec::new(), mode: ApplyMode::Merge, by: String::new() }
+    }
 }
 
 /// Why an apply is not acknowledged.
@@ -211,13 +226,23 @@ pub enum ApplyError {
     NotDurable(String),
 }
 
-/// What becomes of actors that an apply does not list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+/// What becomes of names that are taken, and of actors that are not listed.
+///
+/// Unless it says otherwise: the same spec of a name that is taken changes nothing, but revives a dead actor; another
+/// spec restarts it; what is not listed stays.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ApplyMode {
-    /// They stay.
+    /// As above.
     Merge,
-    /// They are removed.
-    Exactly,
+    /// What an earlier exact set of that namespace listed, and this one does not, is removed.
+    Exactly {
+        /// The namespace.
+        namespace: String,
+    },
+    /// A name that is taken by an actor that lives, or will again, is refused.
+    New,
+    /// An actor that lives, or will again, stays as it is, whatever its spec is.
+    KeepPresent,
 }
 
 /// What an apply changed.
@@ -240,6 +265,8 @@ pub struct Control {
     pub actor: String,
     /// What to do.
     pub action: ControlAction,
+    /// Who asks, for the cause of death.
+    pub by: String,
 }
 
 /// What to do to an actor.
@@ -251,6 +278,48 @@ pub enum ControlAction {
     Restart,
     /// End it and forget its spec.
     Remove,
+    /// It names a supervisor: end all beneath it and forget them.
+    RemoveSupervisor,
+}
+
+/// Asks how an actor can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Find {
+    /// Its name.
+    pub actor: String,
+}
+
+/// How an actor can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Found {
+    /// `RemoteActor::TYPE`.
+    pub type_name: String,
+    /// How it is.
+    pub state: ActorState,
+    /// Where it is, if it is ready.
+    pub addr: Option<ActorAddr>,
+}
+
+/// A driver registers, or says that it is still there.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DriverHello {
+    /// Which it is.
+    pub id: DriverId,
+    /// What it calls itself.
+    pub name: String,
+    /// Its process.
+    pub process: ProcessId,
+    /// Whether it has never been registered.
+    pub first: bool,
+}
+
+/// A driver ends, and what it owns with it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DriverBye {
+    /// Which it is.
+    pub id: DriverId,
+    /// How it ends.
+    pub why: String,
 }
 
 /// Asks for the status as soon as its version is above `since`, or at the end of the wait.

@@ -31,7 +31,7 @@ pub enum Action {
 impl History {
     /// Records that the actor ended at `now` and returns the decision.
     pub fn died(&mut self, policy: &RestartPolicy, cause: &DeathCause, now: Duration) -> Action {
-        if matches!(cause, DeathCause::Finished | DeathCause::Stopped { .. }) {
+        if cause.is_intended() {
             return Action::GiveUp;
         }
         while self.restarted_at.front().is_some_and(|&at| now.saturating_sub(at) >= policy.window) {

@@ -95,7 +95,8 @@ impl RunDir {
     }
 
     pub(crate) fn log(&self, actor: &str) -> PathBuf {
-        self.logs().join(format!("{actor}.log"))
+        // A full name may hold one slash, and no name holds an `@`.
+        self.logs().join(format!("{}.log", actor.replace('/', "@")))
     }
 
     /// All records of workers that can be read.

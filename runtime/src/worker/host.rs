@@ -14,7 +14,7 @@ use crate::head::messages::{CreateActor, DeliverView, Dismiss, WorkerPhase, Work
 use crate::head::tenure::{Allegiance, Superseded};
 use crate::mesh::MeshSeat;
 use crate::node::files::WorkerRecord;
-use crate::spec::{ActorSpec, DeathCause, Progress};
+use crate::spec::{ActorSpec, DeathCause, Owner, Progress, split_name};
 use crate::system::{ActorEnd, SpawnError, System};
 
 /// How long an actor that asked for its own end may take for it.
@@ -112,6 +112,14 @@ impl Host {
         });
     }
 
+    /// The cluster as the actor uses it: in its namespace, and what it spawns ends with this life of it.
+    fn on_behalf(&self) -> Cluster {
+        let name = self.record.actor.clone();
+        let by = format!("actor {name}, incarnation {}", self.record.incarnation);
+        let cluster = self.cluster.in_namespace(split_name(&name).0);
+        cluster.owned_by(Owner::Actor { name, incarnation: Some(self.record.incarnation) }, by)
+    }
+
     /// The actor from its creation to its end.
     async fn live(&self, order: CreateActor, reports: Reports) -> DeathCause {
         let spec = order.spec;
@@ -129,7 +137,7 @@ impl Host {
             reports,
         });
         let is_rank = mesh.is_some();
-        let cx = cx.in_cluster(self.cluster.clone()).in_mesh(mesh);
+        let cx = cx.in_cluster(self.on_behalf()).in_mesh(mesh);
         let capacity = spec.mailbox_capacity as usize;
         match self.types.create(&spec.type_name, spec.args, capacity, cx).await {
             Ok(addr) => {
@@ -145,13 +153,13 @@ impl Host {
                 self.views.open();
                 self.news.notify_one();
                 match ended.await {
-                    Some(ActorEnd::Panicked(message)) => DeathCause::Panicked { message },
+                    Some(ActorEnd::Panicked(message)) => DeathCause::panicked(message),
                     Some(ActorEnd::Stopped) | None => {
                         DeathCause::Failed { message: "the actor stopped without a cause".into() }
                     }
                 }
             }
-            Err(CreateError::Panicked(message)) => DeathCause::Panicked { message },
+            Err(CreateError::Panicked(message)) => DeathCause::panicked(message),
             Err(error) => DeathCause::CreateFailed { message: error.to_string() },
         }
     }

@@ -2,11 +2,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, Context, Handler, MessageResult};
+use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, ActorTypes, CreateError, RemoteActor, Spawn, WireMessage};
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::spec::{ActorSpec, GroupMember, Progress, Resources};
+use heliostat_runtime::supervisor::{ChildDied, Verdict};
 use heliostat_runtime::wire::to_bytes;
 
 use crate::mesh::MeshRank;
@@ -134,7 +135,108 @@ impl Handler<GroupView> for Counter {
 }
 
 pub(crate) fn types() -> ActorTypes {
-    ActorTypes::new().with::<Counter>().with::<MeshRank>()
+    ActorTypes::new().with::<Counter>().with::<MeshRank>().with::<Boss>().with::<Other>()
+}
+
+/// Spawns counters that end with it, and decides what follows from the death of children.
+pub(crate) struct Boss {
+    cx: ActorCx,
+    asked: Vec<ChildDied>,
+}
+
+#[derive(Encode, Decode)]
+pub(crate) struct SpawnOne(pub(crate) String);
+#[derive(Encode, Decode)]
+pub(crate) struct Asked;
+
+impl actix::Message for SpawnOne {
+    type Result = Result<(), String>;
+}
+impl WireMessage for SpawnOne {
+    const NAME: &'static str = "spawn_one";
+}
+impl actix::Message for Asked {
+    type Result = Vec<ChildDied>;
+}
+impl WireMessage for Asked {
+    const NAME: &'static str = "asked";
+}
+
+impl Actor for Boss {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for Boss {
+    const TYPE: &'static str = "boss";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<SpawnOne>().accept::<ChildDied>().accept::<Asked>();
+    }
+}
+
+impl Spawn for Boss {
+    type Args = ();
+
+    async fn create((): (), cx: ActorCx) -> Result<Self, CreateError> {
+        Ok(Self { cx, asked: Vec::new() })
+    }
+}
+
+impl Handler<SpawnOne> for Boss {
+    type Result = ResponseFuture<Result<(), String>>;
+
+    fn handle(&mut self, SpawnOne(name): SpawnOne, _: &mut Context<Self>) -> Self::Result {
+        let cluster = self.cx.cluster().unwrap().clone();
+        Box::pin(async move {
+            cluster.spawn::<Counter>(plain(&name)).await.map(drop).map_err(|error| error.to_string())
+        })
+    }
+}
+
+impl Handler<ChildDied> for Boss {
+    type Result = Verdict;
+
+    fn handle(&mut self, died: ChildDied, _: &mut Context<Self>) -> Verdict {
+        self.asked.push(died);
+        match self.asked.len() {
+            1 => Verdict::RestartAll,
+            _ => Verdict::Stop,
+        }
+    }
+}
+
+impl Handler<Asked> for Boss {
+    type Result = MessageResult<Asked>;
+
+    fn handle(&mut self, _: Asked, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(self.asked.clone())
+    }
+}
+
+/// Has the messages of nobody.
+pub(crate) struct Other;
+
+impl Actor for Other {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for Other {
+    const TYPE: &'static str = "other";
+
+    fn messages(_: &mut Accepts<Self>) {}
+}
+
+impl Spawn for Other {
+    type Args = ();
+
+    async fn create((): (), _: ActorCx) -> Result<Self, CreateError> {
+        Ok(Self)
+    }
+}
+
+/// A counter without a device.
+pub(crate) fn plain(name: &str) -> ActorSpec {
+    ActorSpec { resources: Resources::default(), ..counter(name) }
 }
 
 /// A counter that needs a device.

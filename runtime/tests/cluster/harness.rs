@@ -20,7 +20,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use crate::actors::{Add, Counter, types};
 
 /// The token of all clusters here.
-const TOKEN: &str = "a token of the tests";
+pub(crate) const TOKEN: &str = "a token of the tests";
 /// How long workers live on without an agent, and a node without a word is not yet lost.
 pub(crate) const GRACE: Duration = Duration::from_secs(3);
 
@@ -130,7 +130,7 @@ pub(crate) struct TestCluster {
     pub(crate) head: Option<Proc>,
     pub(crate) nodes: Vec<(String, Proc)>,
     pub(crate) dir: tempfile::TempDir,
-    endpoint: String,
+    pub(crate) endpoint: String,
     state: String,
     /// Workers that were ever seen, so that none is left behind.
     pids: std::sync::Mutex<Vec<u32>>,

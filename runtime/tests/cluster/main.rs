@@ -9,6 +9,7 @@ mod harness;
 mod mesh;
 mod placement;
 mod scenarios;
+mod tree;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -31,6 +32,10 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("mesh_rounds", || Box::pin(mesh::mesh_rounds())),
     ("mesh_inner_killed", || Box::pin(mesh::mesh_inner_killed())),
     ("mesh_spawn_fails", || Box::pin(mesh::mesh_spawn_fails())),
+    ("namespaces", || Box::pin(tree::namespaces())),
+    ("drivers", || Box::pin(tree::drivers())),
+    ("strategies", || Box::pin(tree::strategies())),
+    ("judge", || Box::pin(tree::judge())),
     ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
 ];
 
@@ -41,6 +46,7 @@ fn main() -> ExitCode {
         Some("head") => harness::head(args),
         Some("node") => harness::node(args),
         Some("worker") => harness::worker(args),
+        Some("driver") => tree::driver_process(args),
         _ => run(first.into_iter().chain(args).filter(|arg| !arg.starts_with('-')).collect()),
     }
 }

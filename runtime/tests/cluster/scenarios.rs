@@ -81,7 +81,7 @@ pub(crate) async fn actor_panics() {
     };
     let status = cluster.until("a new incarnation", ready).await;
     let cause = status.actor("c").unwrap().last_death.clone();
-    assert_eq!(cause, Some(DeathCause::Panicked { message: "crashed on request".into() }));
+    assert_eq!(cause, Some(DeathCause::panicked("crashed on request")));
     cluster.end().await;
 }
 
@@ -256,7 +256,7 @@ pub(crate) async fn node_lost() {
 /// SIGTERM of an agent, stopping and removing actors, shutdown.
 pub(crate) async fn orderly_ends() {
     let mut cluster = TestCluster::start(&[2]).await;
-    cluster.cluster.apply(vec![counter("a"), counter("b")]).await.unwrap();
+    cluster.cluster.apply_exactly(vec![counter("a"), counter("b")]).await.unwrap();
     let before = cluster.all_ready(2).await;
     cluster.cluster.stop_actor("a").await.unwrap();
     let dead = |status: &ClusterStatus| matches!(status.actor("a").unwrap().state, ActorState::Dead { .. });

@@ -151,18 +151,11 @@ mod tests {
 
     fn actor(name: &str, state: ActorState, last_death: Option<DeathCause>) -> ActorStatus {
         ActorStatus {
-            name: name.into(),
-            type_name: "rank".into(),
-            state,
-            restarts: 0,
             last_death,
             incarnation: Incarnation(1),
-            group: None,
-            rank: None,
             node: Some("node-0".into()),
-            device: None,
             pid: Some(7),
-            endpoint: None,
+            ..ActorStatus::new(name, "rank", state)
         }
     }
 
@@ -185,6 +178,8 @@ mod tests {
             actors,
             groups: vec![group],
             placement_groups: vec![],
+            supervisors: vec![],
+            drivers: vec![],
             state_store: StoreHealth::default(),
         }
     }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::nodes::Node;
+use super::owners::Thing;
+use super::supervisors::JUDGE_PATIENCE;
 use super::{Command, HeadState, Key, Manner};
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerProcess, WorkerReport};
@@ -26,6 +28,8 @@ pub(super) struct Actor {
     pub(super) restarts: u64,
     pub(super) last_death: Option<DeathCause>,
     pub(super) history: History,
+    /// The round of restarts that it waits to take part in.
+    pub(super) round: Option<u64>,
 }
 
 /// HD-2: an actor has at most one process, the one in `Live` or `Stopping`.
@@ -39,6 +43,8 @@ pub(super) enum Life {
     Live(Live),
     /// Its process is to end; what follows waits for that.
     Stopping { live: Live, cause: DeathCause, then: Then },
+    /// It died, and an actor is to decide what follows.
+    Judged { cause: DeathCause, since: Duration, asked: bool },
     /// It stays dead until it is revived.
     Dead { cause: DeathCause },
 }
@@ -50,6 +56,10 @@ pub(super) enum Then {
     Supervise,
     /// A new incarnation, at once.
     Restart,
+    /// A new incarnation at that moment, when all of its round have ended.
+    Again { at: Duration, attempt: u32, round: u64 },
+    /// It stays dead unless its supervisor, which failed, is restarted.
+    Down,
     /// It stays dead.
     StayDead,
     /// The actor is forgotten.
@@ -109,13 +119,15 @@ impl Actor {
             restarts: 0,
             last_death: None,
             history: History::default(),
+            round: None,
         }
     }
 
     pub(super) fn deadline(&self) -> Option<Duration> {
         match self.life {
             Life::Backoff { at, .. } => Some(at),
-            _ => None,
+            Life::Judged { since, .. } => Some(since + JUDGE_PATIENCE),
+            Life::Pending { .. } | Life::Live(_) | Life::Stopping { .. } | Life::Dead { .. } => None,
         }
     }
 
@@ -123,7 +135,7 @@ impl Actor {
     pub(super) fn process(&self) -> Option<&Live> {
         match &self.life {
             Life::Live(live) | Life::Stopping { live, .. } => Some(live),
-            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => None,
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Judged { .. } | Life::Dead { .. } => None,
         }
     }
 
@@ -132,7 +144,9 @@ impl Actor {
         let (live, stopping) = match &mut self.life {
             Life::Live(live) => (live, false),
             Life::Stopping { live, .. } => (live, true),
-            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => return None,
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Judged { .. } | Life::Dead { .. } => {
+                return None;
+            }
         };
         (live.incarnation == incarnation).then_some((live, stopping))
     }
@@ -246,9 +260,10 @@ impl HeadState {
     }
 
     /// Ends the actor's process, if it has one, and does what follows.
-    fn stop(&mut self, name: &str, cause: DeathCause, then: Then, manner: Manner) {
+    pub(super) fn stop(&mut self, name: &str, cause: DeathCause, then: Then, manner: Manner) {
         let Some(actor) = self.actors.get_mut(name) else { return };
         self.changed = true;
+        self.owned.moved(name);
         let life = std::mem::replace(&mut actor.life, Life::Pending { reason: String::new() });
         match life {
             Life::Live(live) => {
@@ -261,13 +276,14 @@ impl HeadState {
                 }
             }
             Life::Stopping { live, cause, .. } => actor.life = Life::Stopping { live, cause, then },
-            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => self.follow(name, cause, then),
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Judged { .. } | Life::Dead { .. } => {
+                self.follow(name, cause, then);
+            }
         }
     }
 
     /// Ends an actor on purpose.
-    pub(super) fn retire(&mut self, name: &str, why: &str, then: Then) {
-        let cause = DeathCause::Stopped { why: why.to_owned() };
+    pub(super) fn retire(&mut self, name: &str, cause: DeathCause, then: Then) {
         if then == Then::Forget {
             self.forget(Key::Spec(name.to_owned()));
             self.forget(Key::Actor(name.to_owned()));
@@ -282,6 +298,7 @@ impl HeadState {
             return;
         }
         self.changed = true;
+        self.owned.moved(name);
         let node = actor.slot.as_ref().and_then(|slot| self.nodes.get_mut(&slot.node));
         if let Some(node) = node {
             node.strays.remove(&incarnation);
@@ -292,40 +309,53 @@ impl HeadState {
                 self.follow(name, cause, Then::Supervise);
             }
             Life::Stopping { cause, then, .. } => self.follow(name, cause, then),
-            Life::Pending { .. } | Life::Backoff { .. } | Life::Dead { .. } => {}
+            Life::Pending { .. } | Life::Backoff { .. } | Life::Judged { .. } | Life::Dead { .. } => {}
         }
     }
 
     /// The actor has no process now; what is next?
     fn follow(&mut self, name: &str, cause: DeathCause, then: Then) {
         let Some(actor) = self.actors.get_mut(name) else { return };
+        if then == Then::Forget {
+            return self.forgotten(name);
+        }
+        if actor.incarnation.0 > 0 {
+            actor.last_death = Some(cause.clone());
+        }
         let action = match then {
-            Then::Supervise => actor.history.died(&actor.spec.restart, &cause, self.now),
+            Then::Supervise => match actor.spec.seat.clone() {
+                Some(seat) if !cause.is_intended() => return self.child_died(name, &seat, cause),
+                Some(_) | None => actor.history.died(&actor.spec.restart, &cause, self.now),
+            },
             Then::Restart => Action::Restart { delay: Duration::ZERO, attempt: 0 },
-            Then::StayDead => Action::GiveUp,
-            Then::Forget => {
-                let grouped = actor.spec.group.is_some() || !actor.spec.subscribe.is_empty();
-                self.actors.remove(name);
-                return if grouped {
-                    self.regroup()
-                };
+            Then::Again { at, attempt, round } => {
+                actor.round = Some(round);
+                Action::Restart { delay: at.saturating_sub(self.now), attempt }
             }
+            Then::StayDead | Then::Down | Then::Forget => Action::GiveUp,
         };
         match action {
             Action::Restart { delay, attempt } => {
-                actor.restarts += u64::from(then == Then::Supervise);
+                actor.restarts += u64::from(then != Then::Restart);
                 actor.life = if delay.is_zero() {
                     Life::Pending { reason: String::new() }
                 } else {
                     Life::Backoff { attempt, at: self.now + delay }
                 };
             }
-            Action::GiveUp => actor.life = Life::Dead { cause: cause.clone() },
-        }
-        if actor.incarnation.0 > 0 {
-            actor.last_death = Some(cause);
+            Action::GiveUp => actor.life = Life::Dead { cause },
         }
         self.persist_actor(name);
+    }
+
+    fn forgotten(&mut self, name: &str) {
+        let Some(spec) = self.actors.get(name).map(|actor| &actor.spec) else { return };
+        let grouped = spec.group.is_some() || !spec.subscribe.is_empty();
+        self.owned.note(Thing::Actor(name.to_owned()), Some(&spec.lifetime), None);
+        self.actors.remove(name);
+        if grouped {
+            self.regroup();
+        }
     }
 
     /// Whether the worker was ordered and its node has not reported it yet: then the order may be repeated.
@@ -355,7 +385,9 @@ impl HeadState {
         let waits = |name: &String| match self.actors.get(name).map(|actor| &actor.life) {
             Some(Life::Pending { .. }) => true,
             Some(Life::Backoff { at, .. }) => *at <= self.now,
-            Some(Life::Live(_) | Life::Stopping { .. } | Life::Dead { .. }) | None => false,
+            Some(Life::Live(_) | Life::Stopping { .. } | Life::Judged { .. } | Life::Dead { .. }) | None => {
+                false
+            }
         };
         waiting.retain(waits);
         if waiting.is_empty() {
@@ -366,10 +398,13 @@ impl HeadState {
         let (mut offers, strays) = (self.offers(), self.strays());
         let mut refused: HashMap<Wish, String> = HashMap::new();
         for name in waiting {
-            let placed = match (self.hold, strays.get(&name)) {
-                (Some(_), _) => Err("waits for all nodes to report to the restarted head".to_owned()),
-                (None, Some(node)) => Err(format!("an old incarnation still runs on node {node}")),
-                (None, None) => self.find_slot(&name, &mut offers, &mut refused),
+            let placed = match (self.hold, strays.get(&name), self.awaited_by(&name)) {
+                (Some(_), ..) => Err("waits for all nodes to report to the restarted head".to_owned()),
+                (None, Some(node), _) => Err(format!("an old incarnation still runs on node {node}")),
+                (None, None, Some(other)) => {
+                    Err(format!("{other}, which is restarted with it, has not ended yet"))
+                }
+                (None, None, None) => self.find_slot(&name, &mut offers, &mut refused),
             };
             match placed {
                 Ok(slot) => self.start(&name, slot),
@@ -423,7 +458,10 @@ impl HeadState {
         actor.incarnation = incarnation;
         actor.slot = Some(slot.clone());
         actor.life = Life::Live(Live::new(incarnation, slot.clone()));
+        actor.round = None;
         self.changed = true;
+        self.owned.moved(name);
+        self.owner_begins(name);
         let device = slot.device.and_then(|index| self.nodes.get(&slot.node)?.device(index).cloned());
         let report_seq = self.nodes.get(&slot.node).map_or(0, Node::seq);
         let order = StartWorker { actor: name.to_owned(), incarnation, device, report_seq, term: self.term };

@@ -155,7 +155,8 @@ impl HeadState {
         let inside: Vec<String> =
             self.actors.iter().filter(|(_, actor)| inside(actor)).map(|(name, _)| name.clone()).collect();
         for actor in inside {
-            self.retire(&actor, &format!("placement group {name} was removed"), Then::StayDead);
+            let cause = crate::spec::DeathCause::stopped(format!("placement group {name} was removed"));
+            self.retire(&actor, cause, Then::StayDead);
         }
         (self.changed, self.replan) = (true, true);
         Ok(self.finish())

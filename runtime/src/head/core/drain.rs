@@ -80,7 +80,8 @@ impl HeadState {
                 if matches!(actor.life, Life::Live(_))
                     && (self.fits_elsewhere(&actor.spec, &mut offers) || due)
                 {
-                    self.retire(&name, &format!("node {node} is being drained"), Then::Restart);
+                    let cause = crate::spec::DeathCause::stopped(format!("node {node} is being drained"));
+                    self.retire(&name, cause, Then::Restart);
                 }
             }
             self.let_go(&node);
@@ -118,7 +119,8 @@ impl HeadState {
             let inside: BTreeSet<String> = self.actors_in(&name, node);
             self.drop_group_bundles(&name, node);
             for actor in inside {
-                self.retire(&actor, &format!("node {node} is being drained"), Then::Restart);
+                let cause = crate::spec::DeathCause::stopped(format!("node {node} is being drained"));
+                self.retire(&actor, cause, Then::Restart);
             }
         }
     }

@@ -32,7 +32,11 @@ fn peer(name: &str, actor: &Actor) -> Peer {
         },
         // The mesh is only being spawned.
         Life::Pending { .. } if actor.incarnation.0 == 0 => Peer::Awaited,
-        Life::Pending { .. } | Life::Backoff { .. } | Life::Stopping { .. } | Life::Dead { .. } => Peer::Gone,
+        Life::Pending { .. }
+        | Life::Backoff { .. }
+        | Life::Judged { .. }
+        | Life::Stopping { .. }
+        | Life::Dead { .. } => Peer::Gone,
     }
 }
 
@@ -51,7 +55,8 @@ impl HeadState {
         self.mesh(name)?;
         let ranks: Vec<String> = self.groups[name].members().values().cloned().collect();
         for rank in ranks {
-            self.retire(&rank, "its mesh was removed", Then::Forget);
+            let cause = crate::spec::DeathCause::stopped("its mesh was removed");
+            self.retire(&rank, cause, Then::Forget);
         }
         Ok(self.finish())
     }

@@ -9,11 +9,15 @@ use super::actors::{Actor, Life, Live, Phase, Then};
 use super::bundles::PlacementGroup;
 use super::groups::Group;
 use super::nodes::Node;
+use super::owners::Thing;
+use super::supervisors::Supervisor;
 use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
 use crate::head::placement::{Places, Slot};
-use crate::spec::{ActorSpec, Capacity, DeathCause, Device, Labels, PlacementGroupSpec, Progress};
+use crate::spec::{
+    ActorSpec, Capacity, DeathCause, Device, DriverId, Labels, PlacementGroupSpec, Progress, SupervisorSpec,
+};
 
 /// One entry of the state store.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
@@ -30,6 +34,10 @@ pub enum Record {
     PlacementGroup(PlacementGroupRecord),
     /// No incarnation above this was ever issued.
     Incarnations(u64),
+    /// A supervisor.
+    Supervisor(SupervisorSpec),
+    /// A driver that is there, and its name.
+    Driver(DriverId, String),
 }
 
 /// What became of an actor.
@@ -63,6 +71,8 @@ pub enum LifeRecord {
     },
     /// Not to be started again.
     Dead(DeathCause),
+    /// It died, and an actor is to decide what follows.
+    Judged(DeathCause),
 }
 
 /// A group's last view.
@@ -128,6 +138,10 @@ pub enum Key {
     PlacementGroup(String),
     /// Of the incarnation reserve.
     Incarnations,
+    /// Of a supervisor.
+    Supervisor(String),
+    /// Of a driver.
+    Driver(DriverId),
 }
 
 impl Key {
@@ -140,6 +154,8 @@ impl Key {
             Key::Node(name) => format!("node/{name}"),
             Key::PlacementGroup(name) => format!("placement_group/{name}"),
             Key::Incarnations => "incarnations".into(),
+            Key::Supervisor(name) => format!("supervisor/{name}"),
+            Key::Driver(id) => format!("driver/{id}"),
         }
     }
 }
@@ -154,6 +170,8 @@ impl Record {
             Record::Node(record) => Key::Node(record.name.clone()),
             Record::PlacementGroup(record) => Key::PlacementGroup(record.spec.name.clone()),
             Record::Incarnations(_) => Key::Incarnations,
+            Record::Supervisor(spec) => Key::Supervisor(spec.name.clone()),
+            Record::Driver(id, _) => Key::Driver(*id),
         }
     }
 }
@@ -191,6 +209,8 @@ impl HeadState {
         for record in records {
             match record {
                 Record::Spec(spec) => {
+                    let thing = Thing::Actor(spec.name.clone());
+                    state.owned.note(thing, None, Some(&spec.lifetime));
                     state.actors.insert(spec.name.clone(), Actor::new(spec));
                 }
                 Record::Actor(record) => last.push(record),
@@ -207,15 +227,22 @@ impl HeadState {
                     let group = PlacementGroup::recovered(record);
                     state.placement_groups.insert(group.name().to_owned(), group);
                 }
+                Record::Supervisor(spec) => {
+                    let thing = Thing::Supervisor(spec.name.clone());
+                    state.owned.note(thing, None, Some(&spec.lifetime));
+                    state.supervisors.insert(spec.name.clone(), Supervisor::new(spec));
+                }
+                Record::Driver(id, name) => state.recover_driver(id, name),
                 Record::Incarnations(reserved) => state.incarnations = Reserve::recovered(reserved),
             }
         }
         for record in last {
             if let Some(actor) = state.actors.get_mut(&record.name) {
-                actor.restore(record);
+                actor.restore(record, now);
             }
         }
         state.regroup();
+        state.recheck_owners();
         state.hold = (!state.nodes.is_empty()).then_some(now + patience.node_grace);
         // New blocks, so that even a head that dies at once has not issued what the next one issues.
         state.incarnations.reserved += INCARNATION_BLOCK;
@@ -243,7 +270,9 @@ impl Actor {
         let life = match &self.life {
             Life::Pending { .. } | Life::Backoff { .. } => LifeRecord::Down,
             // Its process is fenced when it is found again: only what follows its end is kept.
-            Life::Stopping { cause, then: Then::StayDead, .. } => LifeRecord::Dead(cause.clone()),
+            Life::Stopping { cause, then: Then::StayDead | Then::Down, .. } => {
+                LifeRecord::Dead(cause.clone())
+            }
             Life::Stopping { .. } => LifeRecord::Down,
             Life::Live(live) => LifeRecord::Live {
                 ready: match &live.phase {
@@ -252,6 +281,7 @@ impl Actor {
                 },
                 announced: live.announced.clone(),
             },
+            Life::Judged { cause, .. } => LifeRecord::Judged(cause.clone()),
             Life::Dead { cause } => LifeRecord::Dead(cause.clone()),
         };
         ActorRecord {
@@ -264,7 +294,7 @@ impl Actor {
         }
     }
 
-    fn restore(&mut self, record: ActorRecord) {
+    fn restore(&mut self, record: ActorRecord, now: Duration) {
         self.incarnation = record.incarnation;
         self.restarts = record.restarts;
         self.last_death = record.last_death;
@@ -277,6 +307,7 @@ impl Actor {
                 Life::Live(live)
             }
             (LifeRecord::Dead(cause), _) => Life::Dead { cause },
+            (LifeRecord::Judged(cause), _) => Life::Judged { cause, since: now, asked: false },
             (LifeRecord::Down | LifeRecord::Live { .. }, _) => Life::Pending { reason: String::new() },
         };
         self.slot = record.slot;

@@ -9,7 +9,9 @@ use crate::cluster::status::{
 };
 use crate::group::MemberState;
 use crate::handle::ActorAddr;
+use crate::head::messages::Found;
 use crate::head::placement::Offer;
+use crate::spec::SupervisorSpec;
 
 impl HeadState {
     /// Address of the actor, if it is ready.
@@ -70,6 +72,18 @@ impl HeadState {
             .collect()
     }
 
+    /// All supervisors.
+    pub fn supervisor_status(&self) -> Vec<SupervisorSpec> {
+        self.supervisors.values().map(|it| it.spec.clone()).collect()
+    }
+
+    /// What a client needs to reach an actor, whether it is ready or not.
+    pub fn find(&self, name: &str) -> Option<Found> {
+        let actor = self.actors.get(name)?;
+        let (type_name, addr) = (actor.spec.type_name.clone(), actor.ready().cloned());
+        Some(Found { type_name, state: self.state(actor), addr })
+    }
+
     fn actor(&self, actor: &Actor) -> ActorStatus {
         let process = actor.process();
         let member = actor.spec.group.as_ref();
@@ -87,6 +101,8 @@ impl HeadState {
             device: slot.and_then(|slot| slot.device),
             pid: process.and_then(|live| live.pid),
             endpoint: actor.ready().map(|addr| addr.endpoint.clone()),
+            lifetime: actor.spec.lifetime.clone(),
+            seat: actor.spec.seat.clone(),
         }
     }
 
@@ -102,6 +118,9 @@ impl HeadState {
                 Phase::Starting(progress) => ActorState::Starting { progress: progress.clone() },
                 Phase::Ready(_) => ActorState::Ready,
             },
+            Life::Judged { cause, .. } => {
+                ActorState::Pending { reason: format!("its supervisor decides what follows: {cause}") }
+            }
             Life::Stopping { .. } => ActorState::Stopping,
             Life::Dead { cause } => ActorState::Dead { cause: cause.clone() },
         }

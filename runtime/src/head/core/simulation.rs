@@ -9,6 +9,7 @@ mod drain;
 mod fenced;
 mod head_alone;
 mod heals;
+mod tree;
 mod world;
 
 use std::time::Duration;

@@ -17,10 +17,10 @@ use crate::group::GroupView;
 use crate::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
 use crate::head::core::{Command, Event, HeadState, Manner, Patience, Record, Write};
 use crate::head::messages::{
-    ApplyMode, NodeReport, NodeStage, PrepareBundles, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
+    Apply, NodeReport, NodeStage, PrepareBundles, ProcessStatus, StartWorker, WorkerPhase, WorkerProcess,
 };
 use crate::head::tenure::Allegiance;
-use crate::spec::{ActorSpec, Capacity, DeathCause, Device};
+use crate::spec::{ActorSpec, Capacity, DeathCause, Device, SupervisorSpec, Verdict};
 
 const NODES: [&str; 3] = ["a", "b", "c"];
 const DEVICES: u32 = 3;
@@ -97,6 +97,7 @@ pub(super) struct World {
     now: Duration,
     specs: Vec<ActorSpec>,
     devices: u32,
+    supervisors: Vec<SupervisorSpec>,
     queue: BinaryHeap<Reverse<(Duration, u64)>>,
     whats: BTreeMap<u64, What>,
     count: u64,
@@ -122,20 +123,33 @@ pub(super) struct World {
     links: BTreeMap<Link, (u64, Duration)>,
     highest: Incarnation,
     healed: bool,
+    /// Highest life of each actor that was killed while the head counted on it.
+    pub(super) killed: BTreeMap<String, Incarnation>,
 }
 
 impl World {
     pub(super) fn new(seed: u64, specs: Vec<ActorSpec>) -> Self {
-        Self::with_devices(seed, specs, DEVICES)
+        Self::with_tree(seed, specs, Vec::new(), DEVICES)
     }
 
     /// The same where each node has so many devices.
     pub(super) fn with_devices(seed: u64, specs: Vec<ActorSpec>, devices: u32) -> Self {
+        Self::with_tree(seed, specs, Vec::new(), devices)
+    }
+
+    /// The same with supervisors.
+    pub(super) fn with_tree(
+        seed: u64,
+        specs: Vec<ActorSpec>,
+        supervisors: Vec<SupervisorSpec>,
+        devices: u32,
+    ) -> Self {
         let mut world = Self {
             devices,
             rng: StdRng::seed_from_u64(seed),
             now: Duration::from_secs(1),
             specs,
+            supervisors,
             queue: BinaryHeap::new(),
             whats: BTreeMap::new(),
             count: 0,
@@ -156,6 +170,7 @@ impl World {
             links: BTreeMap::new(),
             highest: Incarnation(0),
             healed: false,
+            killed: BTreeMap::new(),
         };
         world.start_head();
         world.apply();
@@ -341,7 +356,8 @@ impl World {
             self.carry_out(group);
         }
         if let Some(head) = self.head.as_mut() {
-            let (_, commands) = head.apply(self.now, specs, ApplyMode::Merge).expect("valid");
+            let apply = Apply { supervisors: self.supervisors.clone(), ..Apply::merge(specs) };
+            let (_, commands) = head.apply(self.now, apply).expect("valid");
             self.carry_out(commands);
         }
     }
@@ -402,6 +418,15 @@ impl World {
                     let event = Event::BundlesDurable { group: group.clone(), epoch: *epoch };
                     self.durables.push((self.head_run, event));
                     self.after(20, What::Flush);
+                }
+                Command::AskJudge { question, .. } => {
+                    let event = Event::Judged {
+                        child: question.child.clone(),
+                        incarnation: question.incarnation,
+                        verdict: (self.roll(3) > 0).then_some(Verdict::Restart),
+                    };
+                    let run = self.head_run;
+                    self.after(50, What::ToHead(Link::Worker(Incarnation(0)), run, event));
                 }
                 Command::Persist(write) => {
                     self.check_write(write);

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use super::{AGENT_GRACE, Link, NODES, What, World};
+use crate::cluster::status::{ActorState, ActorStatus};
+use crate::handle::Incarnation;
 use crate::spec::DeathCause;
 
 impl World {
@@ -34,7 +36,10 @@ impl World {
         let victim = self.roll(self.workers.len() as u64) as usize;
         let victim = self.workers.keys().nth(victim).copied();
         match (self.roll(14), victim) {
-            (0..=2, Some(victim)) => self.die(victim, DeathCause::Killed { signal: 9 }),
+            (0..=2, Some(victim)) => {
+                self.note_killed(victim);
+                self.die(victim, DeathCause::Killed { signal: 9 });
+            }
             (3, _) => self.kill_agent(&name, 3000),
             (4, _) => self.kill_agent(&name, 20_000),
             (5, _) => self.kill_host(&name),
@@ -81,15 +86,30 @@ impl World {
         }
     }
 
-    /// Somebody asks for something.
+    /// For what must follow: whether the head counted on that life.
+    fn note_killed(&mut self, victim: Incarnation) {
+        let Some(head) = &self.head else { return };
+        let counts = |actor: &ActorStatus| {
+            let lives = matches!(actor.state, ActorState::Ready | ActorState::Starting { .. });
+            actor.incarnation == victim && lives
+        };
+        if let Some(actor) = head.actor_status().into_iter().find(counts) {
+            self.killed.insert(actor.name, victim);
+        }
+    }
+
+    /// Somebody asks for something. What has a supervisor is left to it.
     fn request(&mut self) {
-        let which = self.roll(self.specs.len() as u64) as usize;
-        let (name, action) = (self.specs[which].name.clone(), self.roll(6));
+        let free: Vec<String> =
+            self.specs.iter().filter(|spec| spec.seat.is_none()).map(|spec| spec.name.clone()).collect();
+        let which = self.roll(free.len() as u64) as usize;
+        let Some(name) = free.get(which).cloned() else { return };
+        let action = self.roll(6);
         let now = self.now;
         let Some(head) = self.head.as_mut() else { return };
         let commands = match action {
-            0 => head.stop_actor(now, &name),
-            1 => head.restart_actor(now, &name),
+            0 => head.stop_actor(now, &name, "somebody"),
+            1 => head.restart_actor(now, &name, "somebody"),
             3 | 4 => return self.drain_or_undo(action == 3),
             2 => {
                 // Its actors stay dead until they are applied again.

@@ -84,7 +84,7 @@ impl World {
         if ghost.asked {
             let which = self.roll(self.specs.len() as u64) as usize;
             let name = self.specs[which].name.clone();
-            commands.extend(ghost.head.restart_actor(self.now, &name).expect("known"));
+            commands.extend(ghost.head.restart_actor(self.now, &name, "").expect("known"));
         }
         for command in commands {
             if matches!(command, Command::Persist(_) | Command::AwaitDurable { .. }) {
@@ -129,7 +129,7 @@ impl World {
                 let Some(worker) = self.workers.get_mut(&order.incarnation) else { return };
                 (Link::Worker(order.incarnation), worker.joined, worker.allegiance.obey(term).is_ok())
             }
-            Command::Persist(_) | Command::AwaitDurable { .. } => return,
+            Command::AskJudge { .. } | Command::Persist(_) | Command::AwaitDurable { .. } => return,
         };
         if !obeyed {
             self.refused += 1;
