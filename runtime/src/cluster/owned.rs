@@ -103,7 +103,8 @@ impl Cluster {
             | ActorState::Starting { .. }
             | ActorState::Ready
             | ActorState::Restarting { .. }
-            | ActorState::Stopping => Ok(self.named(full)),
+            // A full name of the default namespace says none: it is meant there.
+            | ActorState::Stopping => Ok(self.in_namespace(split_name(&full).0).named(full)),
         }
     }
 
