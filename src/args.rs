@@ -4,11 +4,13 @@ mod bench;
 pub(crate) mod cert;
 mod drain;
 mod job;
+mod program;
 
 pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
 pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
 pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
+pub(crate) use program::{Package, PackageArgs, SubmitProgram};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use heliostat_runtime::spec::Quantity;
@@ -24,6 +26,7 @@ Examples:
   helio status                     nodes, devices, actors
   helio eplb show                  load of the experts and where they lie
   helio logs rank-0 -f             follow the log of an actor
+  helio submit target/release/app  ship a program of your own and run its driver on the cluster
   helio job submit -- python x.py  run a command as a job and print its log
   helio down                       stop everything
 
@@ -67,6 +70,10 @@ pub(crate) enum Command {
     Drain(Drain),
     /// Have a drained node take actors again.
     Undrain(Undrain),
+    /// Ship a program of your own to the cluster and run its driver there.
+    Submit(SubmitProgram),
+    /// The programs that were shipped: list, push, remove.
+    Package(PackageArgs),
     /// Run commands as jobs: submit, status, logs, stop, list, delete.
     Job(JobArgs),
     /// Keep one job (started by the jobs actor).

@@ -105,6 +105,8 @@ fn jobs_args(config: &Config) -> JobsArgs {
                 ..Bounds::default()
             },
         },
+        token_file: config.token.as_ref().map(|_| config.run_dir.join("token")),
+        tls_file: config.security.as_ref().map(|_| config.run_dir.join(crate::rundir::TLS)),
         running_max: d.max_jobs_running,
         queued_max: d.max_jobs_queued,
         kept_max: d.max_jobs_kept,

@@ -1,8 +1,9 @@
 //! Heliostat: a distributed actor runtime that serves mixture-of-experts models with wide expert parallelism.
 //!
-//! This facade is what a program depends on that talks to a cluster or runs actors of its own: [`runtime`] has actors,
-//! handles, specs and the [`Cluster`](runtime::cluster::Cluster) client; [`actors`] has the messages of the serving
-//! product. The binary `helio` stands on the same two.
+//! This facade is what a program depends on that talks to a cluster or runs actors of its own: [`Program`] makes one
+//! binary of driver and workers, [`prelude`] has what an actor needs, [`runtime`] has actors, handles, specs and the
+//! [`Cluster`](runtime::cluster::Cluster) client; [`actors`] has the messages of the serving product. The binary `helio`
+//! stands on the same. `docs/actors.md` is the guide.
 //!
 //! ```no_run
 //! use heliostat::actors::{deployment::EPLB, eplb::Eplb, messages::Rebalance};
@@ -20,5 +21,23 @@
 //! # }
 //! ```
 
+mod messages;
+mod program;
+
+pub use actix;
+pub use bincode;
 pub use heliostat_actors as actors;
 pub use heliostat_runtime as runtime;
+pub use program::{BoxError, Driver, DriverError, Program, connect};
+
+/// What a file with an actor needs.
+pub mod prelude {
+    pub use crate::{BoxError, Driver, Program, functions, messages};
+    pub use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
+    pub use bincode::{Decode, Encode};
+    pub use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
+    pub use heliostat_runtime::cluster::{Cluster, Named};
+    pub use heliostat_runtime::function::{FunctionPool, PoolOptions, RemoteFunction};
+    pub use heliostat_runtime::handle::Handle;
+    pub use heliostat_runtime::spec::{ActorSpec, Lifetime};
+}

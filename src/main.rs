@@ -46,6 +46,8 @@ fn run(command: &Command) -> Result<()> {
         Command::Logs(args) => one_thread()?.block_on(commands::logs::run(args)),
         Command::Drain(args) => one_thread()?.block_on(commands::drain::run(args)),
         Command::Undrain(args) => one_thread()?.block_on(commands::drain::undo(args)),
+        Command::Submit(args) => one_thread()?.block_on(commands::submit::run(args)),
+        Command::Package(args) => one_thread()?.block_on(commands::package::run(args)),
         Command::Job(args) => one_thread()?.block_on(commands::job::run(args)),
         Command::Entrypoint(args) => one_thread()?.block_on(commands::entrypoint::run(args)),
         Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),

@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Names the certificates of this machine.
-const TLS: &str = "tls.json";
+pub(crate) const TLS: &str = "tls.json";
 
 /// A run directory; it may not exist yet.
 #[derive(Debug, Clone)]

@@ -51,6 +51,7 @@ impl World {
             devices: Vec::new(),
             capacity: Capacity { cpus: 64, memory: 1 << 38, ..Capacity::default() },
             labels: Labels::from([("rack".into(), format!("r{}", node / 20))]),
+            packages: Vec::new(),
             stage: NodeStage::Serving,
             workers: self.nodes[node].clone(),
             term: 0,

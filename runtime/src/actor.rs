@@ -13,6 +13,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 
 use crate::cluster::Cluster;
+use crate::function::{FunctionActor, FunctionTable};
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::mesh::MeshSeat;
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
@@ -99,7 +100,8 @@ pub struct ActorTypes {
     create: HashMap<&'static str, CreateFn>,
 }
 
-type CreateFn = fn(Vec<u8>, usize, ActorCx) -> BoxFuture<'static, Result<ActorAddr, CreateError>>;
+type Creating = BoxFuture<'static, Result<ActorAddr, CreateError>>;
+type CreateFn = Box<dyn Fn(Vec<u8>, usize, ActorCx) -> Creating + Send + Sync>;
 
 impl ActorTypes {
     /// An empty table.
@@ -112,8 +114,20 @@ impl ActorTypes {
     /// # Panics
     /// If the name is taken.
     pub fn with<A: Spawn>(mut self) -> Self {
-        let earlier = self.create.insert(A::TYPE, create_erased::<A>);
+        let create = |args, mailbox_capacity, cx| creating(args, mailbox_capacity, cx, <A as Spawn>::create);
+        let earlier = self.create.insert(A::TYPE, Box::new(create));
         assert!(earlier.is_none(), "two actor types named {:?}", A::TYPE);
+        self
+    }
+
+    /// Adds the actor that runs stateless functions, with a program's table of them.
+    pub fn with_functions(mut self, table: FunctionTable) -> Self {
+        let create = move |args, mailbox_capacity, cx| {
+            let table = table.clone();
+            let create = async move |max: u32, _: ActorCx| Ok(FunctionActor::new(table, max));
+            creating(args, mailbox_capacity, cx, create)
+        };
+        self.create.insert(FunctionActor::TYPE, Box::new(create));
         self
     }
 
@@ -143,20 +157,26 @@ impl ActorTypes {
     }
 }
 
-fn create_erased<A: Spawn>(
+fn creating<A, T, F>(
     args: Vec<u8>,
     mailbox_capacity: usize,
     cx: ActorCx,
-) -> BoxFuture<'static, Result<ActorAddr, CreateError>> {
+    create: impl FnOnce(T, ActorCx) -> F + Send + 'static,
+) -> Creating
+where
+    A: RemoteActor,
+    T: Decode<()>,
+    F: Future<Output = Result<A, CreateError>>,
+{
     Box::pin(async move {
         let system = cx.system().clone();
         let options = SpawnOptions { id: cx.actor_id(), incarnation: cx.incarnation(), mailbox_capacity };
-        let create = move || async move {
-            let args = from_bytes::<A::Args>(&args)
+        let made = move || async move {
+            let args = from_bytes::<T>(&args)
                 .map_err(|e| CreateError::Args { type_name: A::TYPE, why: e.to_string() })?;
-            <A as Spawn>::create(args, cx).await
+            create(args, cx).await
         };
-        system.spawn_async(options, create).await
+        system.spawn_async(options, made).await
     })
 }
 

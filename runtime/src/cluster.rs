@@ -1,9 +1,10 @@
 //! A client's view of the cluster: apply specs, watch, find actors, read logs, shut down.
 
 mod driver;
-mod named;
+pub(crate) mod named;
 mod owned;
 pub mod placement_group;
+mod spawn;
 pub mod status;
 
 use std::collections::HashMap;
@@ -14,6 +15,7 @@ use actix::Handler;
 
 pub use self::named::{Named, NamedError, NamedJson};
 pub use self::placement_group::PlacementGroup;
+pub use self::spawn::{PackageError, SpawnFailed};
 use self::status::ClusterStatus;
 use crate::actor::{RemoteActor, WireMessage};
 use crate::backoff::Backoff;
@@ -25,6 +27,7 @@ use crate::head::messages::{
     ApplyError, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
 };
 use crate::node::NodeActor;
+use crate::package::PackageId;
 use crate::spec::{ActorSpec, DEFAULT_NAMESPACE, DeathCause, InvalidSpec, Owner};
 use crate::system::{Secret, System, SystemConfig, SystemError, TlsFiles};
 
@@ -115,6 +118,8 @@ pub struct Cluster {
     owner: Option<Owner>,
     /// Who asks, for causes of death.
     by: Arc<str>,
+    /// What this process runs, where that is a package.
+    package: Option<PackageId>,
 }
 
 pub use self::driver::Driver;
@@ -147,6 +152,7 @@ impl Cluster {
             namespace: DEFAULT_NAMESPACE.into(),
             owner: None,
             by: owned::this_process().into(),
+            package: None,
         }
     }
 
@@ -186,7 +192,7 @@ impl Cluster {
     }
 
     /// Applies specs, all or none. The same spec again changes nothing, but revives a dead actor; another spec of a
-    /// known name restarts it. Actors that are not listed stay.
+    /// known name restarts it. Actors that are not listed stay. Specs without a package get that of this process.
     pub async fn apply(&self, specs: Vec<ActorSpec>) -> Result<Applied, ClusterError> {
         self.apply_tree(specs, Vec::new()).await
     }

@@ -5,12 +5,14 @@
 pub mod actor;
 mod backoff;
 pub mod cluster;
+pub mod function;
 pub mod group;
 pub mod handle;
 pub mod head;
 mod mailbox;
 pub mod mesh;
 pub mod node;
+pub mod package;
 pub mod process;
 pub mod spec;
 pub mod state;

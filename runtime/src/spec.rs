@@ -19,6 +19,7 @@ pub use self::labels::{HOST_LABEL, InvalidRule, LabelRule, LabelSelector, Labels
 pub(crate) use self::resources::bytes;
 pub use self::resources::{Capacity, InvalidQuantity, Quantity, Resources};
 use crate::mesh::Dims;
+use crate::package::PackageId;
 
 pub use self::death::DeathCause;
 pub use self::lifetime::{DEFAULT_NAMESPACE, DriverId, Lifetime, Owner, full_name, split_name};
@@ -37,6 +38,8 @@ pub struct ActorSpec {
     pub type_name: String,
     /// `Spawn::Args`, encoded by the wire's codec.
     pub args: Vec<u8>,
+    /// The package that its worker runs; without one the node's own program.
+    pub package: Option<PackageId>,
     /// What the worker process needs.
     pub resources: Resources,
     /// Where it may go.
@@ -72,6 +75,7 @@ impl ActorSpec {
             name: name.into(),
             type_name: type_name.into(),
             args,
+            package: None,
             resources: Resources::default(),
             placement: Placement::Anywhere,
             selector: LabelSelector::default(),

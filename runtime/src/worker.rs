@@ -119,6 +119,10 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
     settings.tls.clone_from(&record.tls);
     let system = System::start(settings).await?;
     let cluster = Cluster::with_system(system.clone(), &record.head);
+    let cluster = match record.package.clone() {
+        Some(package) => cluster.with_package(package),
+        None => cluster,
+    };
     let host = Arc::new(Host::new(record, system.clone(), cluster, types));
     let hosted = host.clone();
     system.spawn(SpawnOptions::well_known(ActorId::WORKER), move || WorkerActor::new(hosted))?;

@@ -9,7 +9,7 @@ use crate::deploy;
 use crate::failure::{FAILED, Failure};
 use anyhow::{Context, Result};
 use heliostat_runtime::cluster::ClusterError;
-use heliostat_runtime::head::{self, Ending, HeadConfig, Patience, Role};
+use heliostat_runtime::head::{self, Ending, HeadConfig, PackagesConfig, Patience, Role};
 use heliostat_runtime::spec::ActorSpec;
 use heliostat_runtime::state::StateConfig;
 use heliostat_runtime::system::Secret;
@@ -96,6 +96,11 @@ fn head_config(config: &Config, stood_down: bool) -> HeadConfig {
     head.peers.clone_from(&config.peers);
     head.lease = Duration::from_secs(u64::from(config.lease_s));
     head.await_store = stood_down;
+    head.packages = Some(PackagesConfig {
+        bytes_max: config.packages.max_bytes.0,
+        package_bytes_max: config.packages.max_package_bytes.0,
+        ..PackagesConfig::new(config.run_dir.join("packages"))
+    });
     head.patience = Patience {
         // Silence is noticed at three missed reports, and never later than the node would be given up.
         heartbeat_timeout: Duration::from_millis(u64::from(s.heartbeat_ms) * 3),

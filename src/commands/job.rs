@@ -13,7 +13,7 @@ use heliostat_actors::jobs::package;
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::{Map, Value as Json, json};
 use std::io::{Seek, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where a dashboard is unless something says otherwise.
@@ -52,7 +52,12 @@ pub(crate) async fn run(args: &JobArgs) -> Result<()> {
     }
 }
 
-async fn submit(api: &Api, args: &Submit, as_json: bool) -> Result<()> {
+pub(super) async fn submit(api: &Api, args: &Submit, as_json: bool) -> Result<()> {
+    start(api, args, join(&args.entrypoint), as_json).await
+}
+
+/// Submits a shell command with the options of `args`, whose own command is not used.
+pub(super) async fn start(api: &Api, args: &Submit, entrypoint: String, as_json: bool) -> Result<()> {
     let mut runtime_env = Map::new();
     if let Some(dir) = &args.working_dir {
         runtime_env.insert("working_dir".into(), api.upload(dir).await?.into());
@@ -61,7 +66,7 @@ async fn submit(api: &Api, args: &Submit, as_json: bool) -> Result<()> {
         runtime_env.insert("env_vars".into(), object(&args.env));
     }
     let body = json!({
-        "entrypoint": join(&args.entrypoint),
+        "entrypoint": entrypoint,
         "submission_id": args.submission_id,
         "runtime_env": runtime_env,
         "metadata": object(&args.metadata),
@@ -118,7 +123,7 @@ fn object(pairs: &[(String, String)]) -> Json {
 }
 
 /// A shell command that runs exactly these words.
-fn join(words: &[String]) -> String {
+pub(super) fn join(words: &[String]) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
     let quote = |word: &String| match !word.is_empty() && word.chars().all(plain) {
         true => word.clone(),
@@ -128,22 +133,31 @@ fn join(words: &[String]) -> String {
 }
 
 /// A dashboard.
-struct Api {
+pub(super) struct Api {
     url: String,
     key: Option<String>,
     client: Client,
 }
 
 impl Api {
-    fn find(args: &JobArgs) -> Result<Self> {
-        let run = run_dir(args.run_dir.as_deref(), None)?;
-        let url = args.address.clone().or_else(|| run.dashboard()).unwrap_or_else(|| DEFAULT_URL.into());
+    pub(super) fn find(args: &JobArgs) -> Result<Self> {
+        let at = (args.address.clone(), args.api_key_file.as_deref(), args.tls_ca.clone());
+        Self::at(at, args.run_dir.as_deref())
+    }
+
+    /// The dashboard at a URL, with the files of its key and its CA; what is not named is that of the run directory.
+    pub(super) fn at(
+        (url, api_key_file, tls_ca): (Option<String>, Option<&Path>, Option<PathBuf>),
+        run: Option<&Path>,
+    ) -> Result<Self> {
+        let run = run_dir(run, None)?;
+        let url = url.or_else(|| run.dashboard()).unwrap_or_else(|| DEFAULT_URL.into());
         let url = if url.contains("://") { url } else { format!("http://{url}") };
-        let key = match &args.api_key_file {
+        let key = match api_key_file {
             Some(path) => Some(read_token(path)?.0),
             None => read_token(&run.dashboard_key_path()).ok().map(|token| token.0),
         };
-        let ca = args.tls_ca.clone().or_else(|| Some(run.tls()?.ca));
+        let ca = tls_ca.or_else(|| Some(run.tls()?.ca));
         let client = client(ca.as_deref())?;
         Ok(Self { url: url.trim_end_matches('/').to_owned(), key, client })
     }

@@ -12,7 +12,9 @@ pub(crate) mod job;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod node;
+pub(crate) mod package;
 pub(crate) mod status;
+pub(crate) mod submit;
 pub(crate) mod up;
 pub(crate) mod worker;
 

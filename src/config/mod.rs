@@ -14,7 +14,7 @@ mod validate;
 
 pub(crate) use docs::reference_page;
 pub(crate) use error::ConfigError;
-pub(crate) use raw::{All2All, Dashboard, Eplb, PlacementStrategy, Policy, Serve, Supervision};
+pub(crate) use raw::{All2All, Dashboard, Eplb, Packages, PlacementStrategy, Policy, Serve, Supervision};
 
 use crate::gpus;
 use anyhow::{Context, Result};
@@ -84,6 +84,8 @@ pub(crate) struct Config {
     pub(crate) serve_tls: Option<CertFiles>,
     /// Jobs and their REST API.
     pub(crate) dashboard: Dashboard,
+    /// Programs of users.
+    pub(crate) packages: Packages,
     /// What clients of the dashboard must prove to know; empty on loopback only.
     pub(crate) dashboard_keys: ApiKeys,
     /// The one that commands of this machine show.

@@ -354,6 +354,16 @@ section! {
 }
 
 section! {
+    /// Programs of users (`helio submit`): binaries that the head keeps and nodes fetch.
+    Packages = "packages" {
+        /// All that the head keeps; those that no actor runs make room, the one registered first first.
+        max_bytes: ByteSize = ByteSize(4 << 30),
+        /// The largest.
+        max_package_bytes: ByteSize = ByteSize(1 << 30),
+    }
+}
+
+section! {
     /// What happens when processes die.
     Supervision = "supervision" {
         /// Restarts of one actor within `window_s`; one more and it stays dead. The same limit holds for head and node under
@@ -394,11 +404,12 @@ pub(crate) struct Raw {
     pub(crate) engine: Engine,
     pub(crate) serve: Serve,
     pub(crate) dashboard: Dashboard,
+    pub(crate) packages: Packages,
     pub(crate) supervision: Supervision,
 }
 
 /// Every section, in the order of the documentation.
-pub(crate) const SECTIONS: [SectionInfo; 13] = [
+pub(crate) const SECTIONS: [SectionInfo; 14] = [
     Cluster::INFO,
     Head::INFO,
     Security::INFO,
@@ -411,5 +422,6 @@ pub(crate) const SECTIONS: [SectionInfo; 13] = [
     Engine::INFO,
     Serve::INFO,
     Dashboard::INFO,
+    Packages::INFO,
     Supervision::INFO,
 ];

@@ -114,6 +114,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         dashboard_keys,
         dashboard_key: network::first_key(facts.dashboard_key_file.as_ref()),
         dashboard_tls,
+        packages: raw.packages,
         supervision: raw.supervision,
     })
 }

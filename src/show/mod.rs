@@ -5,6 +5,7 @@ pub(crate) mod cluster;
 pub(crate) mod eplb;
 pub(crate) mod heat;
 pub(crate) mod job;
+pub(crate) mod package;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, Table};

@@ -7,6 +7,7 @@ mod faults;
 mod hosts;
 mod jobs;
 mod lifecycle;
+mod programs;
 mod rig;
 mod security;
 mod serving;

@@ -24,6 +24,10 @@ pub struct JobsArgs {
     pub bind: SocketAddr,
     /// Who may come in.
     pub door: HttpDoor,
+    /// File that holds the cluster token, for drivers that jobs run.
+    pub token_file: Option<PathBuf>,
+    /// File that names certificates for them.
+    pub tls_file: Option<PathBuf>,
     /// Jobs that run at once.
     pub running_max: u32,
     /// Jobs that wait.
@@ -91,6 +95,9 @@ impl Spawn for JobsActor {
             keeper,
             head,
             url: dashboard::url(args.bind, args.door.tls.is_some()),
+            program: std::env::current_exe().map_err(CreateError::failed)?,
+            token_file: args.token_file.clone(),
+            tls_file: args.tls_file.clone(),
             log_bytes_max: args.log_bytes_max,
             package_bytes_max: args.package_bytes_max,
             packages_bytes_max: args.packages_bytes_max,

@@ -37,6 +37,12 @@ pub struct JobsConfig {
     pub keeper: Vec<String>,
     /// Where the head listens: HELIOSTAT_ADDRESS of entrypoints.
     pub head: String,
+    /// The program `helio`: HELIOSTAT_PROGRAM of entrypoints.
+    pub program: PathBuf,
+    /// File of the cluster token: HELIOSTAT_TOKEN_FILE of entrypoints.
+    pub token_file: Option<PathBuf>,
+    /// File that names certificates: HELIOSTAT_TLS of entrypoints.
+    pub tls_file: Option<PathBuf>,
     /// Where REST is served.
     pub url: String,
     /// Bytes of a job's log that are kept.
@@ -356,7 +362,16 @@ impl Jobs {
         let work = self.inner.store.make_work_dir(id, submission.package.as_deref(), unpacked_max);
         work.map_err(|why| (ErrorType::RuntimeEnvSetupFailure, format!("runtime_env.working_dir: {why}")))?;
         let mut env = submission.env_vars.clone();
+        let program = config.program.to_string_lossy();
+        for (name, path) in
+            [("HELIOSTAT_TOKEN_FILE", &config.token_file), ("HELIOSTAT_TLS", &config.tls_file)]
+        {
+            if let Some(path) = path {
+                env.entry(name.to_owned()).or_insert_with(|| path.to_string_lossy().into_owned());
+            }
+        }
         for (name, value) in [
+            ("HELIOSTAT_PROGRAM", &*program),
             ("HELIOSTAT_ADDRESS", config.head.as_str()),
             ("HELIOSTAT_JOB_ID", id),
             ("HELIOSTAT_DASHBOARD", config.url.as_str()),

@@ -157,7 +157,7 @@ impl Cluster {
 }
 
 /// Whether the refusal says that the incarnation is not there any more.
-fn is_gone(reason: &Refusal) -> bool {
+pub(crate) fn is_gone(reason: &Refusal) -> bool {
     match reason {
         Refusal::NoSuchActor
         | Refusal::WrongIncarnation

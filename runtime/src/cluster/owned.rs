@@ -123,6 +123,8 @@ impl Cluster {
             name: self.full(&spec.name),
             lifetime: self.lifetime(spec.lifetime),
             seat: self.seat(spec.seat),
+            // Actors of a program run that program, unless the spec says otherwise.
+            package: spec.package.or_else(|| self.package.clone()),
             ..spec
         };
         let supervisor = |spec: SupervisorSpec| SupervisorSpec {

@@ -19,6 +19,7 @@ use super::messages::{
     ProcessStatus, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker, UndrainNode, Watch,
     WatchPlacementGroup, WorkerReport,
 };
+use super::packages::HeadPackages;
 use super::tenure::Superseded;
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::backoff::Backoff;
@@ -26,6 +27,7 @@ use crate::cluster::status::{ClusterStatus, HeadStatus, StoreHealth};
 use crate::handle::{ActorAddr, AskError, Handle, Incarnation, ProcessId};
 use crate::mesh::{RemoveMesh, WatchMesh};
 use crate::node::NodeActor;
+use crate::package::{ListPackages, PackageStore, RegisterPackage, RemovePackage};
 use crate::supervisor::{ChildDied, Judge};
 use crate::system::{PeerEvent, System};
 use crate::worker::WorkerActor;
@@ -42,6 +44,7 @@ const INSISTENCE: u32 = 12;
 /// The head.
 pub(crate) struct HeadActor {
     pub(super) core: HeadState,
+    pub(super) packages: Option<HeadPackages>,
     system: System,
     pub(super) keeper: Keeper,
     pub(super) authority: Arc<Authority>,
@@ -72,14 +75,18 @@ pub(super) struct Parts {
     /// The moment that the core's time counts from.
     pub(super) started: Instant,
     pub(super) closed: watch::Sender<bool>,
+    /// The directory of packages and its bound.
+    pub(super) packages: Option<(Arc<PackageStore>, u64)>,
 }
 
 impl HeadActor {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { core, system, keeper, authority, heads, started, closed } = parts;
+        let Parts { core, system, keeper, authority, heads, started, closed, packages } = parts;
+        let packages = packages.map(|(store, max)| HeadPackages::new(store, max, core.known_packages()));
         Self {
             version: watch::Sender::new(core.version()),
             core,
+            packages,
             system,
             keeper,
             authority,
@@ -152,6 +159,11 @@ impl HeadActor {
             }
             Command::PrepareBundles { node, order } => self.prepare_bundles(node, order, ctx),
             Command::AwaitDurable { group, epoch } => self.await_durable(group, epoch, ctx),
+            Command::DropPackage { sha256 } => {
+                if let Some(packages) = &self.packages {
+                    packages.drop_package(sha256);
+                }
+            }
             Command::Persist(write) => self.keeper.write(&write),
         }
     }
@@ -350,6 +362,7 @@ impl RemoteActor for HeadActor {
         m.accept::<MakePlacementGroup>().accept::<RemovePlacementGroup>().accept::<WatchPlacementGroup>();
         m.accept::<DrainNode>().accept::<UndrainNode>();
         m.accept::<Find>().accept::<DriverHello>().accept::<DriverBye>();
+        m.accept::<ListPackages>().accept::<RegisterPackage>().accept::<RemovePackage>();
     }
 }
 
@@ -444,6 +457,9 @@ impl Handler<NodeReport> for HeadActor {
         }
         for worker in report.workers.iter().filter(|worker| worker.status != ProcessStatus::Running) {
             self.workers.remove(&worker.incarnation);
+        }
+        if let Some(packages) = &self.packages {
+            packages.offered(&report.packages, &self.system, &report.addr.endpoint);
         }
         self.feed(Event::NodeReport(report), ctx);
         MessageResult(NodeVerdict::Accepted(seen))

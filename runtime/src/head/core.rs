@@ -11,6 +11,7 @@ mod groups;
 mod meshes;
 mod nodes;
 mod owners;
+mod packages;
 mod record;
 mod report;
 mod roster;
@@ -31,12 +32,14 @@ pub use self::drain::NoSuchNode;
 use self::groups::Group;
 use self::nodes::Node;
 use self::owners::{Driver, Owned};
+use self::packages::Packages;
 pub use self::record::{Key, Record, Write};
 use self::roster::Roster;
 use self::supervisors::Supervisor;
 use super::messages::{CreateActor, NodeReport, PrepareBundles, StartWorker, WorkerReport};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
+use crate::package::Digest;
 use crate::spec::{DriverId, Verdict};
 use crate::supervisor::ChildDied;
 
@@ -200,6 +203,11 @@ pub enum Command {
         /// Which attempt.
         epoch: u64,
     },
+    /// A package is in use no more: drop it from the head's directory.
+    DropPackage {
+        /// Which.
+        sha256: Digest,
+    },
     /// Keep this in the state store.
     Persist(Write),
 }
@@ -258,6 +266,7 @@ pub struct HeadState {
     owned: Owned,
     /// Rounds of restarts so far.
     rounds: u64,
+    packages: Packages,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
@@ -289,6 +298,7 @@ impl HeadState {
             drivers: BTreeMap::new(),
             owned: Owned::default(),
             rounds: 0,
+            packages: Packages::default(),
             incarnations: Reserve::default(),
             hold: None,
             replan: false,

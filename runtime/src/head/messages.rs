@@ -12,6 +12,7 @@ use crate::actor::WireMessage;
 use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
+use crate::package::{Digest, PackageOrder};
 use crate::spec::{
     ActorSpec, Capacity, DeathCause, Device, DriverId, InvalidSpec, Labels, PlacementGroupSpec, Progress,
     SupervisorSpec,
@@ -83,6 +84,8 @@ pub struct NodeReport {
     pub capacity: Capacity,
     /// Its labels.
     pub labels: Labels,
+    /// Packages that it has.
+    pub packages: Vec<Digest>,
     /// Whether it stays.
     pub stage: NodeStage,
     /// Its workers: those that run and those whose end the head has not yet heard of.
@@ -399,6 +402,8 @@ pub struct StartWorker {
     pub incarnation: Incarnation,
     /// The device it owns.
     pub device: Option<Device>,
+    /// The package that it runs, and where it is.
+    pub package: Option<PackageOrder>,
     /// `NodeReport::seq` of the last report that the head had seen. A node refuses an order that is older than its
     /// last registration: the head has read from that that the worker does not exist.
     pub report_seq: u64,

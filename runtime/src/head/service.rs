@@ -13,8 +13,10 @@ use super::authority::Authority;
 use super::core::{Command, HeadState, Patience, Record};
 use super::election::{self, Candidate, Elected, Outcome, STORE_PAUSE};
 use super::keeper::{Keeper, LoadError};
+use super::packages::PackagesConfig;
 use super::tenure::Tenure;
 use crate::handle::ActorId;
+use crate::package::{Door, PackageActor, PackageStore};
 use crate::state::{Leadership, LeaseId, StateConfig, StateError, StateStore};
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
 
@@ -45,6 +47,8 @@ pub struct HeadConfig {
     pub lease: Duration,
     /// Waits for an etcd that does not answer when the head starts, instead of failing.
     pub await_store: bool,
+    /// Where packages are kept. Without it none can be uploaded.
+    pub packages: Option<PackagesConfig>,
 }
 
 impl HeadConfig {
@@ -60,6 +64,7 @@ impl HeadConfig {
             peers: Vec::new(),
             lease: Duration::from_secs(2),
             await_store: false,
+            packages: None,
         }
     }
 }
@@ -76,6 +81,14 @@ pub enum HeadError {
     /// It was elected, and could not lead.
     #[error("{0}")]
     Lead(String),
+    /// Its directory of packages cannot be used.
+    #[error("packages in {dir}: {why}")]
+    Packages {
+        /// The directory.
+        dir: String,
+        /// Why.
+        why: String,
+    },
     /// It cannot listen.
     #[error(transparent)]
     System(#[from] SystemError),
@@ -137,6 +150,7 @@ struct Shared {
     config: HeadConfig,
     system: System,
     store: StateStore,
+    packages: Option<(Arc<PackageStore>, u64)>,
     own: Candidate,
     /// The moment that all times here count from.
     started: Instant,
@@ -166,11 +180,13 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         pid: std::process::id(),
     };
+    let packages = open_packages(&config, &system).await?;
     let alone = matches!(config.state, StateConfig::Embedded { .. });
     let shared = Arc::new(Shared {
         config,
         system,
         store,
+        packages,
         own,
         started: Instant::now(),
         role: watch::Sender::new(Role::Starting),
@@ -189,6 +205,20 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
         Ok(Role::Over(Ending::Failed(why))) => Err(HeadError::Lead(why)),
         _ => Ok(HeadHandle { shared, _task: Some(task) }),
     }
+}
+
+/// Opens the directory of packages and serves it, also while this head stands by.
+async fn open_packages(
+    config: &HeadConfig,
+    system: &System,
+) -> Result<Option<(Arc<PackageStore>, u64)>, HeadError> {
+    let Some(packages) = &config.packages else { return Ok(None) };
+    let failed = |why: String| HeadError::Packages { dir: packages.dir.display().to_string(), why };
+    let store = PackageStore::open(&packages.dir, packages.package_bytes_max);
+    let store = Arc::new(store.map_err(|error| failed(error.to_string()))?);
+    let served = PackageActor::start(system, store.clone(), Door::InAndOut).await;
+    served.map_err(|error| failed(error.to_string()))?;
+    Ok(Some((store, packages.bytes_max)))
 }
 
 async fn open(config: &HeadConfig) -> Result<StateStore, StateError> {
@@ -280,7 +310,9 @@ impl Shared {
         let (system, started) = (self.system.clone(), self.started);
         let mut heads = vec![self.own.endpoint.clone()];
         heads.extend(self.config.peers.iter().filter(|peer| **peer != self.own.endpoint).cloned());
-        let parts = Parts { core, system, keeper, authority: authority.clone(), heads, started, closed };
+        let packages = self.packages.clone();
+        let parts =
+            Parts { core, system, keeper, authority: authority.clone(), heads, started, closed, packages };
         self.system.spawn(SpawnOptions::well_known(ActorId::HEAD), move || HeadActor::new(parts))?;
         let shared = self.clone();
         tokio::spawn(async move {

@@ -1,6 +1,6 @@
 //! What the agent knows of its workers, and what it does when it is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
 use tokio::sync::Notify;
 
 use super::files::{self, RunDir, WorkerRecord};
+use super::packages::NodePackages;
 use super::process::{self, Process};
 use super::{NodeConfig, logs};
 use crate::actor::{Accepts, RemoteActor};
@@ -19,6 +20,7 @@ use crate::head::messages::{
     StopNode, StopWorker, WorkerHello, WorkerProcess,
 };
 use crate::head::tenure::{Allegiance, Superseded};
+use crate::package::{self, Digest};
 use crate::spec::DeathCause;
 use crate::system::System;
 
@@ -34,6 +36,7 @@ pub(super) struct Agent {
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
     heads: Mutex<Heads>,
+    packages: NodePackages,
     /// Something is to be reported.
     pub(super) news: Notify,
 }
@@ -70,7 +73,7 @@ enum Status {
 }
 
 impl Agent {
-    pub(super) fn new(config: NodeConfig, dir: RunDir, system: System) -> Self {
+    pub(super) fn new(config: NodeConfig, dir: RunDir, system: System, packages: NodePackages) -> Self {
         Self {
             heads: Mutex::new(Heads::new(&config.head)),
             config,
@@ -79,6 +82,7 @@ impl Agent {
             boot: rand::random(),
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
+            packages,
             news: Notify::new(),
         }
     }
@@ -173,10 +177,47 @@ impl Agent {
         Ok(())
     }
 
+    /// Starts an admitted worker, with its package.
+    async fn start(self: Arc<Self>, order: StartWorker, record: WorkerRecord) -> Result<(), String> {
+        let program = match &order.package {
+            Some(package) => {
+                let (head, in_use) = (self.heads().list(), self.packages_in_use());
+                let ready = self.packages.ensure(&self.system, package, head, in_use).await;
+                let ready = ready.and_then(|path| self.still_wanted(&order).map(|()| path));
+                match ready {
+                    Ok(path) => vec![path.display().to_string(), package::WORKER.to_owned()],
+                    Err(why) => {
+                        self.lock().workers.remove(&order.incarnation);
+                        return Err(format!("node {}: {why}", self.config.name));
+                    }
+                }
+            }
+            None => self.config.worker_command.clone(),
+        };
+        // Starting a process blocks for a moment.
+        let agent = self.clone();
+        let started = tokio::task::spawn_blocking(move || agent.launch(&program, record));
+        started.await.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// HD-3: the head does not know of an order that was being prepared when the node registered anew.
+    fn still_wanted(&self, order: &StartWorker) -> Result<(), String> {
+        let state = self.lock();
+        if state.leaving || order.report_seq < state.registered_seq {
+            return Err("the order was outdated before its package was here".to_owned());
+        }
+        Ok(())
+    }
+
+    fn packages_in_use(&self) -> BTreeSet<Digest> {
+        let state = self.lock();
+        state.workers.values().filter_map(|worker| Some(worker.record.package.as_ref()?.sha256)).collect()
+    }
+
     /// Starts the process of an admitted worker.
-    fn launch(self: &Arc<Self>, record: WorkerRecord) -> Result<(), String> {
+    fn launch(self: &Arc<Self>, program: &[String], record: WorkerRecord) -> Result<(), String> {
         let incarnation = record.incarnation;
-        let started = self.spawn(&record);
+        let started = self.spawn(program, &record);
         let mut state = self.lock();
         match started {
             Ok(process) => {
@@ -206,6 +247,7 @@ impl Agent {
             actor: order.actor.clone(),
             incarnation: order.incarnation,
             device: order.device.as_ref().map(|device| device.index),
+            package: order.package.as_ref().map(|package| package.id.clone()),
             node: self.config.name.clone(),
             head: self.heads().list(),
             bind: self.config.worker_bind,
@@ -217,13 +259,13 @@ impl Agent {
         }
     }
 
-    fn spawn(&self, record: &WorkerRecord) -> std::io::Result<Process> {
+    fn spawn(&self, program: &[String], record: &WorkerRecord) -> std::io::Result<Process> {
         let path = self.dir.worker(record.incarnation);
         files::write(&path, record)?;
         let log = self.dir.log(&record.actor);
         let log = logs::open(&log, &record.actor, record.incarnation, self.config.log_bytes_max)?;
         let args = crate::worker::WorkerConfig::to_args(&record.actor, record.incarnation, &path);
-        let process = process::start(&self.config.worker_command, &args, log)?;
+        let process = process::start(program, &args, log)?;
         files::write(&path, &WorkerRecord { process: Some(process.record), ..record.clone() })?;
         Ok(process)
     }
@@ -281,6 +323,7 @@ impl Agent {
 
     /// The next report.
     pub(super) fn report(&self, registering: bool) -> NodeReport {
+        let packages = self.packages.here();
         let mut state = self.lock();
         state.seq += 1;
         if registering {
@@ -307,6 +350,7 @@ impl Agent {
             devices: self.config.devices.clone(),
             capacity: self.config.capacity.clone(),
             labels: self.config.labels.clone(),
+            packages,
             stage,
             workers: state.workers.values().filter_map(Worker::reported).collect(),
             term: state.allegiance.term(),
@@ -397,9 +441,7 @@ impl Handler<StartWorker> for NodeActor {
             Ok(None) => return Box::pin(async { Ok(Ok(())) }),
             Err(why) => return Box::pin(async { Ok(Err(why)) }),
         };
-        let agent = self.agent.clone();
-        // Starting a process blocks for a moment.
-        let started = self.agent.runtime.spawn_blocking(move || agent.launch(record));
+        let started = self.agent.runtime.spawn(self.agent.clone().start(order, record));
         Box::pin(async move { Ok(started.await.unwrap_or_else(|error| Err(error.to_string()))) })
     }
 }

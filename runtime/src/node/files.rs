@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::handle::Incarnation;
+use crate::package::PackageId;
 use crate::wire::TlsFiles;
 
 /// A worker, in `<run_dir>/workers/<incarnation>.json`: what it was started with and which process it became.
@@ -20,6 +21,9 @@ pub(crate) struct WorkerRecord {
     pub(crate) incarnation: Incarnation,
     /// Index of the device it owns.
     pub(crate) device: Option<u32>,
+    /// The package that it runs; without one the node's own program.
+    #[serde(default)]
+    pub(crate) package: Option<PackageId>,
     /// Name of its node.
     pub(crate) node: String,
     /// Where heads listen, with commas between.
@@ -88,6 +92,10 @@ impl RunDir {
 
     pub(crate) fn worker(&self, incarnation: Incarnation) -> PathBuf {
         self.workers().join(format!("{incarnation}.json"))
+    }
+
+    pub(crate) fn packages(&self) -> PathBuf {
+        self.0.join("packages")
     }
 
     pub(crate) fn logs(&self) -> PathBuf {

@@ -7,6 +7,7 @@ mod agent;
 pub(crate) mod files;
 mod logs;
 mod machine;
+mod packages;
 mod process;
 mod report;
 
@@ -24,7 +25,10 @@ use tokio::sync::watch;
 use self::agent::Agent;
 pub(crate) use self::agent::NodeActor;
 use self::files::{AgentRecord, RunDir};
+use self::packages::NodePackages;
+use crate::actor::CreateError;
 use crate::handle::ActorId;
+use crate::package::{Door, PACKAGES_BYTES_MAX, PackageActor};
 use crate::spec::{Capacity, Device, Labels};
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
 
@@ -60,6 +64,8 @@ pub struct NodeConfig {
     pub timing: NodeTiming,
     /// A log that grows beyond this is rotated; one old file is kept. Default 64 MiB.
     pub log_bytes_max: u64,
+    /// Packages that are kept, in bytes; those that no worker runs make room, the one used longest ago first. Default 4 GiB.
+    pub packages_bytes_max: u64,
 }
 
 /// How patient a node agent is.
@@ -107,6 +113,7 @@ impl NodeConfig {
             tls: None,
             timing: NodeTiming::default(),
             log_bytes_max: 64 << 20,
+            packages_bytes_max: PACKAGES_BYTES_MAX,
         }
     }
 }
@@ -153,6 +160,9 @@ pub enum NodeError {
     /// It cannot listen.
     #[error(transparent)]
     System(#[from] SystemError),
+    /// Its packages cannot be served.
+    #[error("packages: {0}")]
+    Packages(CreateError),
     /// The agent cannot be reached.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -193,7 +203,9 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     system.tls.clone_from(&config.tls);
     let system = System::start(system).await?;
     let (over, watched) = watch::channel(false);
-    let agent = Arc::new(Agent::new(config, dir.clone(), system.clone()));
+    let packages = NodePackages::open(&dir.packages(), config.packages_bytes_max).map_err(failed)?;
+    PackageActor::start(&system, packages.store(), Door::Out).await.map_err(NodeError::Packages)?;
+    let agent = Arc::new(Agent::new(config, dir.clone(), system.clone(), packages));
     agent.adopt_workers().map_err(failed)?;
     let hosted = agent.clone();
     system.spawn(SpawnOptions::well_known(ActorId::NODE), move || NodeActor::new(hosted))?;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::Signal;
@@ -10,6 +11,10 @@ use rustix::process::Signal;
 use super::files::ProcessRecord;
 use crate::process::Watched;
 use crate::spec::DeathCause;
+
+/// How often, and after which pause, a program is tried that somebody is said to write.
+const BUSY_ATTEMPTS: u32 = 50;
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
 
 /// A process that is watched. Signals reach this process and never a later one of the same id.
 #[derive(Debug, Clone)]
@@ -24,17 +29,26 @@ pub(super) fn start(command: &[String], args: &[String], log: File) -> std::io::
     let (program, first) =
         command.split_first().ok_or_else(|| std::io::Error::other("the worker command is empty"))?;
     let errors = log.try_clone()?;
-    let child = Command::new(program)
-        .args(first)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(log)
-        .stderr(errors)
-        .process_group(0)
-        .spawn()
+    let mut worker = Command::new(program);
+    worker.args(first).args(args).stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
+    let child = spawn(&mut worker)
         .map_err(|error| std::io::Error::new(error.kind(), format!("{program}: {error}")))?;
     let pid = child.id();
     open(pid, None)?.ok_or_else(|| std::io::Error::other("the process was gone at once"))
+}
+
+/// A file that this process has just written cannot be run while a child that is being started has inherited it: until
+/// that one has become its own program.
+fn spawn(command: &mut Command) -> std::io::Result<std::process::Child> {
+    for _ in 0..BUSY_ATTEMPTS {
+        match command.spawn() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(BUSY_PAUSE);
+            }
+            started => return started,
+        }
+    }
+    command.spawn()
 }
 
 /// A process that an earlier agent started, if it still runs.

@@ -464,7 +464,9 @@ impl HeadState {
         self.owner_begins(name);
         let device = slot.device.and_then(|index| self.nodes.get(&slot.node)?.device(index).cloned());
         let report_seq = self.nodes.get(&slot.node).map_or(0, Node::seq);
-        let order = StartWorker { actor: name.to_owned(), incarnation, device, report_seq, term: self.term };
+        let package = self.actors.get(name).and_then(|actor| self.package_order(&actor.spec, incarnation.0));
+        let (actor, term) = (name.to_owned(), self.term);
+        let order = StartWorker { actor, incarnation, device, package, report_seq, term };
         self.out.push(Command::StartWorker { node: slot.node, order });
         self.persist_actor(name);
     }

@@ -117,6 +117,7 @@ impl HeadState {
         }
         for (i, spec) in specs.iter().enumerate() {
             spec.validate()?;
+            self.check_package(spec).or_else(|why| invalid(spec, why))?;
             if specs[..i].iter().any(|other| other.name == spec.name) {
                 return invalid(spec, "it is listed twice".into());
             }

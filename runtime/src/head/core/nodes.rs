@@ -8,6 +8,7 @@ use super::{Command, HeadState, Key, Manner, Patience};
 use crate::handle::Incarnation;
 use crate::head::messages::{NodeReport, NodeStage, ProcessStatus, WorkerProcess};
 use crate::head::placement::Offer;
+use crate::package::Digest;
 use crate::spec::{DeathCause, Device};
 
 /// One node.
@@ -25,6 +26,8 @@ pub(super) struct Node {
     seq: u64,
     /// Worker processes that run there, as it reports, and that no actor of this head goes by. They are being ended.
     pub(super) strays: BTreeMap<Incarnation, WorkerProcess>,
+    /// Packages that it has.
+    pub(super) packages: Vec<Digest>,
 }
 
 /// Whether a node is heard of.
@@ -51,6 +54,7 @@ impl Node {
             leaving: false,
             seq: 0,
             strays: BTreeMap::new(),
+            packages: Vec::new(),
         }
     }
 
@@ -221,6 +225,7 @@ impl HeadState {
         // What still runs is noted again below.
         self.replan |= !node.strays.is_empty();
         node.strays.clear();
+        node.packages.clone_from(&report.packages);
         if known != Some(true) {
             node.record = record.clone();
             (self.changed, self.replan) = (true, true);

@@ -15,12 +15,14 @@ use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
 use crate::head::placement::{Places, Slot};
+use crate::package::{Digest, PackageInfo};
 use crate::spec::{
     ActorSpec, Capacity, DeathCause, Device, DriverId, Labels, PlacementGroupSpec, Progress, SupervisorSpec,
 };
 
 /// One entry of the state store.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
+#[allow(clippy::large_enum_variant, reason = "records are on their way to or from the store, never kept")]
 pub enum Record {
     /// An applied spec.
     Spec(ActorSpec),
@@ -38,6 +40,8 @@ pub enum Record {
     Supervisor(SupervisorSpec),
     /// A driver that is there, and its name.
     Driver(DriverId, String),
+    /// A registered package.
+    Package(PackageInfo),
 }
 
 /// What became of an actor.
@@ -142,6 +146,8 @@ pub enum Key {
     Supervisor(String),
     /// Of a driver.
     Driver(DriverId),
+    /// Of a package.
+    Package(Digest),
 }
 
 impl Key {
@@ -156,6 +162,7 @@ impl Key {
             Key::Incarnations => "incarnations".into(),
             Key::Supervisor(name) => format!("supervisor/{name}"),
             Key::Driver(id) => format!("driver/{id}"),
+            Key::Package(sha256) => format!("package/{sha256}"),
         }
     }
 }
@@ -172,6 +179,7 @@ impl Record {
             Record::Incarnations(_) => Key::Incarnations,
             Record::Supervisor(spec) => Key::Supervisor(spec.name.clone()),
             Record::Driver(id, _) => Key::Driver(*id),
+            Record::Package(info) => Key::Package(info.id.sha256),
         }
     }
 }
@@ -233,6 +241,7 @@ impl HeadState {
                     state.supervisors.insert(spec.name.clone(), Supervisor::new(spec));
                 }
                 Record::Driver(id, name) => state.recover_driver(id, name),
+                Record::Package(info) => state.packages.restore(info),
                 Record::Incarnations(reserved) => state.incarnations = Reserve::recovered(reserved),
             }
         }

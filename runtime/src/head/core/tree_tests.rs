@@ -94,6 +94,7 @@ impl Rig {
             devices: Vec::new(),
             capacity: crate::spec::Capacity::default(),
             labels: Default::default(),
+            packages: Vec::new(),
             stage: NodeStage::Serving,
             workers: running.chain(ended).collect(),
             term: 0,

@@ -428,6 +428,7 @@ impl World {
                     let run = self.head_run;
                     self.after(50, What::ToHead(Link::Worker(Incarnation(0)), run, event));
                 }
+                Command::DropPackage { .. } => {}
                 Command::Persist(write) => {
                     self.check_write(write);
                     self.unwritten.push(write.clone());
@@ -531,6 +532,7 @@ impl World {
             devices: (0..self.devices).map(|index| Device::cpu(index, 1)).collect(),
             capacity: Capacity { cpus: 8, ..Capacity::default() },
             labels: Default::default(),
+            packages: Vec::new(),
             stage: NodeStage::Serving,
             workers: running.chain(ended).collect(),
             term: 0,

@@ -129,7 +129,10 @@ impl World {
                 let Some(worker) = self.workers.get_mut(&order.incarnation) else { return };
                 (Link::Worker(order.incarnation), worker.joined, worker.allegiance.obey(term).is_ok())
             }
-            Command::AskJudge { .. } | Command::Persist(_) | Command::AwaitDurable { .. } => return,
+            Command::AskJudge { .. }
+            | Command::Persist(_)
+            | Command::AwaitDurable { .. }
+            | Command::DropPackage { .. } => return,
         };
         if !obeyed {
             self.refused += 1;
