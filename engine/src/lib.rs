@@ -8,6 +8,7 @@ pub mod config;
 pub mod cuda;
 pub mod ep;
 pub mod eplb;
+pub mod grammar;
 pub mod model;
 pub mod request;
 pub mod sampler;

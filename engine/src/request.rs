@@ -4,6 +4,8 @@
 
 use bincode::{Decode, Encode};
 
+use crate::grammar::Grammar;
+
 /// Names one sequence over its whole life, on whichever ranks it runs. Unique in the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Encode, Decode)]
 pub struct RequestId(pub u128);
@@ -74,6 +76,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// When it ends.
     pub stop: StopConditions,
+    /// What its output must look like.
+    pub grammar: Option<Grammar>,
     /// Report the log-probability of each output token and of this many most likely ones (0: only its own).
     pub logprobs: Option<u32>,
     /// Likewise for each prompt token but the first. Switches the prefix cache off for this sequence.
@@ -98,7 +102,7 @@ pub struct TokenLogprob {
 /// Why a sequence ended.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum FinishReason {
-    /// It drew this end-of-sequence or stop token (not part of the text).
+    /// It drew this end-of-sequence or stop token (not part of the text), or its grammar lets nothing else follow.
     Stop(u32),
     /// It reached `max_tokens` or the context length.
     Length,

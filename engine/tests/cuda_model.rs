@@ -382,6 +382,7 @@ fn steps_scheduled_ahead_draw_the_same() {
             },
             generated: Vec::new(),
             prompt_logprobs: None,
+            grammar: None,
             priority: 0,
             logprobs: Some(2),
         };

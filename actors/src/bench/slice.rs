@@ -229,6 +229,7 @@ fn request(id: usize, len: usize, max_tokens: usize, vocab: usize) -> Request {
         },
         logprobs: None,
         prompt_logprobs: None,
+        grammar: None,
         priority: 0,
     }
 }

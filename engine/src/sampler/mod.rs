@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use crate::grammar::TokenMask;
 use crate::request::SamplingParams;
 
 pub use logprob::token_logprob;
@@ -30,6 +31,9 @@ pub enum SampleError {
     /// Bias and forbidden tokens left nothing.
     #[error("no token may be drawn: all are forbidden")]
     NothingLeft,
+    /// What the output must look like cannot be followed within bounds.
+    #[error("the grammar of the output became too complex to be followed")]
+    GrammarTooComplex,
 }
 
 /// Everything a draw depends on.
@@ -47,6 +51,8 @@ pub struct Draw<'a> {
     pub position: u64,
     /// Tokens that must not be drawn, such as stop tokens before `min_tokens`.
     pub forbidden: [&'a [u32]; 2],
+    /// Tokens that a grammar allows; `None` without one.
+    pub mask: Option<&'a TokenMask>,
 }
 
 /// Says which parameter is out of range, if any.
@@ -112,6 +118,9 @@ impl Sampler {
 /// Bias, forbidden tokens and penalties.
 fn adjust(logits: &mut [f32], draw: &Draw) {
     let params = draw.params;
+    if let Some(mask) = draw.mask {
+        mask.apply(logits);
+    }
     for &(token, bias) in &params.logit_bias {
         logits[token as usize] += bias;
     }

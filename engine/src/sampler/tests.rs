@@ -3,7 +3,7 @@
 use super::*;
 
 fn draw_with<'a>(logits: &'a [f32], params: &'a SamplingParams, position: u64) -> Draw<'a> {
-    Draw { logits, params, prompt: &[], output: &[], position, forbidden: [&[], &[]] }
+    Draw { logits, params, prompt: &[], output: &[], position, forbidden: [&[], &[]], mask: None }
 }
 
 /// Frequencies of each token over `n` positions.

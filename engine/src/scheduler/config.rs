@@ -117,6 +117,9 @@ pub enum RefuseReason {
     /// There is nothing to continue.
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// It moved here with tokens that its grammar does not allow.
+    #[error("what was generated so far does not follow the grammar of the request")]
+    OffGrammar,
     /// No token could be added.
     #[error(
         "the prompt has {tokens} tokens, but the context length is {max_model_len} and one must be left for output"

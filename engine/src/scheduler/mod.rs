@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::batch::{BatchSeq, Drawn, PLACEHOLDER, Sampling, Step};
+use crate::grammar::Constraint;
 use crate::model::Logits;
 use crate::request::{Output, RankStats, Request, RequestId};
 use crate::sampler::{SampleError, Sampler};
@@ -97,8 +98,21 @@ impl Scheduler {
         &self.config
     }
 
-    /// Queues a request, or hands it back with the reason.
+    /// Queues a request without a grammar, or hands it back with the reason.
+    ///
+    /// # Panics
+    /// When the request has a grammar.
     pub fn add(&mut self, request: Request) -> Result<(), Refused> {
+        assert!(request.grammar.is_none(), "a request with a grammar comes with its constraint");
+        self.queue(request, None)
+    }
+
+    /// Queues a request whose grammar was compiled to `constraint`, or hands it back with the reason.
+    pub fn add_constrained(&mut self, request: Request, constraint: Constraint) -> Result<(), Refused> {
+        self.queue(request, Some(constraint))
+    }
+
+    fn queue(&mut self, request: Request, constraint: Option<Constraint>) -> Result<(), Refused> {
         let checked = if self.turns.contains_key(&request.id) {
             Err(RefuseReason::Duplicate)
         } else if self.waiting.len() >= self.config.max_waiting {
@@ -110,10 +124,24 @@ impl Scheduler {
             return Err(Refused { request: Box::new(request), reason });
         }
         let turn = Turn { priority: request.priority, arrival: self.arrivals };
+        let sequence = match constraint {
+            None => Sequence::new(request),
+            Some(constraint) => Sequence::constrained(request, constraint).map_err(|request| Refused {
+                request: Box::new(request),
+                reason: RefuseReason::OffGrammar,
+            })?,
+        };
         self.arrivals += 1;
-        self.turns.insert(request.id, turn);
-        self.waiting.insert(turn, Sequence::new(request));
+        self.turns.insert(sequence.id(), turn);
+        self.waiting.insert(turn, sequence);
         Ok(())
+    }
+
+    /// Works out what the grammars of running sequences allow next. Never needed, but saves the time later: for when
+    /// the device computes a step.
+    pub fn prepare_masks(&mut self) {
+        let owed = self.running.values_mut().filter(|sequence| sequence.pending > 0);
+        owed.filter_map(|sequence| sequence.constraint.as_mut()).for_each(Constraint::prepare);
     }
 
     /// For measurements: takes a request as if all of its tokens but the last had been computed here. False when there is

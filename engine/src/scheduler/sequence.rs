@@ -1,5 +1,6 @@
 //! One sequence: its tokens, its KV blocks and how far they are computed.
 
+use crate::grammar::Constraint;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprob};
 
 use super::kv::{BlockHash, BlockPool, extend_hashes};
@@ -28,6 +29,8 @@ pub(super) struct Sequence {
     pub(super) cached_tokens: Option<usize>,
     /// One entry for each prompt token but the first, as far as computed. `None` when not asked for or sent.
     pub(super) prompt_logprobs: Option<Vec<TokenLogprob>>,
+    /// How far its output is in its grammar.
+    pub(super) constraint: Option<Constraint>,
 }
 
 impl Sequence {
@@ -47,8 +50,17 @@ impl Sequence {
             hashes: Vec::new(),
             cached_tokens: None,
             prompt_logprobs: wanted.then(Vec::new),
+            constraint: None,
             request,
         }
+    }
+
+    /// One that draws what a grammar allows. Hands the request back when what it has drawn elsewhere does not follow it.
+    pub(super) fn constrained(request: Request, mut constraint: Constraint) -> Result<Self, Request> {
+        if request.generated.iter().any(|&token| constraint.accept(token).is_err()) {
+            return Err(request);
+        }
+        Ok(Self { constraint: Some(constraint), ..Self::new(request) })
     }
 
     pub(super) fn id(&self) -> RequestId {
@@ -172,6 +184,9 @@ impl Sequence {
         let last = *self.output().last()?;
         if stop.eos_token_ids.contains(&last) || stop.stop_token_ids.contains(&last) {
             return Some(FinishReason::Stop(last));
+        }
+        if let Some(eos) = self.constraint.as_ref().and_then(Constraint::ended) {
+            return Some(FinishReason::Stop(eos));
         }
         let full = self.output().len() >= stop.max_tokens as usize || self.tokens.len() >= max_len;
         full.then_some(FinishReason::Length)

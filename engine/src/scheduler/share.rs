@@ -1,6 +1,7 @@
 //! One sequence's share of a step: how it is put into the step, and what its result means for the sequence.
 
 use crate::batch::{BatchSeq, DeviceSampling, Drawn, Feed, LogitRows, PLACEHOLDER, Sampling, Step};
+use crate::grammar::Constraint;
 use crate::request::{FinishReason, Output};
 use crate::sampler::{Draw, SampleError, Sampler, TEMPERATURE_MIN, token_logprob, uniform};
 
@@ -88,7 +89,8 @@ fn sampling(sequence: &Sequence, logits: LogitRows) -> Sampling {
     let forbids = forbidden(sequence, position).into_iter().any(|tokens| !tokens.is_empty());
     // Where the last chunk of such a prompt begins depends on the batch, and the draw must not: the host draws it always.
     let after_prompt = request.prompt_logprobs.is_some() && position == 0;
-    let adjusted = penalties || forbids || after_prompt || !params.logit_bias.is_empty();
+    let constrained = sequence.constraint.is_some();
+    let adjusted = penalties || forbids || after_prompt || constrained || !params.logit_bias.is_empty();
     match logits {
         LogitRows::None => Sampling::None,
         LogitRows::All => Sampling::Host,
@@ -177,7 +179,19 @@ fn record_prompt(sequence: &mut Sequence, share: &BatchSeq, rows: &[&[f32]]) -> 
 }
 
 /// Draws the next token; `None` when no output is wanted.
-fn draw(sequence: &Sequence, row: &[f32], sampler: &mut Sampler) -> Result<Option<Drawn>, SampleError> {
+fn draw(sequence: &mut Sequence, row: &[f32], sampler: &mut Sampler) -> Result<Option<Drawn>, SampleError> {
+    let mut constraint = sequence.constraint.take();
+    let drawn = draw_from(sequence, constraint.as_mut(), row, sampler);
+    sequence.constraint = constraint;
+    drawn
+}
+
+fn draw_from(
+    sequence: &Sequence,
+    mut constraint: Option<&mut Constraint>,
+    row: &[f32],
+    sampler: &mut Sampler,
+) -> Result<Option<Drawn>, SampleError> {
     let request = &sequence.request;
     let output = sequence.output();
     if output.len() >= request.stop.max_tokens as usize {
@@ -190,7 +204,11 @@ fn draw(sequence: &Sequence, row: &[f32], sampler: &mut Sampler) -> Result<Optio
         output,
         position: output.len() as u64,
         forbidden: forbidden(sequence, output.len()),
+        mask: constraint.as_mut().map(|constraint| constraint.mask()).transpose()?,
     })?;
+    if let Some(constraint) = constraint {
+        constraint.accept(token)?;
+    }
     let logprob = request.logprobs.map(|top| token_logprob(row, token, top)).transpose()?;
     Ok(Some(Drawn { token, logprob }))
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod ahead;
+mod grammar;
 mod rig;
 
 use std::collections::HashSet;

@@ -107,6 +107,7 @@ pub(crate) fn alone(request: &Request, max_len: usize) -> Generation {
                 output: &result.tokens,
                 position: result.tokens.len() as u64,
                 forbidden: if early { [eos, stop] } else { [&[], &[]] },
+                mask: None,
             })
             .unwrap();
         all.push(token);
@@ -188,6 +189,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
                 stop: StopConditions { max_tokens, min_tokens, eos_token_ids, stop_token_ids },
                 logprobs: reports.0,
                 prompt_logprobs: reports.1,
+                grammar: None,
                 priority,
             }
         },
@@ -203,6 +205,7 @@ pub(crate) fn simple(id: u128, prompt: Vec<u32>, max_tokens: u32) -> Request {
         stop: StopConditions { max_tokens, min_tokens: 0, eos_token_ids: vec![], stop_token_ids: vec![] },
         logprobs: None,
         prompt_logprobs: None,
+        grammar: None,
         priority: 0,
     }
 }

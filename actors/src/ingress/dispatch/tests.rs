@@ -19,6 +19,7 @@ fn request(id: u128, max_tokens: u32) -> Request {
         stop: StopConditions { max_tokens, min_tokens: 0, eos_token_ids: vec![], stop_token_ids: vec![] },
         logprobs: None,
         prompt_logprobs: None,
+        grammar: None,
         priority: 0,
     }
 }

@@ -112,6 +112,7 @@ impl Job {
             stop: stop.clone(),
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            grammar: self.grammar.clone(),
             priority: self.priority,
         };
         choices.map(request).collect()
