@@ -10,6 +10,7 @@ use bincode::{Decode, Encode};
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value as Json, json};
 
 use crate::sampler::SampleError;
 
@@ -28,6 +29,13 @@ pub enum Grammar {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct GrammarError(String);
+
+impl GrammarError {
+    /// For a tokenizer whose tokens stand for no bytes of their own.
+    pub fn no_bytes() -> Self {
+        Self("the model's tokenizer is not byte-level, which grammars need".into())
+    }
+}
 
 /// A token of a vocabulary.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +95,8 @@ impl Vocabulary {
         let failed = |why: String| GrammarError(why.trim().to_owned());
         let grammar = match grammar {
             Grammar::JsonSchema(schema) => {
-                let schema = serde_json::from_str(schema).map_err(|why| failed(why.to_string()))?;
+                let mut schema = serde_json::from_str(schema).map_err(|why| failed(why.to_string()))?;
+                bound_whitespace(&mut schema);
                 TopLevelGrammar::from_json_schema(schema)
             }
             Grammar::Regex(regex) => TopLevelGrammar::from_regex(regex),
@@ -97,6 +106,13 @@ impl Vocabulary {
         let mut matcher = Matcher::new(Ok(parser));
         matcher.compute_mask_or_eos().map_err(|why| failed(why.to_string()))?;
         Ok(Constraint { matcher, eos: self.eos, next: None })
+    }
+}
+
+/// Between the parts of JSON any whitespace is allowed, but not for ever: a small model may have nothing else to say.
+fn bound_whitespace(schema: &mut Json) {
+    if let Some(schema) = schema.as_object_mut() {
+        schema.entry("x-guidance").or_insert(json!({"whitespace_pattern": "[ \\n\\r\\t]{0,20}"}));
     }
 }
 

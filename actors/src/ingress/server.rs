@@ -200,6 +200,10 @@ fn routes(app: &mut ServiceConfig) {
     let get = |path: &str, route| web::resource(path.to_owned()).route(route).default_service(refused());
     app.service(get("/v1/completions", web::post().to(openai::completions)))
         .service(get("/v1/chat/completions", web::post().to(openai::chat_completions)))
+        .service(get("/v1/responses", web::post().to(openai::responses)))
+        .service(get("/v1/embeddings", web::post().to(openai::embeddings)))
+        .service(get("/tokenize", web::post().to(openai::tokenize)))
+        .service(get("/detokenize", web::post().to(openai::detokenize)))
         .service(get("/v1/models", web::get().to(openai::models)))
         .service(get("/v1/models/{name:.+}", web::get().to(openai::model)))
         .service(get("/health", web::get().to(health)))

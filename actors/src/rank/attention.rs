@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use heliostat_engine::batch::Step;
 use heliostat_engine::cuda::StepResults;
+use heliostat_engine::grammar::Constraint;
 use heliostat_engine::model::Logits;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
@@ -25,10 +26,20 @@ impl Attention {
         Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new() }
     }
 
-    /// Queues a sequence; a refusal goes to its ingress as the sequence's end.
-    pub(super) fn submit(&mut self, request: Request, owner: ActorAddr, outlet: &mut Outlet) {
+    /// Queues a sequence, under its grammar if it has one; a refusal goes to its ingress as the sequence's end.
+    pub(super) fn submit(
+        &mut self,
+        request: Request,
+        constraint: Option<Box<Constraint>>,
+        owner: ActorAddr,
+        outlet: &mut Outlet,
+    ) {
         let id = request.id;
-        match self.scheduler.add(request) {
+        let added = match constraint {
+            Some(constraint) => self.scheduler.add_constrained(request, *constraint),
+            None => self.scheduler.add(request),
+        };
+        match added {
             Ok(()) => {
                 self.owners.insert(id, owner);
             }
@@ -75,6 +86,11 @@ impl Attention {
     /// The next step, which may be empty.
     pub(super) fn schedule(&mut self) -> Arc<Step> {
         self.scheduler.schedule()
+    }
+
+    /// Works out what grammars allow next, while the device computes.
+    pub(super) fn prepare_masks(&mut self) {
+        self.scheduler.prepare_masks();
     }
 
     /// Has the steps in flight computed again, after a fault.

@@ -54,6 +54,7 @@ impl Engine {
                     return finish_idle(rank, *depth - 1);
                 };
                 rank.launch(&attention.schedule())?;
+                attention.prepare_masks();
                 finish(rank, attention, outlet, *depth - 1)
             }
         }

@@ -2,10 +2,12 @@
 //!
 //! The actor never waits for a step: it queues a command and rings. The thread takes commands between two steps.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use heliostat_engine::grammar::Constraint;
 use heliostat_engine::request::{Request, RequestId};
 use heliostat_kernels::cuda::exchange::AbortHandle;
 use heliostat_kernels::fabric::{Abort, Waker};
@@ -18,8 +20,8 @@ use crate::messages::{Busy, RankJoined, StepLoad};
 
 /// What the step thread is asked to do between two steps.
 pub(super) enum Command {
-    /// Queue a sequence.
-    Submit(Request, ActorAddr),
+    /// Queue a sequence, with how its grammar was compiled if it has one.
+    Submit(Request, Option<Box<Constraint>>, ActorAddr),
     /// Stop a sequence.
     Abort(RequestId),
     /// Stop all sequences of ingresses in this process: nobody hears them.
@@ -61,6 +63,8 @@ struct Shared {
     device: Mutex<Option<(AbortHandle, u64)>>,
     /// Requests that wait in the scheduler or on their way to it.
     waiting: AtomicU32,
+    /// Those on their way whose grammars are being compiled, with the process of their ingress.
+    compiling: Mutex<HashMap<RequestId, ProcessId>>,
     /// Newest plan that ended.
     closed: AtomicU64,
     /// Whether the actor asked the thread to end.
@@ -128,12 +132,46 @@ impl Link {
         admitted.map(|_| ()).map_err(|waiting| Busy::QueueFull { waiting })
     }
 
+    /// Notes a request that comes later, once its grammar is compiled.
+    pub(super) fn note_compiling(&self, id: RequestId, ingress: ProcessId) {
+        self.compiling().insert(id, ingress);
+    }
+
+    /// Queues a request that was noted, unless it was given up meanwhile.
+    pub(super) fn submit_compiled(&self, request: Request, constraint: Constraint, ingress: ActorAddr) {
+        // Locked until it is queued, so that it is either not noted any more or queued before a command to stop it.
+        let mut compiling = self.compiling();
+        if compiling.remove(&request.id).is_some() {
+            self.send(Command::Submit(request, Some(Box::new(constraint)), ingress));
+        }
+    }
+
+    /// Stops a sequence, wherever it is; true when it was being compiled.
+    pub(super) fn abort(&self, id: RequestId) -> bool {
+        let was_compiling = self.compiling().remove(&id).is_some();
+        if !was_compiling {
+            self.send(Command::Abort(id));
+        }
+        was_compiling
+    }
+
+    /// Stops all sequences of ingresses in that process.
+    pub(super) fn peer_lost(&self, process: ProcessId) {
+        let mut compiling = self.compiling();
+        compiling.retain(|_, ingress| *ingress != process);
+        self.send(Command::PeerLost(process));
+    }
+
+    fn compiling(&self) -> MutexGuard<'_, HashMap<RequestId, ProcessId>> {
+        self.shared.compiling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Newest plan that ended on this rank.
     pub(super) fn closed_plan(&self) -> u64 {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    fn bell(&self) -> std::sync::MutexGuard<'_, Option<(Waker, Abort)>> {
+    fn bell(&self) -> MutexGuard<'_, Option<(Waker, Abort)>> {
         self.shared.bell.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -22,8 +22,8 @@ use super::args::{ExchangeBackend, KvCacheArgs, RankArgs};
 use super::attention::Attention;
 use super::clock::StepClock;
 use super::engine::{CpuEngine, Engine};
+use super::grammars::Grammars;
 use super::join::ExpertLoader;
-use super::link::Command;
 use super::outlet::Outlet;
 use super::suspect::heed;
 use super::thread::StepThread;
@@ -233,7 +233,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     tokio::spawn(async move {
         while let Some(event) = peers.next().await {
             if let PeerEvent::Lost { process, .. } = event {
-                lost.send(Command::PeerLost(process));
+                lost.peer_lost(process);
             }
         }
     });
@@ -246,6 +246,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         peers: Vec::new(),
         staging: None,
         encoded: Arc::default(),
+        grammars: Arc::new(Grammars::new(args.model.clone())),
         args,
     })
 }

@@ -7,6 +7,7 @@ mod args;
 mod attention;
 mod clock;
 mod engine;
+mod grammars;
 mod join;
 mod link;
 mod load;
@@ -31,9 +32,10 @@ pub use args::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs, Ran
 
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
-    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, ExpertChunk, FetchExpert, NoSuchExpert, Ping,
-    PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
+    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, Busy, ExpertChunk, FetchExpert, NoSuchExpert,
+    Ping, PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
 };
+use grammars::Grammars;
 use join::ExpertLoader;
 use link::{Command, Link};
 use plan::OpenPlan;
@@ -56,6 +58,7 @@ pub struct Rank {
     staging: Option<(u64, JoinHandle<()>)>,
     /// The expert that was last read by a peer, encoded: large ones are read in several chunks.
     encoded: Arc<Mutex<Option<Encoded>>>,
+    grammars: Arc<Grammars>,
 }
 
 struct Encoded {
@@ -113,6 +116,24 @@ impl Rank {
         }
     }
 
+    /// Compiles the request's grammar, which may take long, and queues the request then.
+    fn compile(&self, message: Submit, dp: u32) {
+        let (id, ingress) = (message.request.id, message.reply_to.process);
+        self.link.note_compiling(id, ingress);
+        let (grammars, link, cx) = (Arc::clone(&self.grammars), self.link.clone(), self.cx.clone());
+        tokio::task::spawn_blocking(move || {
+            let Some(grammar) = &message.request.grammar else { return };
+            match grammars.compile(grammar) {
+                Ok(constraint) => link.submit_compiled(message.request, constraint, message.reply_to),
+                Err(why) => {
+                    if link.abort(id) {
+                        refuse(&cx, dp, &message, Busy::Unservable(why));
+                    }
+                }
+            }
+        });
+    }
+
     fn open(&mut self, message: ApplyPlan) -> Result<(), PlanRefused> {
         let epoch = message.plan.epoch;
         let closed = self.link.closed_plan();
@@ -143,6 +164,15 @@ impl Rank {
         self.forget_encoded();
         self.staging = Some((epoch, tokio::spawn(stager.run(plan))));
         Ok(())
+    }
+}
+
+/// Tells the ingress that its request does not run.
+fn refuse(cx: &ActorCx, dp: u32, message: &Submit, why: Busy) {
+    let ingress = cx.system().handle::<IngressActor>(message.reply_to.clone());
+    let refusal = RankRefused { dp, id: message.request.id, why };
+    if let Err(refused) = ingress.tell(refusal) {
+        tracing::warn!("the ingress took no refusal: {}", refused.reason);
     }
 }
 
@@ -196,14 +226,9 @@ impl Handler<Submit> for Rank {
             return;
         };
         match self.link.admit(self.args.engine.max_waiting) {
-            Ok(()) => self.link.send(Command::Submit(message.request, message.reply_to)),
-            Err(why) => {
-                let ingress = self.cx.system().handle::<IngressActor>(message.reply_to);
-                let refusal = RankRefused { dp: dp as u32, id: message.request.id, why };
-                if let Err(refused) = ingress.tell(refusal) {
-                    tracing::warn!("the ingress took no refusal: {}", refused.reason);
-                }
-            }
+            Ok(()) if message.request.grammar.is_some() => self.compile(message, dp as u32),
+            Ok(()) => self.link.send(Command::Submit(message.request, None, message.reply_to)),
+            Err(why) => refuse(&self.cx, dp as u32, &message, why),
         }
     }
 }
@@ -212,7 +237,7 @@ impl Handler<Abort> for Rank {
     type Result = ();
 
     fn handle(&mut self, message: Abort, _: &mut Self::Context) {
-        self.link.send(Command::Abort(message.id));
+        self.link.abort(message.id);
     }
 }
 

@@ -15,7 +15,7 @@ async fn error(response: reqwest::Response) -> (u16, Json) {
     let body: Json = response.json().await.unwrap();
     let error = body["error"].as_object().unwrap_or_else(|| panic!("no error: {body}"));
     let keys: Vec<&str> = error.keys().map(String::as_str).collect();
-    assert_eq!(keys, ["code", "message", "param", "type"]);
+    assert_eq!(keys, ["message", "type", "param", "code"]);
     (status, body["error"].clone())
 }
 
@@ -40,7 +40,8 @@ async fn each_wrong_field_is_named() {
         (json!({"top_p": 0}), "top_p", "above 0"),
         (json!({"top_k": -2}), "top_k", "-1, 0 or positive"),
         (json!({"n": 0}), "n", "between 1 and 128"),
-        (json!({"best_of": 3}), "best_of", "not supported"),
+        (json!({"best_of": 3, "n": 4}), "best_of", "between `n`, 4, and 128"),
+        (json!({"best_of": 3, "stream": true}), "best_of", "known at the end"),
         (json!({"suffix": "end"}), "suffix", "not supported"),
         (json!({"logprobs": 21}), "logprobs", "between 0 and 20"),
         (json!({"logit_bias": {"9999": 1}}), "logit_bias", "below 4096"),
@@ -71,15 +72,23 @@ async fn each_wrong_field_is_named() {
         (json!({"prompt": [4096]}), "prompt", "below 4096"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options", "only allowed"),
         (json!({"stream": true, "prompt_logprobs": 1}), "prompt_logprobs", "not available"),
-        (json!({"guided_json": {"type": "object"}}), "guided_json", "not supported"),
+        (json!({"guided_json": {"type": "nothing"}}), "guided_json", "cannot be followed"),
+        (json!({"guided_regex": "("}), "guided_regex", "cannot be followed"),
+        (json!({"guided_grammar": "root ::= \"a\""}), "guided_grammar", "in GBNF"),
+        (json!({"guided_choice": []}), "guided_choice", "between 1 and"),
+        (json!({"guided_regex": "a", "guided_choice": ["b"]}), "guided_choice", "Only one grammar"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format", "has no `schema`"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type", "unknown variant"),
     ] {
         refused("/v1/completions", &base, change, param, part).await;
     }
     let base = json!({"model": "sundial", "messages": [{"role": "user", "content": "Hi"}]});
     let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
     for (change, param, part) in [
-        (json!({"tools": [{"type": "function"}]}), "tools", "not supported"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format", "{\"type\": \"text\"}"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].function.name", "must be 1 to 64"),
+        (json!({"tools": [{"type": "web_search"}]}), "tools[0]", "only functions"),
+        (json!({"functions": [{"name": "f"}]}), "functions", "Use `tools`"),
+        (json!({"tool_choice": "required"}), "tool_choice", "`tools` is empty"),
         (json!({"top_logprobs": 2}), "top_logprobs", "`logprobs` is true"),
         (json!({"messages": []}), "messages", "0 messages"),
         (json!({"messages": [{"role": "king", "content": ""}]}), "messages[0].role", "`king`"),

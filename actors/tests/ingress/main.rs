@@ -8,4 +8,7 @@ mod completions;
 mod door;
 mod errors;
 mod failover;
+mod responses;
 mod rig;
+mod structured;
+mod tools;

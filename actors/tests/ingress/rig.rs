@@ -15,6 +15,7 @@ use heliostat_actors::ingress::server::{HttpConfig, serve};
 use heliostat_actors::ingress::text::TextModel;
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::{GenerationDefaults, ModelConfig};
+use heliostat_engine::grammar::Vocabulary;
 use heliostat_engine::model::{KvPages, LocalExperts, Model};
 use heliostat_engine::request::RankStats;
 use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
@@ -35,6 +36,12 @@ pub(crate) fn reference(kind: &str) -> Vec<Json> {
     let reference: Json = serde_json::from_str(&text).unwrap();
     let prompts = reference["prompts"].as_array().unwrap();
     prompts.iter().filter(|prompt| prompt["kind"] == kind).cloned().collect()
+}
+
+/// The model's tokens as grammars see them.
+fn vocabulary() -> &'static Vocabulary {
+    static TEXT: OnceLock<Arc<TextModel>> = OnceLock::new();
+    TEXT.get_or_init(|| TextModel::load(&model_dir()).unwrap()).vocabulary(&[1]).unwrap()
 }
 
 /// A rank's thread as others see it.
@@ -339,7 +346,13 @@ impl Engine {
             match self.commands.try_recv() {
                 Ok(RankCommand::Submit(request)) => {
                     let id = request.id;
-                    if let Err(refused) = scheduler.add(request) {
+                    let constraint =
+                        request.grammar.as_ref().map(|grammar| vocabulary().compile(grammar).unwrap());
+                    let added = match constraint {
+                        Some(constraint) => scheduler.add_constrained(request, constraint),
+                        None => scheduler.add(request),
+                    };
+                    if let Err(refused) = added {
                         let refusal = if refused.reason.is_retryable() {
                             Refusal::Full
                         } else {

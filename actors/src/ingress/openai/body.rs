@@ -73,6 +73,11 @@ impl Body {
         ))
     }
 
+    /// Whether any of these fields says something.
+    pub(super) fn has_any(&self, fields: &[&str]) -> bool {
+        fields.iter().any(|&field| self.object.get(field).is_some_and(|value| !value.is_null()))
+    }
+
     /// Reads the fields of `T`, ignoring others.
     pub(super) fn fields<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         let object = Json::Object(self.object.clone());
@@ -104,9 +109,4 @@ pub(super) fn empty(value: &Json) -> bool {
         Json::Array(value) => value.is_empty(),
         Json::Object(value) => value.is_empty(),
     }
-}
-
-/// `{"type": "text"}`.
-pub(super) fn plain_text(value: &Json) -> bool {
-    value.get("type").is_some_and(|kind| kind == "text")
 }

@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -14,19 +15,17 @@ use crate::ingress::server::request_id;
 use crate::ingress::text::Ending;
 
 use super::body::{Body, Refusal, empty, never};
-use super::job::{Job, Prompt, Shape, encode, off_the_loop};
+use super::job::{Job, Shape, off_the_loop};
 use super::logprobs::{ChatLogprobs, PromptLogprobs};
+use super::messages::Conversation;
 use super::params::{self, Params, top_count};
 use super::reply::{Dialect, Envelope, answer, finish_reason, stop_reason};
 use super::run::Progress;
-
-const MESSAGES_MAX: usize = 4096;
+use super::tools::{CallParser, Piece, ToolFields, Tools};
 
 const REFUSED: &[Refusal] = &[
-    Refusal { field: "tools", neutral: empty, instead: "" },
-    Refusal { field: "tool_choice", neutral: no_tool, instead: "" },
-    Refusal { field: "functions", neutral: empty, instead: "" },
-    Refusal { field: "function_call", neutral: no_tool, instead: "" },
+    Refusal { field: "functions", neutral: empty, instead: "Use `tools`." },
+    Refusal { field: "function_call", neutral: no_tool, instead: "Use `tool_choice`." },
     Refusal { field: "modalities", neutral: text_only, instead: "Only [\"text\"] is." },
     Refusal { field: "audio", neutral: never, instead: "" },
     Refusal { field: "prediction", neutral: never, instead: "" },
@@ -64,19 +63,19 @@ pub(crate) async fn chat_completions(
     body: Result<Bytes, actix_web::Error>,
 ) -> Result<HttpResponse, ApiError> {
     let model = model.get_ref().clone();
-    let job = {
+    let (job, tools) = {
         let body = Body::parse(&http, body)?;
         let model = model.clone();
         off_the_loop(body, move |body| check(&body, &model)).await?
     };
-    let delivery = job.delivery;
+    let how = (job.delivery, job.best());
     let envelope = Envelope::new("chatcmpl", &request_id(&http), &model);
-    let dialect = Chat { logprobs: job.wants_logprobs(), model };
+    let dialect = Chat { logprobs: job.wants_logprobs(), tools, calls: BTreeMap::new(), model };
     let run = job.submit(&ingress, &dialect.model, &http)?;
-    answer(run, dialect, envelope, delivery).await
+    answer(run, dialect, envelope, how).await
 }
 
-fn check(body: &Body, model: &ServedModel) -> Result<Job, ApiError> {
+fn check(body: &Body, model: &ServedModel) -> Result<(Job, Option<Tools>), ApiError> {
     let params: Params = body.fields()?;
     params.check_model(model)?;
     body.refuse(REFUSED)?;
@@ -97,92 +96,27 @@ fn check(body: &Body, model: &ServedModel) -> Result<Job, ApiError> {
     if let Some((0, param)) = max_tokens {
         return Err(ApiError::invalid(param, format!("`{param}` must be at least 1.")));
     }
-    let prompts = vec![prompt(&fields, model)?];
-    let shape = Shape { prompts, prompt_param: "messages", max_tokens, logprobs, prompt_logprobs: None };
-    Job::new(model, &params, shape)
-}
-
-/// The conversation by the model's template. Its control tokens stand in the template.
-fn prompt(fields: &Fields, model: &ServedModel) -> Result<Prompt, ApiError> {
-    let Some(template) = model.text.chat_template() else {
-        let message = "The model has no chat template; use /v1/completions.";
-        return Err(ApiError::invalid("messages", message));
-    };
-    let count = fields.messages.len();
-    if !(1..=MESSAGES_MAX).contains(&count) {
-        let message = format!("`messages` has {count} messages, but must have between 1 and {MESSAGES_MAX}.");
-        return Err(ApiError::invalid("messages", message));
+    let tools = body.fields::<ToolFields>()?.offer()?;
+    if let Some(tools) = &tools {
+        tools.check_template(model)?;
     }
-    let messages = fields.messages.iter().enumerate().map(|(index, message)| plain_message(index, message));
-    let messages: Vec<Json> = messages.collect::<Result<_, _>>()?;
-    let extra = fields.chat_template_kwargs.clone().unwrap_or_default();
-    let rendered = template.render(&messages, fields.add_generation_prompt.unwrap_or(true), &extra);
-    let text = rendered.map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-    Ok(Prompt { ids: encode(model, "messages", &text, false)?, text: None })
-}
-
-/// The message as templates expect it: content as one string; OpenAI's newer `developer` is `system`.
-fn plain_message(index: usize, message: &Map<String, Json>) -> Result<Json, ApiError> {
-    let param = |field: &str| format!("messages[{index}].{field}");
-    let role = match message.get("role").and_then(Json::as_str) {
-        Some("developer" | "system") => "system",
-        Some("user") => "user",
-        Some("assistant") => "assistant",
-        Some(role @ ("tool" | "function")) => {
-            let param = param("role");
-            return Err(ApiError::unsupported(
-                &param,
-                format!("`{param}`: the role `{role}` is not supported."),
-            ));
-        }
-        other => {
-            let param = param("role");
-            let found = other.map_or("missing or no string".to_owned(), |role| format!("`{role}`"));
-            let message =
-                format!("`{param}` is {found}, but must be one of system, developer, user, assistant.");
-            return Err(ApiError::invalid(param, message));
-        }
+    let conversation = Conversation {
+        messages: &fields.messages,
+        param: "messages",
+        add_generation_prompt: fields.add_generation_prompt.unwrap_or(true),
+        extra: fields.chat_template_kwargs.unwrap_or_default(),
+        tools: tools.as_ref(),
     };
-    for field in ["tool_calls", "function_call", "audio"] {
-        if message.get(field).is_some_and(|value| !empty(value)) {
-            let param = param(field);
-            return Err(ApiError::unsupported(&param, format!("`{param}` is not supported by this server.")));
-        }
+    let prompts = vec![conversation.prompt(model)?];
+    let called = tools.as_ref().map(Tools::grammar).transpose()?.flatten();
+    let grammar = params::grammar(body, model, called.map(|grammar| ("tool_choice", grammar)))?;
+    let shape =
+        Shape { prompts, prompt_param: "messages", max_tokens, logprobs, prompt_logprobs: None, grammar };
+    let mut job = Job::new(model, &params, shape)?;
+    if tools.as_ref().is_some_and(|tools| tools.marks_are_control(model)) {
+        job.show_special_tokens();
     }
-    let content = match message.get("content") {
-        Some(Json::String(text)) => text.clone(),
-        Some(Json::Array(parts)) => {
-            let texts = parts
-                .iter()
-                .enumerate()
-                .map(|(part, value)| text_part(&format!("messages[{index}].content[{part}]"), value));
-            texts.collect::<Result<Vec<_>, _>>()?.join("\n")
-        }
-        None | Some(Json::Null) if role == "assistant" => String::new(),
-        _ => {
-            let param = param("content");
-            let message = format!("`{param}` must be a string or an array of text parts.");
-            return Err(ApiError::invalid(param, message));
-        }
-    };
-    let mut plain = message.clone();
-    plain.insert("role".into(), role.into());
-    plain.insert("content".into(), content.into());
-    Ok(Json::Object(plain))
-}
-
-fn text_part(param: &str, part: &Json) -> Result<String, ApiError> {
-    match (part.get("type").and_then(Json::as_str), part.get("text").and_then(Json::as_str)) {
-        (Some("text"), Some(text)) => Ok(text.to_owned()),
-        (Some("text") | None, _) => Err(ApiError::invalid(
-            param,
-            format!("`{param}` must be {{\"type\": \"text\", \"text\": \"...\"}}."),
-        )),
-        (Some(kind), _) => {
-            let message = format!("`{param}` is of type `{kind}`, but only text is supported.");
-            Err(ApiError::unsupported(param, message))
-        }
-    }
+    Ok((job, tools))
 }
 
 /// One entry of `choices`.
@@ -201,8 +135,17 @@ pub(super) struct Choice {
 #[derive(Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Content {
-    Message { role: &'static str, content: String, refusal: Option<()> },
+    Message(Message),
     Delta(Delta),
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: Option<String>,
+    refusal: Option<()>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
 }
 
 #[derive(Default, Serialize)]
@@ -211,20 +154,88 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
+}
+
+/// A call, or what a chunk adds to it.
+#[derive(Default, Serialize)]
+struct ToolCall {
+    /// In chunks only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: CalledFunction,
+}
+
+#[derive(Default, Serialize)]
+struct CalledFunction {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
+}
+
+impl ToolCall {
+    fn begin(name: String) -> Self {
+        let function = CalledFunction { name: Some(name), arguments: String::new() };
+        let id = format!("call_{:024x}", rand::random::<u128>() >> 32);
+        Self { index: None, id: Some(id), kind: Some("function"), function }
+    }
 }
 
 struct Chat {
     model: Arc<ServedModel>,
     logprobs: bool,
+    tools: Option<Tools>,
+    /// Of each choice.
+    calls: BTreeMap<usize, CallParser>,
 }
 
 impl Chat {
+    /// Text and calls in what came of a choice.
+    fn pieces(&mut self, index: usize, text: &str, ends: bool) -> Vec<Piece> {
+        let Some(tools) = &self.tools else {
+            return if text.is_empty() { Vec::new() } else { vec![Piece::Text(text.to_owned())] };
+        };
+        let parser = self.calls.entry(index).or_insert_with(|| tools.parser(&self.model));
+        let mut pieces = parser.push(text);
+        if ends {
+            pieces.extend(parser.finish());
+        }
+        pieces
+    }
+
+    fn delta(piece: Piece) -> Delta {
+        let (index, call) = match piece {
+            Piece::Text(text) => return Delta { content: Some(text), ..Delta::default() },
+            Piece::Begin(index, name) => (index, ToolCall::begin(name)),
+            Piece::Arguments(index, arguments) => (
+                index,
+                ToolCall { function: CalledFunction { name: None, arguments }, ..ToolCall::default() },
+            ),
+        };
+        Delta { tool_calls: vec![ToolCall { index: Some(index), ..call }], ..Delta::default() }
+    }
+
+    /// OpenAI's `finish_reason`: a text that ends by itself and has calls ends for these.
+    fn finish_reason(&self, index: usize, ending: Option<&Ending>) -> Option<&'static str> {
+        let called = self.calls.get(&index).is_some_and(|parser| parser.calls() > 0);
+        let decided = self.tools.as_ref().is_some_and(Tools::ends_with_calls);
+        match finish_reason(ending) {
+            Some("stop") if called && decided => Some("tool_calls"),
+            reason => reason,
+        }
+    }
+
     fn choice(&self, index: usize, content: Content, ending: Option<&Ending>) -> Choice {
         Choice {
             index,
             content,
             logprobs: None,
-            finish_reason: finish_reason(ending),
+            finish_reason: self.finish_reason(index, ending),
             stop_reason: stop_reason(ending, &self.model),
             prompt_logprobs: None,
         }
@@ -236,18 +247,25 @@ impl Dialect for Chat {
     const WHOLE: &'static str = "chat.completion";
     const CHUNK: &'static str = "chat.completion.chunk";
 
-    /// The role first, then text, then an empty delta with the reason for the end.
+    /// The role first, then text and calls, then an empty delta with the reason for the end.
     fn chunks(&mut self, progress: Progress) -> Vec<Choice> {
-        let Progress { index, delta, first, .. } = progress;
+        let Progress { index, mut delta, first, .. } = progress;
         let mut chunks = Vec::new();
         if first {
-            let role = Delta { role: Some("assistant"), content: Some(String::new()) };
+            let role = Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
             chunks.push(self.choice(index, Content::Delta(role), None));
         }
-        if !delta.text.is_empty() || !delta.pieces.is_empty() {
-            let logprobs = self.logprobs.then(|| ChatLogprobs::new(&self.model.text, &delta.pieces));
-            let text = Delta { role: None, content: Some(delta.text) };
-            chunks.push(Choice { logprobs, ..self.choice(index, Content::Delta(text), None) });
+        let mut logprobs = (self.logprobs && !delta.pieces.is_empty())
+            .then(|| ChatLogprobs::new(&self.model.text, &delta.pieces));
+        let text = std::mem::take(&mut delta.text);
+        for piece in self.pieces(index, &text, delta.ending.is_some()) {
+            let content = Content::Delta(Self::delta(piece));
+            chunks.push(Choice { logprobs: logprobs.take(), ..self.choice(index, content, None) });
+        }
+        if logprobs.is_some() {
+            // Their text is held back, or there is none.
+            let content = Content::Delta(Delta { content: Some(String::new()), ..Delta::default() });
+            chunks.push(Choice { logprobs, ..self.choice(index, content, None) });
         }
         if delta.ending.is_some() {
             chunks.push(self.choice(index, Content::Delta(Delta::default()), delta.ending.as_ref()));
@@ -257,10 +275,27 @@ impl Dialect for Chat {
 
     fn whole(&mut self, progress: Progress) -> Choice {
         let Progress { index, delta, prompt_logprobs, .. } = progress;
+        let mut content = String::new();
+        let mut calls: Vec<ToolCall> = Vec::new();
+        for piece in self.pieces(index, &delta.text, true) {
+            match (piece, calls.last_mut()) {
+                (Piece::Text(text), _) => content.push_str(&text),
+                (Piece::Begin(_, name), _) => calls.push(ToolCall::begin(name)),
+                (Piece::Arguments(_, more), Some(call)) => call.function.arguments.push_str(&more),
+                (Piece::Arguments(..), None) => {}
+            }
+        }
         let text = &self.model.text;
         let logprobs = self.logprobs.then(|| ChatLogprobs::new(text, &delta.pieces));
         let prompt_logprobs = prompt_logprobs.map(|logprobs| PromptLogprobs::new(text, &logprobs));
-        let content = Content::Message { role: "assistant", content: delta.text, refusal: None };
-        Choice { logprobs, prompt_logprobs, ..self.choice(index, content, delta.ending.as_ref()) }
+        let none = !calls.is_empty() && content.trim().is_empty();
+        let message = Message {
+            role: "assistant",
+            content: (!none).then_some(content),
+            refusal: None,
+            tool_calls: calls,
+        };
+        let choice = self.choice(index, Content::Message(message), delta.ending.as_ref());
+        Choice { logprobs, prompt_logprobs, ..choice }
     }
 }

@@ -52,12 +52,12 @@ pub(crate) async fn completions(
         let model = model.clone();
         off_the_loop(body, move |body| check(&body, &model)).await?
     };
-    let delivery = job.delivery;
+    let how = (job.delivery, job.best());
     let envelope = Envelope::new("cmpl", &request_id(&http), &model);
     let dialect =
-        Completion { echo: echo.map(|echo| Echo::new(echo, &job, &model)), choices: job.choices, model };
+        Completion { echo: echo.map(|echo| Echo::new(echo, &job, &model)), choices: job.kept(), model };
     let run = job.submit(&ingress, &dialect.model, &http)?;
-    answer(run, dialect, envelope, delivery).await
+    answer(run, dialect, envelope, how).await
 }
 
 /// What `echo` asks for.
@@ -89,6 +89,7 @@ fn check(body: &Body, model: &ServedModel) -> Result<(Job, Option<EchoKind>), Ap
         max_tokens: Some((max_tokens.max(1), "max_tokens")),
         logprobs,
         prompt_logprobs: logprobs.filter(|_| echo.is_some()),
+        grammar: params::grammar(body, model, None)?,
     };
     Ok((Job::new(model, &params, shape)?, echo))
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use actix_web::{HttpRequest, web};
+use heliostat_engine::grammar::Grammar;
 use heliostat_engine::request::{Request, SamplingParams, StopConditions};
 
 use crate::ingress::error::ApiError;
@@ -13,7 +14,9 @@ use crate::ingress::text::{SequenceText, TextOptions};
 
 use super::body::Body;
 use super::params::{Delivery, Params};
+use super::reply::Best;
 use super::run::Run;
+use super::structured;
 
 /// A body from this size on is checked on another thread.
 const LONG_BODY_BYTES: usize = 32 * 1024;
@@ -35,12 +38,16 @@ pub(super) struct Shape {
     pub(super) logprobs: Option<u32>,
     /// The endpoint needs log-probabilities of the prompt (echo).
     pub(super) prompt_logprobs: Option<u32>,
+    /// What the output must look like.
+    pub(super) grammar: Option<Grammar>,
 }
 
 /// A request that is ready to be submitted.
 pub(super) struct Job {
     pub(super) prompts: Vec<Prompt>,
+    /// Sequences of each prompt, and how many of them the client gets.
     pub(super) choices: usize,
+    kept: usize,
     pub(super) delivery: Delivery,
     sampling: SamplingParams,
     /// Of each prompt.
@@ -48,6 +55,7 @@ pub(super) struct Job {
     text: TextOptions,
     logprobs: Option<u32>,
     prompt_logprobs: Option<u32>,
+    grammar: Option<Grammar>,
     priority: i32,
 }
 
@@ -55,18 +63,21 @@ impl Job {
     /// Checks everything against the model's limits.
     pub(super) fn new(model: &ServedModel, params: &Params, shape: Shape) -> Result<Self, ApiError> {
         let delivery = params.delivery()?;
+        let (choices, kept) = params.choices(delivery)?;
         let stop = shape.prompts.iter().map(|prompt| {
             let max_tokens = output_limit(model, prompt, &shape)?;
             params.stop_conditions(model, max_tokens)
         });
         Ok(Self {
-            choices: params.choices()?,
+            choices,
+            kept,
             delivery,
             sampling: params.sampling(model)?,
             stop: stop.collect::<Result<_, _>>()?,
             text: params.text_options()?,
             logprobs: shape.logprobs,
             prompt_logprobs: shape.prompt_logprobs.max(params.prompt_logprobs(delivery)?),
+            grammar: shape.grammar,
             priority: params.priority(),
             prompts: shape.prompts,
         })
@@ -74,6 +85,22 @@ impl Job {
 
     pub(super) fn wants_logprobs(&self) -> bool {
         self.logprobs.is_some()
+    }
+
+    /// Choices of each prompt that the client gets.
+    pub(super) fn kept(&self) -> usize {
+        self.kept
+    }
+
+    /// Which of the sequences of a prompt the client gets, where it gets not all.
+    pub(super) fn best(&self) -> Option<Best> {
+        let Self { choices, kept, .. } = *self;
+        (kept < choices).then(|| Best { choices, kept, logprobs: self.wants_logprobs() })
+    }
+
+    /// Leaves control tokens in the text.
+    pub(super) fn show_special_tokens(&mut self) {
+        self.text.skip_special_tokens = false;
     }
 
     /// Submits all sequences: choice `i` of prompt `p` has index `p * choices + i`.
@@ -110,7 +137,8 @@ impl Job {
                 ..self.sampling.clone()
             },
             stop: stop.clone(),
-            logprobs: self.logprobs,
+            // The best are those with the most likely tokens.
+            logprobs: self.logprobs.or((self.kept < self.choices).then_some(0)),
             prompt_logprobs: self.prompt_logprobs,
             grammar: self.grammar.clone(),
             priority: self.priority,
@@ -119,13 +147,14 @@ impl Job {
     }
 }
 
-/// Runs `check` on `body`: a long prompt takes long to encode, and other connections of this thread must not wait for
-/// it.
+/// Runs `check` on `body`: a long prompt takes long to encode, a grammar to compile, and other connections of this
+/// thread must not wait for it.
 pub(super) async fn off_the_loop<R: Send + 'static>(
     body: Body,
     check: impl FnOnce(Body) -> Result<R, ApiError> + Send + 'static,
 ) -> Result<R, ApiError> {
-    if body.bytes < LONG_BODY_BYTES {
+    if body.bytes < LONG_BODY_BYTES && !body.has_any(structured::FIELDS) && !body.has_any(&["tools", "text"])
+    {
         return check(body);
     }
     let checked = web::block(move || check(body)).await;

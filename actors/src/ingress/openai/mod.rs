@@ -8,10 +8,17 @@ mod chat;
 mod completions;
 mod job;
 mod logprobs;
+mod messages;
 mod params;
 mod reply;
+mod responses;
 mod run;
+mod structured;
+mod tokenize;
+mod tools;
 
 pub(crate) use chat::chat_completions;
 pub(crate) use completions::completions;
 pub(crate) use reply::{model, models};
+pub(crate) use responses::responses;
+pub(crate) use tokenize::{detokenize, embeddings, tokenize};

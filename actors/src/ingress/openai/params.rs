@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use heliostat_engine::grammar::Grammar;
 use heliostat_engine::request::{SamplingParams, StopConditions};
 use serde::Deserialize;
 
@@ -9,7 +10,8 @@ use crate::ingress::error::ApiError;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::TextOptions;
 
-use super::body::{Refusal, empty, never};
+use super::body::{Body, Refusal, empty, never};
+use super::structured::{self, Structured};
 
 /// Log-probabilities of at most this many alternatives.
 pub(super) const TOP_LOGPROBS_MAX: u32 = 20;
@@ -21,16 +23,6 @@ const STOP_BYTES_MAX: usize = 1024;
 pub(super) const REFUSED: &[Refusal] = &[
     Refusal { field: "use_beam_search", neutral: empty, instead: "" },
     Refusal { field: "logits_processors", neutral: empty, instead: "" },
-    Refusal { field: "guided_json", neutral: empty, instead: "" },
-    Refusal { field: "guided_regex", neutral: empty, instead: "" },
-    Refusal { field: "guided_choice", neutral: empty, instead: "" },
-    Refusal { field: "guided_grammar", neutral: empty, instead: "" },
-    Refusal { field: "structured_outputs", neutral: empty, instead: "" },
-    Refusal {
-        field: "response_format",
-        neutral: super::body::plain_text,
-        instead: "Only {\"type\": \"text\"} is.",
-    },
     Refusal { field: "allowed_token_ids", neutral: empty, instead: "Use `logit_bias`." },
     Refusal { field: "bad_words", neutral: empty, instead: "Use `logit_bias`." },
     Refusal { field: "truncate_prompt_tokens", neutral: never, instead: "Shorten the prompt." },
@@ -188,8 +180,8 @@ impl Params {
         })
     }
 
-    /// Choices of each prompt.
-    pub(super) fn choices(&self) -> Result<usize, ApiError> {
+    /// Sequences of each prompt, and how many of them the client gets.
+    pub(super) fn choices(&self, delivery: Delivery) -> Result<(usize, usize), ApiError> {
         let n = self.n.unwrap_or(1);
         if !(1..=CHOICES_MAX).contains(&n) {
             return Err(ApiError::invalid(
@@ -197,13 +189,17 @@ impl Params {
                 format!("`n` is {n}, but must be between 1 and {CHOICES_MAX}."),
             ));
         }
-        match self.best_of {
-            Some(best_of) if best_of != n => {
-                let message = "`best_of` is not supported by this server unless it equals `n`.";
-                Err(ApiError::unsupported("best_of", message))
-            }
-            _ => Ok(n as usize),
+        let best_of = self.best_of.unwrap_or(n);
+        if !(n..=CHOICES_MAX).contains(&best_of) {
+            let message = format!("`best_of` is {best_of}, but must be between `n`, {n}, and {CHOICES_MAX}.");
+            return Err(ApiError::invalid("best_of", message));
         }
+        if best_of > n && delivery != Delivery::Whole {
+            let message =
+                "`best_of` above `n` is not possible when `stream` is true: the best are known at the end.";
+            return Err(ApiError::invalid("best_of", message));
+        }
+        Ok((best_of as usize, n as usize))
     }
 
     pub(super) fn delivery(&self) -> Result<Delivery, ApiError> {
@@ -231,6 +227,22 @@ impl Params {
     pub(super) fn priority(&self) -> i32 {
         self.priority.unwrap_or(0)
     }
+}
+
+/// What the output must look like: by the endpoint's own grammar, or by what the client asked for.
+pub(super) fn grammar(
+    body: &Body,
+    model: &ServedModel,
+    own: Option<(&'static str, Grammar)>,
+) -> Result<Option<Grammar>, ApiError> {
+    let asked = body.fields::<Structured>()?.grammar()?;
+    if let (Some((own, _)), Some((asked, _))) = (&own, &asked) {
+        let message = format!("Only one grammar is possible, but `{own}` and `{asked}` both ask for one.");
+        return Err(ApiError::invalid(*asked, message));
+    }
+    let Some((param, grammar)) = own.or(asked) else { return Ok(None) };
+    structured::check(model, param, &grammar)?;
+    Ok(Some(grammar))
 }
 
 /// A number of alternatives.

@@ -76,11 +76,11 @@ pub(super) async fn answer<D: Dialect>(
     mut run: Run,
     dialect: D,
     envelope: Envelope,
-    delivery: Delivery,
+    (delivery, best): (Delivery, Option<Best>),
 ) -> Result<HttpResponse, ApiError> {
     let first = run.next().await?;
     match delivery {
-        Delivery::Whole => whole(run, first, dialect, &envelope).await,
+        Delivery::Whole => whole(run, first, (dialect, best), &envelope).await,
         Delivery::Stream { usage } => {
             Ok(Stream { run, dialect, envelope, usage, next: Next::Show(first) }.response())
         }
@@ -90,11 +90,21 @@ pub(super) async fn answer<D: Dialect>(
 async fn whole<D: Dialect>(
     mut run: Run,
     first: Vec<Progress>,
-    mut dialect: D,
+    (mut dialect, best): (D, Option<Best>),
     envelope: &Envelope,
 ) -> Result<HttpResponse, ApiError> {
+    let mut choices = gather(&mut run, first).await?;
+    if let Some(best) = best {
+        choices = best.keep(choices);
+    }
+    let choices: Vec<_> = choices.into_iter().map(|choice| dialect.whole(choice)).collect();
+    let usage = dialect.usage(run.usage());
+    Ok(HttpResponse::Ok().json(envelope.reply(D::WHOLE, &choices, Some(Some(usage)))))
+}
+
+/// All that comes of all sequences, `news` first.
+pub(super) async fn gather(run: &mut Run, mut news: Vec<Progress>) -> Result<Vec<Progress>, ApiError> {
     let mut choices: Vec<Progress> = Vec::new();
-    let mut news = first;
     while !news.is_empty() {
         for progress in news {
             match choices.binary_search_by_key(&progress.index, |choice| choice.index) {
@@ -104,9 +114,42 @@ async fn whole<D: Dialect>(
         }
         news = run.next().await?;
     }
-    let choices: Vec<_> = choices.into_iter().map(|choice| dialect.whole(choice)).collect();
-    let usage = dialect.usage(run.usage());
-    Ok(HttpResponse::Ok().json(envelope.reply(D::WHOLE, &choices, Some(Some(usage)))))
+    Ok(choices)
+}
+
+/// OpenAI's `best_of`: of the sequences of each prompt the client gets those whose tokens are likeliest on average.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Best {
+    /// Sequences of each prompt.
+    pub(super) choices: usize,
+    /// Those that the client gets.
+    pub(super) kept: usize,
+    /// Whether the client wants to see log-probabilities.
+    pub(super) logprobs: bool,
+}
+
+impl Best {
+    /// The best of each prompt, numbered anew.
+    fn keep(&self, mut all: Vec<Progress>) -> Vec<Progress> {
+        let mut kept = Vec::new();
+        for sequences in all.chunks_mut(self.choices) {
+            sequences.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
+            kept.extend(sequences.iter_mut().take(self.kept).map(std::mem::take));
+        }
+        for (index, progress) in kept.iter_mut().enumerate() {
+            progress.index = index;
+            if !self.logprobs {
+                progress.delta.pieces.clear();
+            }
+        }
+        kept
+    }
+}
+
+fn mean_logprob(progress: &Progress) -> f64 {
+    let pieces = &progress.delta.pieces;
+    let sum: f64 = pieces.iter().map(|piece| f64::from(piece.logprob.logprob)).sum();
+    sum / pieces.len().max(1) as f64
 }
 
 struct Stream<D> {

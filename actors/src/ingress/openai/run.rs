@@ -37,15 +37,15 @@ pub(super) struct Progress {
 /// OpenAI's `usage`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Usage {
-    prompt_tokens: usize,
-    completion_tokens: usize,
-    total_tokens: usize,
-    prompt_tokens_details: PromptTokensDetails,
+    pub(super) prompt_tokens: usize,
+    pub(super) completion_tokens: usize,
+    pub(super) total_tokens: usize,
+    pub(super) prompt_tokens_details: PromptTokensDetails,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-struct PromptTokensDetails {
-    cached_tokens: usize,
+pub(super) struct PromptTokensDetails {
+    pub(super) cached_tokens: usize,
 }
 
 impl Run {

@@ -37,6 +37,11 @@ impl TokenBytes {
         Some(table)
     }
 
+    /// Number of token ids.
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
     /// Bytes of the longest token.
     pub(crate) fn longest(&self) -> usize {
         (0..self.ends.len() as u32).map(|token| self.get(token).len()).max().unwrap_or(0)

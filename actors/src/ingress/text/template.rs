@@ -14,6 +14,7 @@ const NAME: &str = "chat_template";
 /// A compiled chat template with the model's special tokens.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     /// `bos_token`, `eos_token` and their like.
     special_tokens: Map<String, Json>,
 }
@@ -36,7 +37,12 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
         environment.add_template_owned(NAME, source.to_owned())?;
-        Ok(Self { environment, special_tokens })
+        Ok(Self { environment, source: source.to_owned(), special_tokens })
+    }
+
+    /// What it was compiled from: it shows in which form the model knows tools.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Renders `messages`; `extra` is the client's `chat_template_kwargs`.
@@ -151,7 +157,7 @@ mod tests {
     #[test]
     fn json_is_written_as_python_writes_it() {
         let messages = json!([{"role": "user", "content": "<é> \"q\"", "x": [1, 2]}]);
-        let expected = r#"{"content": "<é> \"q\"", "role": "user", "x": [1, 2]}"#;
+        let expected = r#"{"role": "user", "content": "<é> \"q\"", "x": [1, 2]}"#;
         assert_eq!(render("{{ messages[0] | tojson }}", messages).unwrap(), expected);
     }
 

@@ -3,8 +3,9 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use heliostat_engine::grammar::{GrammarError, TokenText, Vocabulary};
 use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
 
@@ -21,6 +22,8 @@ pub struct TextModel {
     /// Prepended to prompts whose tokenizer.json does not do it itself.
     bos: Option<u32>,
     template: Option<ChatTemplate>,
+    /// The tokens as grammars see them; made when it is first asked for.
+    vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
 }
 
 /// A file that the text side cannot use.
@@ -61,7 +64,15 @@ impl TextModel {
         // A normalizer may shorten the text first.
         let exact = bytes.as_ref().filter(|_| tokenizer.get_normalizer().is_none());
         let token_bytes_max = exact.map(TokenBytes::longest);
-        Self { token_bytes_max, bytes, special, bos: bos.filter(|_| wants_bos), template, tokenizer }
+        Self {
+            token_bytes_max,
+            bytes,
+            special,
+            bos: bos.filter(|_| wants_bos),
+            template,
+            tokenizer,
+            vocabulary: OnceLock::new(),
+        }
     }
 
     /// At least how many tokens `text` has, known without encoding it; 0 where nothing is known.
@@ -106,9 +117,32 @@ impl TextModel {
         self.special.contains(&token)
     }
 
+    /// Whether that text is one control token.
+    pub fn is_control(&self, text: &str) -> bool {
+        self.tokenizer.token_to_id(text).is_some_and(|id| self.is_special(id))
+    }
+
     /// The model's chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
+    }
+
+    /// The tokens as grammars see them, of a model that ends its output with any of `eos`, which are always the same.
+    /// The first call takes about a second for a large vocabulary.
+    ///
+    /// # Errors
+    /// The tokenizer is not byte-level, or there is no end-of-sequence token.
+    pub fn vocabulary(&self, eos: &[u32]) -> Result<&Vocabulary, GrammarError> {
+        self.vocabulary.get_or_init(|| self.make_vocabulary(eos)).as_ref().map_err(Clone::clone)
+    }
+
+    fn make_vocabulary(&self, eos: &[u32]) -> Result<Vocabulary, GrammarError> {
+        let Some(bytes) = &self.bytes else { return Err(GrammarError::no_bytes()) };
+        let token = |id| match self.special.contains(&id) {
+            true => TokenText::Control(self.tokenizer.id_to_token(id).unwrap_or_default()),
+            false => TokenText::Bytes(bytes.get(id).to_vec()),
+        };
+        Vocabulary::new((0..bytes.len() as u32).map(token).collect(), eos)
     }
 
     pub(super) fn token_bytes(&self) -> Option<&TokenBytes> {
