@@ -5,19 +5,31 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use serde_json::{Value, json};
 
 use crate::rig::{Cluster, free_port, greedy, is_alive, kill};
 
 pub(crate) const STREAMS: usize = 8;
 const TOKENS: u32 = 160;
 
+/// A greedy stream; every fourth follows a grammar.
+fn body(number: usize) -> Value {
+    let mut body = greedy(number, TOKENS);
+    if number % 4 == 3 {
+        body["structured_outputs"] = json!({"regex": "([a-z]{1,9} ){1000}"});
+    }
+    body
+}
+
 /// Texts of an undisturbed run.
 pub(crate) async fn undisturbed(cluster: &Cluster) -> Vec<String> {
     let asks = (0..STREAMS).map(|number| {
-        let body = greedy(number, TOKENS);
+        let body = body(number);
         async move { cluster.stream(&body, |_| ()).await.unwrap() }
     });
-    join_all(asks).await
+    let texts = join_all(asks).await;
+    assert!(texts[3].chars().all(|char| char == ' ' || char.is_ascii_lowercase()), "{}", texts[3]);
+    texts
 }
 
 /// Runs all streams; once they flow, `harm` is done. Returns the texts and the longest pause of any stream.
@@ -32,7 +44,7 @@ pub(crate) async fn disturbed(
         async move {
             let (mut last, mut pause) = (Instant::now(), Duration::ZERO);
             let text = cluster
-                .stream(&greedy(number, TOKENS), |chunks| {
+                .stream(&body(number), |chunks| {
                     pause = pause.max(last.elapsed());
                     last = Instant::now();
                     if chunks == 3 && flowing.fetch_add(1, Ordering::Relaxed) + 1 == STREAMS {
