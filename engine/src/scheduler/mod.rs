@@ -126,10 +126,8 @@ impl Scheduler {
         let turn = Turn { priority: request.priority, arrival: self.arrivals };
         let sequence = match constraint {
             None => Sequence::new(request),
-            Some(constraint) => Sequence::constrained(request, constraint).map_err(|request| Refused {
-                request: Box::new(request),
-                reason: RefuseReason::OffGrammar,
-            })?,
+            Some(constraint) => Sequence::constrained(request, constraint)
+                .map_err(|request| Refused { request, reason: RefuseReason::OffGrammar })?,
         };
         self.arrivals += 1;
         self.turns.insert(sequence.id(), turn);

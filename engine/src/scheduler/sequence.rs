@@ -56,9 +56,9 @@ impl Sequence {
     }
 
     /// One that draws what a grammar allows. Hands the request back when what it has drawn elsewhere does not follow it.
-    pub(super) fn constrained(request: Request, mut constraint: Constraint) -> Result<Self, Request> {
+    pub(super) fn constrained(request: Request, mut constraint: Constraint) -> Result<Self, Box<Request>> {
         if request.generated.iter().any(|&token| constraint.accept(token).is_err()) {
-            return Err(request);
+            return Err(Box::new(request));
         }
         Ok(Self { constraint: Some(constraint), ..Self::new(request) })
     }
