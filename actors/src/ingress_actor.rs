@@ -111,8 +111,8 @@ impl EngineLink for RankLink {
         };
         let refused = match command {
             RankCommand::Submit(request) => handle
-                .tell(Submit { request, reply_to: self.me.clone() })
-                .map_err(|refused| (RankCommand::Submit(refused.message.request), refused.reason)),
+                .tell(Submit { request: *request, reply_to: self.me.clone() })
+                .map_err(|refused| (RankCommand::Submit(Box::new(refused.message.request)), refused.reason)),
             RankCommand::Abort(id) => handle
                 .tell(Abort { id })
                 .map_err(|refused| (RankCommand::Abort(refused.message.id), refused.reason)),

@@ -77,7 +77,7 @@ pub struct Request {
     /// When it ends.
     pub stop: StopConditions,
     /// What its output must look like.
-    pub grammar: Option<Grammar>,
+    pub grammar: Option<Box<Grammar>>,
     /// Report the log-probability of each output token and of this many most likely ones (0: only its own).
     pub logprobs: Option<u32>,
     /// Likewise for each prompt token but the first. Switches the prefix cache off for this sequence.

@@ -11,7 +11,7 @@ use heliostat_engine::request::{Request, RequestId};
 #[derive(Clone, Debug, PartialEq)]
 pub enum RankCommand {
     /// Generate this sequence.
-    Submit(Request),
+    Submit(Box<Request>),
     /// Stop this sequence and free its blocks. Unknown ones are ignored.
     Abort(RequestId),
 }

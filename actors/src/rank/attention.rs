@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use heliostat_engine::batch::Step;
 use heliostat_engine::cuda::StepResults;
-use heliostat_engine::grammar::Constraint;
 use heliostat_engine::model::Logits;
-use heliostat_engine::request::{Output, RankStats, Request, RequestId};
+use heliostat_engine::request::{Output, RankStats, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 
+use super::link::Submission;
 use super::outlet::Outlet;
 use crate::messages::Busy;
 
@@ -27,16 +27,11 @@ impl Attention {
     }
 
     /// Queues a sequence, under its grammar if it has one; a refusal goes to its ingress as the sequence's end.
-    pub(super) fn submit(
-        &mut self,
-        request: Request,
-        constraint: Option<Box<Constraint>>,
-        owner: ActorAddr,
-        outlet: &mut Outlet,
-    ) {
+    pub(super) fn submit(&mut self, submission: Submission, outlet: &mut Outlet) {
+        let Submission { request, constraint, ingress: owner } = submission;
         let id = request.id;
         let added = match constraint {
-            Some(constraint) => self.scheduler.add_constrained(request, *constraint),
+            Some(constraint) => self.scheduler.add_constrained(request, constraint),
             None => self.scheduler.add(request),
         };
         match added {

@@ -18,10 +18,18 @@ use tokio::sync::oneshot;
 use super::plan::OpenPlan;
 use crate::messages::{Busy, RankJoined, StepLoad};
 
+/// A sequence to be queued.
+pub(super) struct Submission {
+    pub(super) request: Request,
+    /// How its grammar was compiled, if it has one.
+    pub(super) constraint: Option<Constraint>,
+    pub(super) ingress: ActorAddr,
+}
+
 /// What the step thread is asked to do between two steps.
 pub(super) enum Command {
-    /// Queue a sequence, with how its grammar was compiled if it has one.
-    Submit(Request, Option<Box<Constraint>>, ActorAddr),
+    /// Queue a sequence.
+    Submit(Box<Submission>),
     /// Stop a sequence.
     Abort(RequestId),
     /// Stop all sequences of ingresses in this process: nobody hears them.
@@ -137,12 +145,17 @@ impl Link {
         self.compiling().insert(id, ingress);
     }
 
+    /// Queues a request.
+    pub(super) fn submit(&self, request: Request, constraint: Option<Constraint>, ingress: ActorAddr) {
+        self.send(Command::Submit(Box::new(Submission { request, constraint, ingress })));
+    }
+
     /// Queues a request that was noted, unless it was given up meanwhile.
     pub(super) fn submit_compiled(&self, request: Request, constraint: Constraint, ingress: ActorAddr) {
         // Locked until it is queued, so that it is either not noted any more or queued before a command to stop it.
         let mut compiling = self.compiling();
         if compiling.remove(&request.id).is_some() {
-            self.send(Command::Submit(request, Some(Box::new(constraint)), ingress));
+            self.submit(request, Some(constraint), ingress);
         }
     }
 

@@ -227,7 +227,7 @@ impl Handler<Submit> for Rank {
         };
         match self.link.admit(self.args.engine.max_waiting) {
             Ok(()) if message.request.grammar.is_some() => self.compile(message, dp as u32),
-            Ok(()) => self.link.send(Command::Submit(message.request, None, message.reply_to)),
+            Ok(()) => self.link.submit(message.request, None, message.reply_to),
             Err(why) => refuse(&self.cx, dp as u32, &message, why),
         }
     }

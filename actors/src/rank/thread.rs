@@ -287,8 +287,8 @@ impl StepThread {
 
     fn apply(&mut self, command: Command) {
         match command {
-            Command::Submit(request, constraint, reply_to) => match &mut self.attention {
-                Some(attention) => attention.submit(request, constraint, reply_to, &mut self.outlet),
+            Command::Submit(submission) => match &mut self.attention {
+                Some(attention) => attention.submit(*submission, &mut self.outlet),
                 None => tracing::error!("a request came to a rank without an attention role"),
             },
             Command::Abort(id) => self.attention.iter_mut().for_each(|attention| attention.abort(id)),

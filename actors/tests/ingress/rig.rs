@@ -349,8 +349,8 @@ impl Engine {
                     let constraint =
                         request.grammar.as_ref().map(|grammar| vocabulary().compile(grammar).unwrap());
                     let added = match constraint {
-                        Some(constraint) => scheduler.add_constrained(request, constraint),
-                        None => scheduler.add(request),
+                        Some(constraint) => scheduler.add_constrained(*request, constraint),
+                        None => scheduler.add(*request),
                     };
                     if let Err(refused) = added {
                         let refusal = if refused.reason.is_retryable() {

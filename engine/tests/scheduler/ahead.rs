@@ -102,7 +102,7 @@ fn draw(row: &[f32], how: &DeviceSampling) -> Drawn {
 
 #[derive(Clone, Debug)]
 enum Event {
-    Add(Request),
+    Add(Box<Request>),
     /// Another step, if there may be one.
     Schedule,
     /// The oldest step is complete; the host may draw everything itself.
@@ -119,7 +119,7 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        6 => request().prop_map(Event::Add),
+        6 => request().prop_map(|request| Event::Add(Box::new(request))),
         10 => Just(Event::Schedule),
         8 => proptest::bool::weighted(0.2).prop_map(|host| Event::Complete { host }),
         1 => (0usize..4).prop_map(Event::Fault),
@@ -241,7 +241,7 @@ impl Run {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Add(request) => self.add(request),
+            Event::Add(request) => self.add(*request),
             Event::Schedule => {
                 self.schedule();
             }

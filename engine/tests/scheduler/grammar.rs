@@ -16,7 +16,7 @@ fn vocabulary() -> Vocabulary {
 }
 
 fn request(regex: &str, max_tokens: u32) -> Request {
-    Request { grammar: Some(Grammar::Regex(regex.into())), ..simple(1, vec![1, 2, 3], max_tokens) }
+    Request { grammar: Some(Box::new(Grammar::Regex(regex.into()))), ..simple(1, vec![1, 2, 3], max_tokens) }
 }
 
 fn add(scheduler: &mut Scheduler, request: Request) -> Result<(), RefuseReason> {

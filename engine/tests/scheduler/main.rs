@@ -54,7 +54,7 @@ impl Rank {
 
 #[derive(Clone, Debug)]
 enum Event {
-    Add(Request),
+    Add(Box<Request>),
     Step,
     /// The step is cut short and redone.
     Redo,
@@ -68,7 +68,7 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        6 => request().prop_map(Event::Add),
+        6 => request().prop_map(|request| Event::Add(Box::new(request))),
         8 => Just(Event::Step),
         1 => Just(Event::Redo),
         1 => Just(Event::Abandon),
@@ -133,7 +133,7 @@ impl Run {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Add(request) => self.add(request),
+            Event::Add(request) => self.add(*request),
             Event::Step => self.step(),
             Event::Redo => {
                 let batch = self.rank.schedule();

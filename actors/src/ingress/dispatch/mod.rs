@@ -362,7 +362,7 @@ impl Dispatch {
         sequence.place = Place::On(rank);
         self.router.sent(rank, id, &job);
         self.parked.remove(&id);
-        effects.push(Effect::Send(rank, RankCommand::Submit(sequence.request.clone())));
+        effects.push(Effect::Send(rank, RankCommand::Submit(Box::new(sequence.request.clone()))));
         true
     }
 

@@ -277,7 +277,7 @@ impl World {
                 Effect::Send(rank, command) => {
                     let Some((_, held)) = self.up.get_mut(&rank) else { continue };
                     match command {
-                        RankCommand::Submit(request) => drop(held.insert(request.id, request)),
+                        RankCommand::Submit(request) => drop(held.insert(request.id, *request)),
                         RankCommand::Abort(id) => drop(held.remove(&id)),
                     }
                 }

@@ -140,7 +140,7 @@ impl Job {
             // The best are those with the most likely tokens.
             logprobs: self.logprobs.or((self.kept < self.choices).then_some(0)),
             prompt_logprobs: self.prompt_logprobs,
-            grammar: self.grammar.clone(),
+            grammar: self.grammar.clone().map(Box::new),
             priority: self.priority,
         };
         choices.map(request).collect()
