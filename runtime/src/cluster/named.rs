@@ -104,7 +104,7 @@ impl NamedJson {
         match self.cluster.settle(&self.actor, asked) {
             Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
             Settled::Again(JsonMessage { message, value }) => {
-                self.handle().await?.ask(&message, value).await.map_err(NamedError::Ask)
+                self.handle().await?.ask(&message, *value).await.map_err(NamedError::Ask)
             }
         }
     }
@@ -115,7 +115,7 @@ impl NamedJson {
         match self.cluster.settle(&self.actor, told.map_err(AskError::Refused)) {
             Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
             Settled::Again(JsonMessage { message, value }) => {
-                let told = self.handle().await?.tell(&message, value);
+                let told = self.handle().await?.tell(&message, *value);
                 told.map_err(|refused| NamedError::Ask(AskError::Refused(refused)))
             }
         }

@@ -25,7 +25,7 @@ pub struct JsonMessage {
     /// Its name: `WireMessage::NAME`.
     pub message: String,
     /// What it holds.
-    pub value: Value,
+    pub value: Box<Value>,
 }
 
 impl fmt::Debug for JsonHandle {
@@ -77,7 +77,7 @@ impl JsonHandle {
             serde_json::from_slice(&text).map_err(|error| Failure::Codec(error.to_string()))
         };
         asked.and_then(value_of).map_err(|failure| {
-            AskError::new(failure, Some(JsonMessage { message: message.to_owned(), value }))
+            AskError::new(failure, Some(JsonMessage { message: message.to_owned(), value: Box::new(value) }))
         })
     }
 
@@ -96,7 +96,7 @@ impl JsonHandle {
             Place::Remote(link) => self.way.tell_over(link, JSON_CALL, &frame_of(message, &value)),
         };
         told.map_err(|reason: Refusal| Refused {
-            message: JsonMessage { message: message.to_owned(), value },
+            message: JsonMessage { message: message.to_owned(), value: Box::new(value) },
             reason,
         })
     }

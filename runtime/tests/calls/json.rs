@@ -92,7 +92,7 @@ impl Handler<Secret> for Till {
 async fn refused(handle: &JsonHandle, message: &str, value: Value) -> String {
     match handle.ask(message, value.clone()).await {
         Err(AskError::Refused(refused)) => {
-            assert_eq!(refused.message, JsonMessage { message: message.to_owned(), value });
+            assert_eq!(refused.message, JsonMessage { message: message.to_owned(), value: Box::new(value) });
             assert!(matches!(refused.reason, Refusal::Malformed(_)), "{}", refused.reason);
             refused.reason.to_string()
         }
