@@ -5,14 +5,16 @@ pub(crate) mod cert;
 mod drain;
 mod job;
 mod program;
+mod state;
 
 pub(crate) use bench::{Bench, BenchGpu, BenchOps, BenchSlice};
 pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
 pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 pub(crate) use program::{Package, PackageArgs, SubmitProgram};
+pub(crate) use state::{Get, Kind, List, Summary};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use heliostat_runtime::spec::Quantity;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -25,6 +27,7 @@ Examples:
   helio up cluster.toml --detach   the same in the background; returns when it serves
   helio status                     nodes, devices, actors
   helio eplb show                  load of the experts and where they lie
+  helio list actors -f state=dead  what is there, by filters
   helio logs rank-0 -f             follow the log of an actor
   helio submit target/release/app  ship a program of your own and run its driver on the cluster
   helio job submit -- python x.py  run a command as a job and print its log
@@ -62,8 +65,12 @@ pub(crate) enum Command {
     Worker(Worker),
     /// Show the state of the cluster.
     Status(Show),
-    /// List nodes, workers or actors.
+    /// List nodes, workers, actors, groups or jobs.
     List(List),
+    /// Show one of them.
+    Get(Get),
+    /// Count them by their states.
+    Summary(Summary),
     /// Print what an actor wrote to its log.
     Logs(Logs),
     /// Empty a node: its actors go elsewhere, and nothing new comes.
@@ -257,34 +264,6 @@ pub(crate) struct Target {
 /// `helio status`.
 #[derive(Debug, Args)]
 pub(crate) struct Show {
-    /// Which cluster.
-    #[command(flatten)]
-    pub(crate) target: Target,
-    /// Print JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// What can be listed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Listed {
-    /// Machines and their devices.
-    Nodes,
-    /// Processes that host actors.
-    Workers,
-    /// Actors and their states.
-    Actors,
-}
-
-/// `helio list`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  helio list actors
-  helio list workers --json | jq -r '.[].pid'")]
-pub(crate) struct List {
-    /// What to list.
-    pub(crate) what: Listed,
     /// Which cluster.
     #[command(flatten)]
     pub(crate) target: Target,

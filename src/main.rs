@@ -42,7 +42,9 @@ fn run(command: &Command) -> Result<()> {
         // A child's parent-death signal follows the thread that started it, so `up` must have only this one.
         Command::Up(args) => one_thread()?.block_on(commands::up::run(args)),
         Command::Status(args) => one_thread()?.block_on(commands::status::run(args)),
-        Command::List(args) => one_thread()?.block_on(commands::list::run(args)),
+        Command::List(args) => one_thread()?.block_on(commands::list::list(args)),
+        Command::Get(args) => one_thread()?.block_on(commands::list::get(args)),
+        Command::Summary(args) => one_thread()?.block_on(commands::list::summary(args)),
         Command::Logs(args) => one_thread()?.block_on(commands::logs::run(args)),
         Command::Drain(args) => one_thread()?.block_on(commands::drain::run(args)),
         Command::Undrain(args) => one_thread()?.block_on(commands::drain::undo(args)),

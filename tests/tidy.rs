@@ -150,6 +150,8 @@ fn pure_parts_read_no_clock_and_open_no_socket() {
         "engine/src/",
         "actors/src/jobs/core",
         "actors/src/jobs/request",
+        "actors/src/state/query",
+        "actors/src/state/ray",
         "runtime/src/head/core",
         "runtime/src/head/placement",
         "runtime/src/head/supervise",

@@ -10,6 +10,7 @@ pub mod ingress_actor;
 pub mod jobs;
 pub mod messages;
 pub mod rank;
+pub mod state;
 
 use heliostat_runtime::actor::ActorTypes;
 

@@ -150,7 +150,7 @@ pub struct AttachEplb {
 }
 
 /// Answered at once by a process that runs, whatever its step thread waits for.
-#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[derive(Clone, Copy, Debug, Encode, Decode, Deserialize, Message)]
 #[rtype(result = "()")]
 pub struct Ping;
 
@@ -296,7 +296,7 @@ pub struct RankJoined {
 pub struct GetStatus;
 
 /// Plan and publish a remap now, whatever the gates say.
-#[derive(Clone, Debug, Encode, Decode, Message)]
+#[derive(Clone, Debug, Encode, Decode, Deserialize, Message)]
 #[rtype(result = "Result<RebalanceStarted, RebalanceRefused>")]
 pub struct Rebalance;
 

@@ -2,7 +2,8 @@
 
 use super::{Terminal, or_dash, render, seconds, table};
 use heliostat_runtime::cluster::status::{
-    ActorState, ActorStatus, ClusterStatus, NodeState, NodeStatus, PlacementGroupState, WorkerStatus,
+    ActorState, ActorStatus, ClusterStatus, GroupStatus, NodeState, NodeStatus, PlacementGroupState,
+    PlacementGroupStatus, WorkerStatus,
 };
 use heliostat_runtime::spec::{Device, DeviceKind, HOST_LABEL, Labels, NODE_LABEL, Resources};
 use std::collections::BTreeSet;
@@ -136,6 +137,38 @@ pub(crate) fn actors(actors: &[ActorStatus], nodes: &[NodeStatus]) -> String {
             or_dash(actor.pid),
             actor.restarts.to_string(),
             or_dash(actor.last_death.as_ref()),
+        ]);
+    }
+    render(&table)
+}
+
+/// One line per placement group.
+pub(crate) fn placement_groups(groups: &[PlacementGroupStatus]) -> String {
+    let mut table = table(["placement group", "strategy", "bundles", "nodes", "state"]);
+    for group in groups {
+        let nodes: BTreeSet<&str> =
+            group.bundles.iter().filter_map(|bundle| bundle.node.as_deref()).collect();
+        table.add_row([
+            group.name.clone(),
+            word(&group.strategy),
+            group.bundles.len().to_string(),
+            nodes.into_iter().collect::<Vec<_>>().join(","),
+            placement_group_state(&group.state),
+        ]);
+    }
+    render(&table)
+}
+
+/// One line per group of ranks.
+pub(crate) fn groups(groups: &[GroupStatus]) -> String {
+    let mut table = table(["group", "state", "ranks", "epoch"]);
+    for group in groups {
+        let whole = if group.complete { "complete" } else { "incomplete" };
+        table.add_row([
+            group.name.clone(),
+            whole.to_owned(),
+            group.members.len().to_string(),
+            group.epoch.to_string(),
         ]);
     }
     render(&table)

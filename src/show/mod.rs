@@ -9,6 +9,9 @@ pub(crate) mod package;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, Table};
+use serde_json::{Map, Value as Json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::io::IsTerminal;
 
 /// What the terminal can do.
@@ -48,6 +51,50 @@ pub(crate) fn render(table: &Table) -> String {
     let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_string()).collect();
     let indent = lines.iter().map(|l| l.len() - l.trim_start().len()).min().unwrap_or_default();
     lines.iter().map(|line| format!("{}\n", &line[indent.min(line.len())..])).collect()
+}
+
+/// One thing, a line for each of its values; what is within a value is indented, what is nothing is left out.
+pub(crate) fn record(row: &Map<String, Json>) -> String {
+    fn lines(row: &Map<String, Json>, indent: usize, text: &mut String) {
+        let width = row.keys().map(String::len).max().unwrap_or_default();
+        for (key, value) in row {
+            let _ = match value {
+                Json::Null => Ok(()),
+                Json::Object(inner) if inner.is_empty() => Ok(()),
+                Json::Object(inner) => {
+                    let _ = writeln!(text, "{:indent$}{key}", "");
+                    lines(inner, indent + 2, text);
+                    Ok(())
+                }
+                Json::Array(all) => {
+                    let all: Vec<String> = all.iter().map(plain).collect();
+                    writeln!(text, "{:indent$}{key:width$}  {}", "", all.join(", "))
+                }
+                Json::Bool(_) | Json::Number(_) | Json::String(_) => {
+                    writeln!(text, "{:indent$}{key:width$}  {}", "", plain(value))
+                }
+            };
+        }
+    }
+    let mut text = String::new();
+    lines(row, 0, &mut text);
+    text
+}
+
+/// A value in one line.
+fn plain(value: &Json) -> String {
+    value.as_str().map_or_else(|| value.to_string(), |text| text.trim_end().replace('\n', "\n  "))
+}
+
+/// Counts by one thing and a state: a line for each of both.
+pub(crate) fn counts(by: &str, counts: &BTreeMap<String, BTreeMap<String, u64>>) -> String {
+    let mut table = table([by, "state", "count"]);
+    for (what, states) in counts {
+        for (state, count) in states {
+            table.add_row([what.clone(), state.clone(), count.to_string()]);
+        }
+    }
+    render(&table)
 }
 
 /// Something optional in a table.

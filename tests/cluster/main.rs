@@ -11,3 +11,4 @@ mod programs;
 mod rig;
 mod security;
 mod serving;
+mod state;

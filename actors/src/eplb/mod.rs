@@ -54,7 +54,7 @@ impl RemoteActor for Eplb {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<StepLoad>().accept::<PlanReport>().accept::<RankJoined>();
-        m.accept::<GetStatus>().accept::<Rebalance>();
+        m.accept::<GetStatus>().accept_json_result::<Rebalance>();
     }
 }
 

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use actix::{Actor, Context};
+use actix::{Actor, Context, Handler, Message};
 use bincode::{Decode, Encode};
-use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
+use serde_json::Value as Json;
 
 use super::core::Limits;
 use super::http;
@@ -14,6 +15,7 @@ use super::service::{Jobs, JobsConfig};
 use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::http::HttpDoor;
 use crate::ingress::server::ServeError;
+use crate::state;
 
 /// Arguments of the jobs actor.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -79,7 +81,27 @@ impl Actor for JobsActor {
 impl RemoteActor for JobsActor {
     const TYPE: &'static str = "jobs";
 
-    fn messages(_: &mut Accepts<Self>) {}
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<ListJobs>();
+    }
+}
+
+/// All jobs as the JSON of Ray's Jobs API, oldest first.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "String")]
+pub struct ListJobs;
+
+impl WireMessage for ListJobs {
+    const NAME: &'static str = "jobs.list";
+}
+
+impl Handler<ListJobs> for JobsActor {
+    type Result = String;
+
+    fn handle(&mut self, _: ListJobs, _: &mut Self::Context) -> String {
+        let jobs = self.jobs.list();
+        Json::Array(jobs.iter().map(|job| http::to_json(&self.jobs, job)).collect()).to_string()
+    }
 }
 
 impl Spawn for JobsActor {
@@ -109,7 +131,10 @@ impl Spawn for JobsActor {
         let url = dashboard::url(http.bind, http.door.tls.is_some());
         let listener = http.listen().map_err(failed)?;
         let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
-        let dashboard = Dashboard::new(http).with(http::routes(jobs.clone()));
+        let dashboard = Dashboard::new(http)
+            .with(http::routes(jobs.clone()))
+            .with(state::http::routes(cx.cluster().cloned(), jobs.clone()))
+            .with(state::call::routes(cx.cluster().cloned()));
         let server = dashboard.start(listener).map_err(failed)?;
         tracing::info!("jobs are taken at {url}");
         Ok(Self { jobs, _server: server })

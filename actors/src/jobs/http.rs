@@ -1,5 +1,5 @@
-//! Ray's Jobs API as routes of the dashboard, as Ray's own clients speak it, and one route of ours: a log as a plain
-//! stream. Errors are plain text, which those clients show. Who may come in is the dashboard's business.
+//! Ray's Jobs API as routes of the dashboard, as Ray's own clients speak it, and two routes of ours: a log as a plain
+//! stream, and waiting for the end of a job. Errors are plain text, which those clients show. Who may come in is the dashboard's business.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -24,6 +24,8 @@ use crate::dashboard::refuse;
 const CHUNK: usize = 64 << 10;
 /// How often a log that is followed is looked at.
 const POLL: Duration = Duration::from_millis(30);
+/// Longest wait for the end of a job; whoever wants to wait longer asks again.
+const WAIT_MAX: Duration = Duration::from_secs(30);
 /// Logs that are followed at once.
 const FOLLOWERS_MAX: usize = 256;
 
@@ -39,6 +41,7 @@ pub fn routes(jobs: Jobs) -> impl Fn(&mut ServiceConfig) + Send + Sync + 'static
             .route("/api/jobs/", web::get().to(list))
             .route("/api/jobs/{id}", web::get().to(details))
             .route("/api/jobs/{id}", web::delete().to(delete))
+            .route("/api/jobs/{id}/wait", web::get().to(wait))
             .route("/api/jobs/{id}/stop", web::post().to(stop))
             .route("/api/jobs/{id}/logs", web::get().to(logs))
             .route("/api/jobs/{id}/logs/tail", web::get().to(tail))
@@ -60,7 +63,7 @@ impl From<Refused> for HttpResponse {
 }
 
 /// What Ray's clients call `JobDetails`.
-fn to_json(jobs: &Jobs, job: &Job) -> Json {
+pub fn to_json(jobs: &Jobs, job: &Job) -> Json {
     let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let message = job.message.as_deref().unwrap_or(match job.status {
         Status::Pending => "Job has not started yet. It may be waiting for other jobs to end.",
@@ -116,6 +119,39 @@ fn find(jobs: &Jobs, id: &str) -> Result<Job, Refused> {
 
 async fn details(jobs: Data<Jobs>, id: Path<String>) -> HttpResponse {
     find(&jobs, &id).map_or_else(HttpResponse::from, |job| HttpResponse::Ok().json(to_json(&jobs, &job)))
+}
+
+/// How long somebody waits.
+#[derive(Deserialize)]
+struct Patience {
+    #[serde(default = "Patience::longest")]
+    timeout_s: f64,
+}
+
+impl Patience {
+    fn longest() -> f64 {
+        WAIT_MAX.as_secs_f64()
+    }
+}
+
+/// The job as soon as it has ended, or as it is after a while.
+async fn wait(jobs: Data<Jobs>, id: Path<String>, patience: Query<Patience>) -> HttpResponse {
+    // What is no duration (negative, not finite) is none.
+    let limit = Duration::try_from_secs_f64(patience.timeout_s).unwrap_or_default().min(WAIT_MAX);
+    let mut changes = jobs.changes();
+    let ended = async {
+        loop {
+            // Seen before it is looked: a change in between is not missed.
+            changes.mark_unchanged();
+            if find(&jobs, &id).map_or(true, |job| job.status.is_terminal())
+                || changes.changed().await.is_err()
+            {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(limit, ended).await;
+    details(jobs, id).await
 }
 
 async fn stop(jobs: Data<Jobs>, id: Path<String>) -> HttpResponse {

@@ -16,4 +16,4 @@ pub mod request;
 pub mod service;
 pub mod store;
 
-pub use actor::{JobsActor, JobsArgs};
+pub use actor::{JobsActor, JobsArgs, ListJobs};

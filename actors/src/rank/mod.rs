@@ -84,7 +84,7 @@ impl RemoteActor for Rank {
         m.accept::<GroupView>().accept::<Submit>().accept::<Abort>();
         m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
-        m.accept::<Ping>();
+        m.accept_json::<Ping>();
     }
 }
 

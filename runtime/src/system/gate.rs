@@ -145,7 +145,6 @@ mod tests {
         peers.remove(0);
         assert_eq!(peers[1].greeted(), Ok(()));
         drop(peers);
-        let left = gate.inside();
-        assert_eq!((left.peers, left.strangers_in_all), (0, 0));
+        assert_eq!((gate.inside().peers, gate.inside().strangers_in_all), (0, 0));
     }
 }
