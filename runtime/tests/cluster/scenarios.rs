@@ -202,7 +202,7 @@ pub(crate) async fn restart_limit() {
     assert_eq!(status.actor("c").unwrap().restarts, 4);
     cluster.cluster.apply(vec![counter("c")]).await.unwrap();
     cluster.all_ready(1).await;
-    let error = cluster.cluster.apply(vec![counter("a/b")]).await.unwrap_err();
+    let error = cluster.cluster.apply(vec![counter("a b")]).await.unwrap_err();
     assert!(error.to_string().contains("letters, digits"), "{error}");
     cluster.end().await;
 }
