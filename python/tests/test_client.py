@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "python"))
 import heliostat  # noqa: E402
 
 HELIO = os.environ["HELIO"]
-KEY = "a key of the tests"
+KEY = "a-key-of-the-tests"
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ use serde_json::Value as Json;
 pub(crate) async fn list(args: &List) -> Result<()> {
     let mut found = Found::fetch(args.what, &args.target).await?;
     found.keep(&args.filters)?;
-    if args.json { print_json(&found.things) } else { print(&found.table()) }
+    if args.json { found.print_json() } else { print(&found.table()) }
 }
 
 /// Shows one thing.
@@ -83,13 +83,11 @@ fn counted_by(kind: Kind) -> (&'static str, &'static str) {
 }
 
 /// Things of one kind, typed for tables.
-#[derive(Serialize)]
-#[serde(untagged)]
 enum Things {
     Nodes(Vec<NodeStatus>),
     Workers(Vec<WorkerStatus>),
     /// With the nodes that say what their devices are.
-    Actors(Vec<ActorStatus>, #[serde(skip)] Vec<NodeStatus>),
+    Actors(Vec<ActorStatus>, Vec<NodeStatus>),
     Groups(Vec<GroupStatus>),
     PlacementGroups(Vec<PlacementGroupStatus>),
     Jobs(Vec<Json>),
@@ -135,6 +133,17 @@ impl Found {
             Things::Jobs(jobs) => only(jobs, &chosen),
         }
         Ok(())
+    }
+
+    fn print_json(&self) -> Result<()> {
+        match &self.things {
+            Things::Nodes(nodes) => print_json(nodes),
+            Things::Workers(workers) => print_json(workers),
+            Things::Actors(actors, _) => print_json(actors),
+            Things::Groups(groups) => print_json(groups),
+            Things::PlacementGroups(groups) => print_json(groups),
+            Things::Jobs(jobs) => print_json(jobs),
+        }
     }
 
     fn table(&self) -> String {

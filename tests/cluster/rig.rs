@@ -19,7 +19,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Cluster {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) http: u16,
-    client: reqwest::Client,
+    pub(crate) client: reqwest::Client,
     _turn: MutexGuard<'static, ()>,
 }
 
