@@ -39,6 +39,14 @@ fn submit(cluster: &Cluster, options: &[&str], name: &str, args: &[&str]) -> Out
     cluster.helio(&words)
 }
 
+/// What the driver printed: the log of its job begins with how it was started.
+fn printed(output: &Output) -> String {
+    let log = String::from_utf8_lossy(&output.stdout);
+    let (first, rest) = log.split_once('\n').unwrap_or_default();
+    assert!(first.starts_with("Running entrypoint for job "), "{log}");
+    rest.to_owned()
+}
+
 fn packages(cluster: &Cluster) -> Vec<Value> {
     let listed = cluster.helio(&["package", "list", "--json"]);
     serde_json::from_slice(&listed.stdout).unwrap_or_else(|_| panic!("{}", text(&listed)))
@@ -49,16 +57,16 @@ async fn a_submitted_program_runs_its_actors_from_its_own_package() {
     let cluster = Cluster::up(&TWO_NODES).await;
     let counter = submit(&cluster, &[], "counter", &["3"]);
     assert!(counter.status.success(), "{}", text(&counter));
-    assert_eq!(String::from_utf8_lossy(&counter.stdout), "101\n102\n103\n");
+    assert_eq!(printed(&counter), "101\n102\n103\n");
     let package = &packages(&cluster)[0];
     assert_eq!((package["name"].as_str(), package["replaced"].as_bool()), (Some("counter"), Some(false)));
     // The same binary again is uploaded by its name only; what it prints is what its own driver says.
     let again = submit(&cluster, &[], "counter", &["1"]);
-    assert_eq!(String::from_utf8_lossy(&again.stdout), "101\n", "{}", text(&again));
+    assert_eq!(printed(&again), "101\n", "{}", text(&again));
     assert_eq!(packages(&cluster).len(), 1);
 
     let pi = submit(&cluster, &[], "pi", &[]);
-    assert_eq!(String::from_utf8_lossy(&pi.stdout), "pi is about 3.142\n", "{}", text(&pi));
+    assert_eq!(printed(&pi), "pi is about 3.142\n", "{}", text(&pi));
     let left = cluster.status().unwrap();
     let of_programs = left["actors"].as_array().unwrap().iter().filter(|actor| {
         actor["name"].as_str().unwrap().starts_with("functions-") || actor["name"] == "counter"

@@ -183,7 +183,9 @@ pub fn choose(rows: &[Row], filters: &[Filter]) -> Result<Vec<bool>, QueryError>
     for filter in filters {
         let first = filter.column.split('.').next().unwrap_or_default();
         if !rows.is_empty() && !rows.iter().any(|row| row.contains_key(first)) {
-            let known = rows[0].keys().cloned().collect::<Vec<_>>().join(", ");
+            let mut known: Vec<&str> = rows[0].keys().map(String::as_str).collect();
+            known.sort_unstable();
+            let known = known.join(", ");
             return Err(QueryError::Column { column: filter.column.clone(), known });
         }
     }

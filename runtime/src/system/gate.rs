@@ -145,6 +145,7 @@ mod tests {
         peers.remove(0);
         assert_eq!(peers[1].greeted(), Ok(()));
         drop(peers);
-        assert_eq!((gate.inside().peers, gate.inside().strangers_in_all), (0, 0));
+        let inside = gate.inside();
+        assert_eq!((inside.peers, inside.strangers_in_all), (0, 0));
     }
 }

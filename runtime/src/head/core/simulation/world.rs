@@ -576,36 +576,6 @@ impl World {
         }
     }
 
-    fn start_worker(&mut self, name: &str, order: StartWorker) {
-        let node = self.nodes.get_mut(name).expect("known");
-        let incarnation = order.incarnation;
-        if self.workers.contains_key(&incarnation) || node.ends.contains_key(&incarnation) {
-            return;
-        }
-        if order.report_seq < node.registered_seq || incarnation <= node.ordered {
-            let event = Event::StartFailed { incarnation, message: "outdated".into() };
-            let link = Link::Node(name.to_owned());
-            return self.send(&link.clone(), |generation| What::ToHead(link, generation, event));
-        }
-        node.ordered = incarnation;
-        let worker = Worker {
-            allegiance: Allegiance::default(),
-            joined: 0,
-            late_epoch: 0,
-            actor: order.actor,
-            node: name.to_owned(),
-            device: order.device.map(|device| device.index),
-            phase: WorkerPhase::Waiting,
-            seq: 0,
-            views: BTreeMap::new(),
-        };
-        self.workers.insert(incarnation, worker);
-        let link = Link::Worker(incarnation);
-        self.links.entry(link.clone()).or_default();
-        self.after(50, What::Connect(link));
-        self.report_node(name, false);
-    }
-
     fn thaw(&mut self, name: &str, boot: u64) {
         let node = self.nodes.get_mut(name).expect("known");
         if node.boot == boot {

@@ -1,10 +1,13 @@
 //! Workers of the simulated world: they report, are told, and end.
 
-use super::{Link, What, World, addr};
+use std::collections::BTreeMap;
+
+use super::{Link, What, Worker, World, addr};
 use crate::group::GroupView;
 use crate::handle::{ActorId, Incarnation};
 use crate::head::core::{Command, Event};
-use crate::head::messages::{CreateActor, WorkerPhase, WorkerReport};
+use crate::head::messages::{CreateActor, StartWorker, WorkerPhase, WorkerReport};
+use crate::head::tenure::Allegiance;
 use crate::spec::DeathCause;
 
 /// MS-4: a rank of a mesh is told its own address, and addresses that are whole.
@@ -18,6 +21,36 @@ fn check_peers(order: &CreateActor) {
 }
 
 impl World {
+    pub(super) fn start_worker(&mut self, name: &str, order: StartWorker) {
+        let node = self.nodes.get_mut(name).expect("known");
+        let incarnation = order.incarnation;
+        if self.workers.contains_key(&incarnation) || node.ends.contains_key(&incarnation) {
+            return;
+        }
+        if order.report_seq < node.registered_seq || incarnation <= node.ordered {
+            let event = Event::StartFailed { incarnation, message: "outdated".into() };
+            let link = Link::Node(name.to_owned());
+            return self.send(&link.clone(), |generation| What::ToHead(link, generation, event));
+        }
+        node.ordered = incarnation;
+        let worker = Worker {
+            allegiance: Allegiance::default(),
+            joined: 0,
+            late_epoch: 0,
+            actor: order.actor,
+            node: name.to_owned(),
+            device: order.device.map(|device| device.index),
+            phase: WorkerPhase::Waiting,
+            seq: 0,
+            views: BTreeMap::new(),
+        };
+        self.workers.insert(incarnation, worker);
+        let link = Link::Worker(incarnation);
+        self.links.entry(link.clone()).or_default();
+        self.after(50, What::Connect(link));
+        self.report_node(name, false);
+    }
+
     pub(super) fn report_worker(&mut self, incarnation: Incarnation, registering: bool) {
         let Some(worker) = self.workers.get_mut(&incarnation) else { return };
         worker.seq += 1;
