@@ -13,7 +13,7 @@
 /// ```
 ///
 /// A name is unique among the messages of an actor. It and the fields, in their order, are what crosses the wire. The
-/// types of fields and answers implement `Encode` and `Decode` of [`bincode`](crate::bincode); a type of one's own
+/// types of fields and answers implement `Encode` and `Decode` of [`bincode`]; a type of one's own
 /// derives them beside `#[bincode(crate = "heliostat::bincode")]`.
 #[macro_export]
 macro_rules! messages {

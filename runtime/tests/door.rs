@@ -494,9 +494,18 @@ async fn a_peer_that_does_not_read_its_answers_is_served_no_more() {
         tokio::time::sleep(Duration::from_millis(ms)).await;
         sent.load(Ordering::Relaxed)
     };
-    let early = sent_after(1500).await;
-    assert!(early > 0 && !sending.is_finished());
-    assert_eq!(sent_after(500).await, early, "it is still served");
+    // What fits into buffers is taken; then nothing more.
+    let served_no_more = async {
+        let mut seen = 0;
+        loop {
+            let now = sent_after(1000).await;
+            if now > 0 && now == std::mem::replace(&mut seen, now) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), served_no_more).await.expect("it is still served");
+    assert!(!sending.is_finished());
     sending.abort();
     let away = system().await;
     assert_eq!(away.handle::<Probe>(addr).ask(Add(1)).await.unwrap(), 1);
@@ -527,7 +536,7 @@ fn child_process() {
 /// SE-5: connections that say nothing are bounded, in number and in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_who_say_nothing_are_bounded_and_sent_away() {
-    let config = SystemConfig { connect_timeout: Duration::from_millis(1500), ..SystemConfig::loopback() };
+    let config = SystemConfig { connect_timeout: Duration::from_secs(8), ..SystemConfig::loopback() };
     let home = System::start(config).await.unwrap();
     let addr = home.spawn(options("probe", 1, 16), Probe::default).unwrap();
     let mut strangers = Vec::new();
@@ -548,7 +557,7 @@ async fn strangers_who_say_nothing_are_bounded_and_sent_away() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), let_in).await.expect("strangers are sent away");
+    tokio::time::timeout(Duration::from_secs(30), let_in).await.expect("strangers are sent away");
 }
 
 /// SE-5: and so are peers.

@@ -224,7 +224,9 @@ async fn a_rank_that_panics_is_named_and_nobody_else() {
     // It is gone now; a reduction says so, too.
     let failed = failure(world.mesh().reduce(Panic(99)).await);
     assert_eq!(ranks(&failed), [4]);
-    assert!(failed.to_string().contains("no such actor"), "{failed}");
+    // Or it is going.
+    let why = failed.to_string();
+    assert!(why.contains("no such actor") || why.contains("panicked"), "{failed}");
     let failed = failure(world.mesh().cast(Note(1)).await);
     assert_eq!(ranks(&failed), [4]);
     world.end().await;
@@ -233,13 +235,13 @@ async fn a_rank_that_panics_is_named_and_nobody_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_rank_is_named_and_nobody_above_it() {
     let world = World::start(&[0, 1, 2, 3, 4, 5, 6, 7]).await;
-    let mesh = world.mesh().with_fan_out(2).with_deadline(Duration::from_millis(400));
+    let mesh = world.mesh().with_fan_out(2).with_deadline(Duration::from_secs(3));
     // The deepest leaf.
     let start = Instant::now();
-    let failed = failure(mesh.gather(Late(7, 5000)).await);
-    assert!(start.elapsed() < Duration::from_millis(450), "{:?}", start.elapsed());
+    let failed = failure(mesh.gather(Late(7, 60_000)).await);
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     assert_eq!((ranks(&failed), &failed.failed[0].why), (vec![7], &RankError::Deadline));
-    let each = mesh.gather_each(Late(6, 5000)).await.unwrap();
+    let each = mesh.gather_each(Late(6, 60_000)).await.unwrap();
     assert_eq!(each.iter().filter(|outcome| outcome.is_ok()).count(), 7, "the others' answers are there");
     world.end().await;
 }
