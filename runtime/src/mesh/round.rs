@@ -19,7 +19,7 @@ use crate::handle::{ActorAddr, ActorId, Handle, Incarnation};
 use crate::system::System;
 
 /// Each level of the tree answers so much before the one above it gives up, so that it can still say who is late.
-const SLACK: Duration = Duration::from_millis(20);
+const SLACK: Duration = Duration::from_millis(100);
 /// And never more than this part of what is left.
 const SLACK_PART: u32 = 16;
 /// More bytes than this are reduced on a thread that may block.
