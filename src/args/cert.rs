@@ -80,7 +80,7 @@ pub(crate) struct CertShow {
 /// Certificates for a cluster that has `[security]`.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct Tls {
-    /// Directory with ca.crt, tls.crt and tls.key, as `helio cert` writes it, for a cluster with [security].
+    /// Directory with ca.crt, tls.crt and tls.key, as `helio cert` writes it, for a cluster with `[security]`.
     #[arg(long = "tls", value_name = "DIR", global = true)]
     dir: Option<PathBuf>,
     /// Certificates of the CA.
