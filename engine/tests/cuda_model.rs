@@ -96,6 +96,7 @@ impl Rig {
             kv: KvRoom::Blocks(128),
             graph_rows_max,
             transport: Transport::Local,
+            library_dirs: Vec::new(),
             timeout: Duration::from_secs(5),
             stage_ahead: 2,
             fold: None,
@@ -105,7 +106,7 @@ impl Rig {
                 .unwrap();
         let store = ExpertStore::Cuda(rank.pool().unwrap().clone());
         let slots = SharedSlots::new(Slots::new(config.moe_layers(), shape.slots as usize));
-        rank.connect(1, &[rank.handle()]).unwrap();
+        rank.connect(1, &[rank.handle()], None).unwrap();
         let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         let reference = serde_json::from_str(&reference).unwrap();
@@ -154,7 +155,8 @@ impl Rig {
             batch.positions.extend((*context..context + tokens.len()).map(|position| position as u32));
         }
         let sampling = vec![Sampling::Host; shares.len()];
-        self.rank.launch(&Arc::new(Step { batch, feeds: Vec::new(), sampling })).unwrap();
+        let rows = batch.tokens.len();
+        self.rank.launch(&Arc::new(Step { batch, feeds: Vec::new(), sampling }), rows).unwrap();
         let (_, logits) = self.rank.finish().unwrap();
         logits.rows.chunks_exact(logits.vocab).map(<[f32]>::to_vec).collect()
     }
@@ -314,7 +316,7 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
             assert_eq!(bits(&rig.forced(&prompt, &forced, &table)), bits(&wanted), "{name}: another map");
         }
         eager.epoch += 1;
-        eager.rank.connect(eager.epoch, &[eager.rank.handle()]).unwrap();
+        eager.rank.connect(eager.epoch, &[eager.rank.handle()], None).unwrap();
         assert_eq!(
             bits(&eager.forced(&prompt, &forced, &[0, 1, 2, 3])),
             bits(&wanted),
@@ -341,7 +343,8 @@ fn run(rig: &mut Rig, depth: usize, requests: Vec<Request>) -> Vec<(RequestId, V
     requests.into_iter().for_each(|request| scheduler.add(request).unwrap());
     while scheduler.has_work() || rig.rank.in_flight() > 0 {
         if rig.rank.in_flight() < depth && scheduler.has_work() && scheduler.can_schedule() {
-            rig.rank.launch(&scheduler.schedule()).unwrap();
+            let step = scheduler.schedule();
+            rig.rank.launch(&step, step.tokens.len()).unwrap();
         }
         if rig.rank.in_flight() == depth || !scheduler.can_schedule() || !scheduler.has_work() {
             let (drawn, logits) = rig.rank.finish().unwrap();

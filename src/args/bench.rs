@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub(crate) enum Bench {
     /// Measure every kernel at the shapes of a decode step: time, and share of what the GPU could do.
     Ops(BenchOps),
-    /// Measure the steps of one rank of a wide expert-parallel group, on one GPU.
+    /// Measure the steps of ranks of a wide expert-parallel group, on one GPU or several.
     Slice(BenchSlice),
 }
 
@@ -27,6 +27,17 @@ pub(crate) struct BenchGpu {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What a measurement of several GPUs takes.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BenchRanks {
+    /// Ranks, each on a GPU of its own, from `--device` on. Without it: 2 where there are as many GPUs.
+    #[arg(long, value_name = "RANKS", value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub(crate) gpus: Option<u32>,
+    /// A rank that another process started.
+    #[arg(long, hide = true, requires = "gpus")]
+    pub(crate) guest: Option<u32>,
 }
 
 /// `helio bench ops`.
@@ -48,6 +59,9 @@ pub(crate) struct BenchOps {
     /// Measurements of which the median counts.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
+    /// On how many GPUs: with several, what crosses between them is measured beside NCCL.
+    #[command(flatten)]
+    pub(crate) ranks: BenchRanks,
     /// On which GPU, and how.
     #[command(flatten)]
     pub(crate) gpu: BenchGpu,
@@ -59,10 +73,11 @@ pub(crate) struct BenchOps {
 Examples:
   helio bench slice
   helio bench slice --batch 128 --context 4096 --layers 8      a quick trial
-  helio bench slice --device 1 --json
+  helio bench slice --gpus 1 --device 1 --json
 
-The model is DeepSeek-R1 with made-up weights: all layers, and 9 of 288 expert slots of each.
-One rank computes alone: rows for the experts move within its memory and cross no link.")]
+The model is DeepSeek-R1 with made-up weights: all layers, and 9 of 288 expert slots of each on
+every GPU. With several GPUs each is a rank in a process of its own, and rows for the experts
+cross NVLink; a rank alone moves them within its memory.")]
 pub(crate) struct BenchSlice {
     /// Sequences that decode at once, one measurement each.
     #[arg(long, value_name = "ROWS,..", value_delimiter = ',', default_values_t = [64, 128, 256], value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -85,12 +100,27 @@ pub(crate) struct BenchSlice {
     /// Tokens of one prefill step.
     #[arg(long, value_name = "TOKENS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) chunk: u32,
+    /// How rows travel between GPUs.
+    #[arg(long, value_enum, default_value_t = BenchExchange::Peer)]
+    pub(crate) exchange: BenchExchange,
+    /// On how many GPUs.
+    #[command(flatten)]
+    pub(crate) ranks: BenchRanks,
     /// Launch every kernel of a step by itself instead of replaying a recording.
     #[arg(long)]
     pub(crate) no_graphs: bool,
     /// On which GPU, and how.
     #[command(flatten)]
     pub(crate) gpu: BenchGpu,
+}
+
+/// How rows travel between the GPUs of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchExchange {
+    /// Our own kernels over NVLink.
+    Peer,
+    /// NCCL.
+    Nccl,
 }
 
 #[cfg(test)]
@@ -109,6 +139,7 @@ mod tests {
         let all = parse("helio bench slice").unwrap();
         assert_eq!((all.batch, all.context, all.layers), (vec![64, 128, 256], vec![2048, 4096], 61));
         assert_eq!((all.prompt, all.chunk, all.no_graphs), (vec![2048, 4096], 4096, false));
+        assert_eq!((all.ranks.gpus, all.exchange), (None, BenchExchange::Peer));
         let some = parse("helio bench slice --batch 8,16 --layers 5 --no-graphs --device 1").unwrap();
         assert_eq!((some.batch, some.layers, some.no_graphs, some.gpu.device), (vec![8, 16], 5, true, 1));
         for bad in ["--batch 0", "--layers 3", "--layers 62", "--steps 1", "--context x"] {

@@ -1,43 +1,96 @@
-//! `helio bench ops|slice`: measures one GPU and prints what was measured.
+//! `helio bench ops|slice`: measures GPUs and prints what was measured.
 
 use super::{print, print_json};
-use crate::args::{Bench, BenchGpu, BenchOps, BenchSlice};
+use crate::args::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice};
 use crate::failure::{FAILED, Failure};
 use crate::{config, gpus, show};
 use anyhow::Result;
+use heliostat_actors::bench::meeting::{Guest, Meeting};
 use heliostat_actors::bench::{self, Options, SliceError};
 use heliostat_engine::cuda::LoadError;
 use heliostat_kernels::cuda::CudaError;
+use heliostat_kernels::cuda::exchange::Transport;
+use std::process::{Command, Stdio};
 
 /// Measures and prints. Fails where the GPU or its libraries cannot be used.
 pub(crate) fn run(args: &Bench) -> Result<()> {
-    gpus::count()
+    let gpus = gpus::count()
         .map_err(|why| Failure::error(FAILED, format!("helio bench measures an NVIDIA GPU, and {why}")))?;
     match args {
         Bench::Ops(args) => {
-            let report = bench::ops(&ops_options(args), &mut progress).map_err(|why| cuda(&why))?;
+            let (options, meeting) = place(ops_options(args), &args.ranks, gpus)?;
+            let guest = meeting.rank() > 0;
+            let mut say = |line: &str| {
+                if !guest {
+                    progress(line)
+                }
+            };
+            let report = bench::ops(&options, meeting, &mut say).map_err(|why| failed(&why))?;
+            if guest {
+                return Ok(());
+            }
             if args.gpu.json { print_json(&report) } else { print(&show::bench::ops(&report)) }
         }
         Bench::Slice(args) => {
-            let report = bench::slice(&slice_options(args), &mut progress).map_err(|why| slice(&why))?;
+            let (options, meeting) = place(slice_options(args), &args.ranks, gpus)?;
+            let guest = meeting.rank() > 0;
+            let mut say = |line: &str| {
+                if !guest {
+                    progress(line)
+                }
+            };
+            let report = bench::slice(&options, meeting, &mut say).map_err(|why| failed(&why))?;
+            if guest {
+                return Ok(());
+            }
             if args.gpu.json { print_json(&report) } else { print(&show::bench::slice(&report)) }
         }
     }
+}
+
+/// This process's part of a measurement; the first rank starts the others.
+fn place(mut options: Options, args: &BenchRanks, gpus: u32) -> Result<(Options, Meeting)> {
+    let first = options.device;
+    let ranks = args.gpus.unwrap_or_else(|| gpus.saturating_sub(first).clamp(1, 2));
+    let there = first + ranks <= gpus;
+    let why = format!(
+        "{ranks} GPUs from {first} on were asked for, and there are {gpus}: lower --gpus or --device"
+    );
+    there.then_some(()).ok_or_else(|| Failure::error(FAILED, why))?;
+    let meeting = match args.guest {
+        Some(rank) => Meeting::Guest { rank: rank as usize, ranks: ranks as usize },
+        None => Meeting::Host((1..ranks).map(|rank| guest(rank, ranks)).collect::<Result<_>>()?),
+    };
+    options.device += meeting.rank() as u32;
+    Ok((options, meeting))
+}
+
+/// Starts another rank with the arguments of this one.
+fn guest(rank: u32, ranks: u32) -> Result<Guest> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1));
+    command.args(["--guest".to_owned(), rank.to_string()]);
+    if !std::env::args_os().any(|arg| arg.to_string_lossy().starts_with("--gpus")) {
+        command.args(["--gpus".to_owned(), ranks.to_string()]);
+    }
+    Ok(Guest::new(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?))
 }
 
 fn progress(line: &str) {
     eprintln!("{line}");
 }
 
-fn slice(why: &SliceError) -> anyhow::Error {
+fn failed(why: &SliceError) -> anyhow::Error {
     match why {
         SliceError::Cuda(why) | SliceError::Load(LoadError::Cuda(why)) => cuda(why),
         SliceError::KvRoom { .. } => {
             Failure::error(FAILED, format!("{why}: lower --batch or --context, or measure fewer --layers"))
         }
-        SliceError::Config(_) | SliceError::Load(_) | SliceError::Step(_) | SliceError::Pool(_) => {
-            Failure::error(FAILED, why.to_string())
-        }
+        SliceError::Config(_)
+        | SliceError::Load(_)
+        | SliceError::Step(_)
+        | SliceError::Pool(_)
+        | SliceError::Meeting(_) => Failure::error(FAILED, why.to_string()),
     }
 }
 
@@ -78,6 +131,10 @@ fn slice_options(args: &BenchSlice) -> Options {
         graphs: !args.no_graphs,
         chunk: args.chunk as usize,
         remap: args.remap,
+        transport: match args.exchange {
+            BenchExchange::Peer => Transport::Peer,
+            BenchExchange::Nccl => Transport::Nccl,
+        },
         ..gpu_options(&args.gpu)
     }
 }
@@ -97,6 +154,7 @@ fn gpu_options(gpu: &BenchGpu) -> Options {
         graphs: true,
         chunk: 4096,
         remap: false,
+        transport: Transport::Peer,
     }
 }
 
@@ -108,12 +166,12 @@ fn sizes(sizes: &[u32]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::args::{Cli, Command};
+    use crate::args::{self, Cli};
     use clap::Parser;
 
     fn parse(line: &str) -> Bench {
         match Cli::parse_from(line.split(' ')).command {
-            Command::Bench(bench) => bench,
+            args::Command::Bench(bench) => bench,
             other => panic!("{other:?}"),
         }
     }
@@ -133,9 +191,9 @@ mod tests {
     #[test]
     fn errors_name_what_helps_here() {
         let full = CudaError::OutOfMemory { asked: 5 << 30, free: 1 << 30, total: 80 << 30 };
-        let text = slice(&SliceError::Load(LoadError::Cuda(full))).to_string();
+        let text = failed(&SliceError::Load(LoadError::Cuda(full))).to_string();
         assert!(text.contains("5120 MiB were asked for") && text.contains("--batch"), "{text}");
-        let text = slice(&SliceError::KvRoom { batch: 512, context: 4096, tokens: 64 }).to_string();
+        let text = failed(&SliceError::KvRoom { batch: 512, context: 4096, tokens: 64 }).to_string();
         assert!(
             text.contains("512 sequences of 4096 tokens do not fit") && text.contains("--layers"),
             "{text}"

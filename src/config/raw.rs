@@ -36,7 +36,7 @@ words! {
     All2All, "\"peer\" or \"nccl\"" {
         /// Peer memory over NVLink, by our own kernels.
         Peer,
-        /// NCCL; refused in this release.
+        /// NCCL.
         Nccl,
     }
 }
@@ -207,8 +207,8 @@ section! {
         ep: Option<u32> = None,
         /// True: DP rank i and EP rank i share device i. False: experts have devices of their own.
         colocate: bool = true,
-        /// How rows travel between GPUs: `peer` (our own kernels over NVLink, all GPUs on one machine). `nccl` is not in
-        /// this release. Only for CUDA devices. Without it: `peer`.
+        /// How rows travel between GPUs: `peer` (our own kernels over NVLink) or `nccl` (needs a GPU for each rank; slower,
+        /// and every rank computes as many rows as the busiest). Only for CUDA devices. Without it: `peer`.
         all2all_backend: Option<All2All> = None,
         /// A rank that is silent for longer inside a step is treated as lost, in seconds.
         step_timeout_s: f64 = 30.0,

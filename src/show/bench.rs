@@ -14,7 +14,7 @@ pub(crate) fn ops(report: &OpsReport) -> String {
         "gb/s",
         "floor us",
         "% of floor",
-        "cublaslt us",
+        "library us",
         "ratio",
     ]);
     for op in &report.ops {
@@ -34,7 +34,7 @@ pub(crate) fn ops(report: &OpsReport) -> String {
     let library = match &report.no_library {
         Some(why) => format!("No times of cuBLASLt: {why}.\n"),
         None => {
-            "Ratio: cuBLASLt's time by ours, above 1 where ours is faster. \"-\": it has no such kernel.\n"
+            "Ratio: cuBLASLt's time (between GPUs NCCL's) by ours, above 1 where ours is faster. \"-\": it has none.\n"
                 .into()
         }
     };
@@ -192,7 +192,8 @@ mod tests {
             floor_layer_us: Some(184.8),
         };
         let report = SliceReport {
-            measured: "one rank",
+            measured: "one rank".into(),
+            ranks: 1,
             gpu: "a GPU".into(),
             layers: 61,
             slots: 9,

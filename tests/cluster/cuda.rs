@@ -17,11 +17,26 @@ const SHARED: &[(&str, &str)] = &[
     ("eplb", "window_size = 50\nstep_interval = 1000000"),
 ];
 
+/// A GPU for each of two ranks.
+const PAIR: &[(&str, &str)] = &[
+    ("devices", "device = \"cuda\"\ncuda = 2"),
+    ("parallel", "step_timeout_s = 5"),
+    ("eplb", "window_size = 50\nstep_interval = 1000000"),
+];
+
+/// The same, but that NCCL carries the rows.
+const NCCL: &[(&str, &str)] =
+    &[PAIR[0], ("parallel", "step_timeout_s = 5\nall2all_backend = \"nccl\""), PAIR[2]];
+
 fn has_gpu() -> bool {
+    has_gpus(1)
+}
+
+fn has_gpus(wanted: u32) -> bool {
     match Device::count() {
-        Ok(count) if count > 0 => true,
-        Ok(_) => {
-            eprintln!("skipped: there is no GPU");
+        Ok(count) if count >= wanted => true,
+        Ok(count) => {
+            eprintln!("skipped: {wanted} GPUs are needed, there are {count}");
             false
         }
         Err(why) => {
@@ -47,14 +62,32 @@ async fn a_killed_gpu_rank_loses_no_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn placement_remaps_and_kills_change_no_token_on_gpus() {
-    if !has_gpu() {
-        return;
+async fn placement_remaps_and_kills_change_no_token_on_one_gpu() {
+    if has_gpu() {
+        nothing_changes_a_token(SHARED).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn placement_remaps_and_kills_change_no_token_on_two_gpus() {
+    if has_gpus(2) {
+        nothing_changes_a_token(PAIR).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn placement_remaps_and_kills_change_no_token_by_nccl() {
+    if has_gpus(2) {
+        nothing_changes_a_token(NCCL).await;
+    }
+}
+
+/// One rank and two, a remap under streams, and a killed rank: the texts are the same.
+async fn nothing_changes_a_token(two_ranks: &[(&str, &str)]) {
     let alone = Cluster::up(ALONE).await;
     let expected = undisturbed(&alone).await;
     drop(alone);
-    let cluster = Cluster::up(SHARED).await;
+    let cluster = Cluster::up(two_ranks).await;
     assert_eq!(undisturbed(&cluster).await, expected, "two ranks and one");
     let mut epoch = None;
     let (got, pause) = disturbed(&cluster, async || {

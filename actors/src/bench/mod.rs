@@ -3,6 +3,7 @@
 //! Reports are plain data with their units in the names; how they look is the caller's.
 
 pub mod floor;
+pub mod meeting;
 pub mod ops;
 pub mod slice;
 
@@ -10,6 +11,7 @@ mod report;
 
 use std::path::PathBuf;
 
+use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device, DeviceOptions};
 
 pub use ops::{OpReport, OpsReport, ops};
@@ -41,6 +43,8 @@ pub struct Options {
     pub chunk: usize,
     /// Decode once more while experts move.
     pub remap: bool,
+    /// How the rows of a slice on several GPUs travel.
+    pub transport: Transport,
 }
 
 impl Options {

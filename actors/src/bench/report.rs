@@ -4,21 +4,32 @@ use serde::Serialize;
 
 use heliostat_engine::config::ModelConfig;
 
+use heliostat_kernels::cuda::exchange::Transport;
+
 use super::Options;
 use super::floor::{Load, PartFloor, floors, step_us};
+use super::meeting::Meeting;
 use super::slice::{self, SliceArgs, SliceError, SliceRow};
 
 /// What the slice is; it must stand beside its figures.
-const WHAT: &str = "one rank of an EP32-equivalent compute slice of DeepSeek-R1 with made-up FP8 weights; the exchange \
-                    moves rows within one GPU's memory";
+fn what(ranks: usize, transport: Transport) -> String {
+    let rows = match (ranks, transport) {
+        (1, _) | (_, Transport::Local) => "rows move within one GPU's memory",
+        (_, Transport::Peer) => "rows cross NVLink by our own kernels, one copy per token and expert",
+        (_, Transport::Nccl) => "NCCL carries all rows to all ranks",
+    };
+    format!("EP32-equivalent compute slice of DeepSeek-R1 with made-up FP8 weights on {ranks} GPUs; {rows}")
+}
 
-/// One rank's steps.
+/// The steps of a rank; all ranks step alike.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SliceReport {
     /// What was measured, in words.
-    pub measured: &'static str,
+    pub measured: String,
     /// The GPU's name.
     pub gpu: String,
+    /// GPUs, each a rank in a process of its own.
+    pub ranks: usize,
     /// Decoder layers.
     pub layers: usize,
     /// Expert slots of the rank per layer.
@@ -111,7 +122,11 @@ pub struct PrefillReport {
 ///
 /// # Errors
 /// The device is missing, full, or failed.
-pub fn slice(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<SliceReport, SliceError> {
+pub fn slice(
+    options: &Options,
+    meeting: Meeting,
+    progress: &mut dyn FnMut(&str),
+) -> Result<SliceReport, SliceError> {
     let device = options.open()?;
     let args = SliceArgs {
         batches: options.batch.clone(),
@@ -123,13 +138,17 @@ pub fn slice(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<SliceR
         depth: 2,
         layers: options.layers,
         remap: options.remap,
+        transport: options.transport,
+        library_dirs: options.library_dirs.clone(),
     };
     let config = args.config()?;
     let layers = config.num_layers;
     progress(&format!("{}: loading {layers} layers", device.properties().name));
-    let rows = slice::slice(&device, &args, &mut |row| progress(&line(row)))?;
+    let ranks = meeting.ranks();
+    let rows = slice::slice(&device, &args, meeting, &mut |row| progress(&line(row)))?;
     let mut report = SliceReport {
-        measured: WHAT,
+        measured: what(ranks, args.transport),
+        ranks,
         gpu: device.properties().name.clone(),
         layers,
         slots: slice::SLOTS,
@@ -218,7 +237,8 @@ mod tests {
     fn a_measured_step_stands_beside_its_floor() {
         let config = ModelConfig::from_json("deepseek-r1.json", DEEPSEEK_R1).unwrap();
         let mut report = SliceReport {
-            measured: WHAT,
+            measured: what(2, Transport::Peer),
+            ranks: 2,
             gpu: "a GPU".into(),
             layers: 61,
             slots: 9,

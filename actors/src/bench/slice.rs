@@ -1,11 +1,13 @@
-//! The compute slice of one rank of an EP32 deployment of DeepSeek-R1: all 61 layers with made-up FP8 weights, 9 expert
-//! slots per rank, the real router over 256 experts folded onto the slots.
+//! The compute slice of an EP32 deployment of DeepSeek-R1: all 61 layers with made-up FP8 weights, 9 expert slots per
+//! rank, the real router over 256 experts folded onto the slots of one rank or of several, each a process with a GPU.
 //!
 //! Per expert it carries the same rows, FLOPs and weight bytes as 32 ranks with 288 slots; it does not carry their link
-//! bytes, fan-out and skew. Steps go through the scheduler, the recorded graphs and the sampler, as when serving.
+//! bytes, fan-out and skew. Steps go through the scheduler, the recorded graphs and the sampler, as when serving. Several
+//! ranks run the same steps and wait for each other in every layer, so that the figures of one are those of all.
 
 mod remap;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +20,8 @@ use heliostat_engine::request::{Request, RequestId, SamplingParams, StopConditio
 use heliostat_engine::scheduler::{Scheduler, SchedulerConfig};
 use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device};
+
+use super::meeting::Meeting;
 
 /// The model's config.json.
 pub const DEEPSEEK_R1: &str = include_str!("deepseek-r1.json");
@@ -45,6 +49,10 @@ pub struct SliceArgs {
     pub layers: Option<usize>,
     /// Decode once more, at the first batch and context, while experts move.
     pub remap: bool,
+    /// How rows travel between ranks, where there are several.
+    pub transport: Transport,
+    /// Where NCCL is searched for first.
+    pub library_dirs: Vec<PathBuf>,
 }
 
 impl SliceArgs {
@@ -124,6 +132,9 @@ pub enum SliceError {
     /// Experts could not be moved.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The other ranks are not there.
+    #[error(transparent)]
+    Meeting(#[from] std::io::Error),
     /// The measurement does not fit the device.
     #[error(
         "{batch} sequences of {context} tokens do not fit: there is room for {tokens} tokens of KV cache"
@@ -142,13 +153,14 @@ pub enum SliceError {
 /// measured.
 ///
 /// # Errors
-/// The device is missing, full, or failed.
+/// The device is missing, full, or failed, or another rank is.
 pub fn slice(
     device: &Device,
     args: &SliceArgs,
+    mut meeting: Meeting,
     report: &mut dyn FnMut(&SliceRow),
 ) -> Result<Vec<SliceRow>, SliceError> {
-    let mut rank = load(device, args)?;
+    let mut rank = load(device, args, &mut meeting)?;
     let mut rows = Vec::new();
     let mut push = |row: SliceRow| {
         report(&row);
@@ -165,31 +177,36 @@ pub fn slice(
     for &prompt in &args.prompts {
         push(prefill(&mut rank, args, prompt)?);
     }
+    meeting.part()?;
     Ok(rows)
 }
 
-fn load(device: &Device, args: &SliceArgs) -> Result<CudaRank, SliceError> {
+fn load(device: &Device, args: &SliceArgs, meeting: &mut Meeting) -> Result<CudaRank, SliceError> {
     let config = args.config()?;
     let longest = args.contexts.iter().chain(&args.prompts).copied().max().unwrap_or(BLOCK_SIZE);
     let batch = args.batches.iter().copied().max().unwrap_or(1);
-    let experts = config.moe.num_experts as u32;
+    let (experts, ranks) = (config.moe.num_experts as u32, meeting.ranks());
     let options = CudaOptions {
-        topology: Topology { dp: 1, ep: 1, colocate: true },
-        rank: 0,
-        map: MapShape { experts, slots: experts, ranks: 1 },
+        topology: Topology { dp: ranks, ep: ranks, colocate: true },
+        rank: meeting.rank(),
+        map: MapShape { experts, slots: experts, ranks: ranks as u32 },
         rows_max: args.chunk.max(batch),
         seqs_max: batch,
         max_model_len: longest + args.steps + 4 * BLOCK_SIZE,
         kv: KvRoom::Utilization(0.96),
         graph_rows_max: if args.graphs { batch } else { 0 },
-        transport: Transport::Local,
+        transport: args.transport,
+        library_dirs: args.library_dirs.clone(),
         timeout: Duration::from_secs(5),
         stage_ahead: 1,
         fold: Some(SLOTS),
     };
     let mut rank = CudaRank::load(device, &Arc::new(config), &options, Weights::Synthetic, &mut |_, _| ())?;
-    rank.connect(1, &[rank.handle()])?;
     rank.make_up(SLOTS)?;
+    let first = rank.is_by_nccl() && meeting.rank() == 0;
+    let nccl = first.then(|| rank.new_nccl_id()).transpose()?;
+    let (heaps, nccl) = meeting.meet(rank.handle(), nccl)?;
+    rank.connect(1, &heaps, nccl)?;
     Ok(rank)
 }
 
@@ -266,7 +283,7 @@ fn run(
         between(rank)?;
         while rank.in_flight() < depth && scheduler.can_schedule() {
             let step = scheduler.schedule();
-            rank.launch(&step)?;
+            rank.launch(&step, step.tokens.len())?;
         }
         let began = Instant::now();
         let (drawn, logits) = rank.finish()?;
@@ -344,7 +361,7 @@ fn decode(
 fn parts(rank: &mut CudaRank, scheduler: &mut Scheduler) -> Result<Vec<(&'static str, f64)>, SliceError> {
     let step = scheduler.schedule();
     let mut parts: Vec<(&'static str, f64)> = Vec::new();
-    for time in rank.profile(&step)? {
+    for time in rank.profile(&step, step.tokens.len())? {
         match parts.iter_mut().find(|(label, _)| *label == time.label) {
             Some((_, us)) => *us += time.us,
             None => parts.push((time.label, time.us)),

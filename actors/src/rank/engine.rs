@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use heliostat_engine::batch::Step;
 use heliostat_engine::cuda::{CudaRank, StepResults};
 use heliostat_engine::ep::{EpGroup, ExpertStore};
 use heliostat_engine::model::{ExchangeError, KvPages, Model};
@@ -50,10 +51,10 @@ impl Engine {
             Self::Cpu(engine) => engine.step(attention, group, outlet),
             Self::Cuda { rank, depth } => {
                 let Some(attention) = attention else {
-                    rank.launch(&Arc::default())?;
+                    launch(rank, group, &Arc::default())?;
                     return finish_idle(rank, *depth - 1);
                 };
-                rank.launch(&attention.schedule())?;
+                launch(rank, group, &attention.schedule())?;
                 attention.prepare_masks();
                 finish(rank, attention, outlet, *depth - 1)
             }
@@ -72,6 +73,14 @@ impl Engine {
             (Self::Cuda { rank, .. }, None) => finish_idle(rank, 0),
         }
     }
+}
+
+/// Starts a step. Where NCCL carries rows, all ranks first agree on how many; the step before runs meanwhile.
+fn launch(rank: &mut CudaRank, group: &mut EpGroup, step: &Arc<Step>) -> Result<(), ExchangeError> {
+    let rows = step.tokens.len();
+    let rows = if rank.is_by_nccl() { group.largest(rows as u32)? as usize } else { rows };
+    rank.launch(step, rows)?;
+    Ok(())
 }
 
 /// Ends the oldest steps until `left` are in flight.

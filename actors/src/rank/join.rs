@@ -27,6 +27,8 @@ pub(super) struct JoinState {
     pub(super) heap: Vec<u8>,
     /// Rounds of its GPU's exchange were counted under epochs up to this one.
     pub(super) exchange: u64,
+    /// Names a new communicator, if it is to make one; else empty.
+    pub(super) nccl: Vec<u8>,
 }
 
 /// What all ranks take.
@@ -38,6 +40,8 @@ pub(super) struct Joined {
     pub(super) heaps: Vec<Vec<u8>>,
     /// Epoch under which rounds of the exchange are counted from now on.
     pub(super) exchange: u64,
+    /// Names the communicator of this epoch; empty without NCCL.
+    pub(super) nccl: Vec<u8>,
 }
 
 /// Exchanges states with all ranks and returns the one that all take.
@@ -92,11 +96,12 @@ fn choose(states: Vec<JoinState>) -> Result<Joined, String> {
     let heaps = states.iter().map(|state| state.heap.clone()).collect();
     let exchange = states.iter().map(|state| state.exchange).max().unwrap_or(0) + 1;
     let closed = states.iter().map(|state| state.progress.closed.max(state.open)).max().unwrap_or(0);
+    let nccl = states.iter().map(|state| &state.nccl).find(|id| !id.is_empty()).cloned().unwrap_or_default();
     let furthest = |state: &JoinState| (state.progress.epoch, state.progress.committed);
     let best = states.into_iter().reduce(|a, b| if furthest(&b) > furthest(&a) { b } else { a });
     let best = best.ok_or("a group has at least one rank")?;
     let progress = PlanProgress { closed: closed.max(best.progress.epoch), ..best.progress };
-    Ok(Joined { progress, layout: best.layout, heaps, exchange })
+    Ok(Joined { progress, layout: best.layout, heaps, exchange, nccl })
 }
 
 /// Puts into the slots of EP rank `ep` what `layout` says, fetching only what is not there.
@@ -157,7 +162,8 @@ mod tests {
         let strategy = if epoch == 0 { PlacementStrategy::Linear } else { PlacementStrategy::RoundRobin };
         let layout = Layout::initial(2, shape, strategy).unwrap();
         let progress = PlanProgress { epoch, committed, closed };
-        JoinState { progress, open, layout, heap: vec![epoch as u8], exchange: epoch }
+        let nccl = if epoch == 2 { vec![7] } else { Vec::new() };
+        JoinState { progress, open, layout, heap: vec![epoch as u8], exchange: epoch, nccl }
     }
 
     #[test]
@@ -168,6 +174,7 @@ mod tests {
         assert_eq!(joined.progress, PlanProgress { epoch: 3, committed: 2, closed: 4 });
         assert_eq!(joined.layout, furthest.layout);
         assert_eq!((joined.heaps, joined.exchange), (vec![vec![0], vec![3], vec![3], vec![2]], 4));
+        assert_eq!(joined.nccl, [7]);
     }
 
     #[test]

@@ -155,6 +155,7 @@ fn load_cuda(
             ExchangeBackend::Peer => Transport::Peer,
             ExchangeBackend::Nccl => Transport::Nccl,
         },
+        library_dirs: cuda.library_dirs.clone(),
         timeout: args.links.timeout,
         stage_ahead: args.links.stage_ahead as usize,
         fold: None,

@@ -13,6 +13,7 @@ use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::model::ExchangeError;
 use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::cuda::heap::HeapHandle;
+use heliostat_kernels::cuda::nccl::NcclId;
 use heliostat_kernels::fabric::{Connect, Endpoint, Fabric, FabricError, FabricListener};
 use heliostat_runtime::group::GroupView;
 
@@ -198,7 +199,8 @@ impl StepThread {
             Engine::Cuda { rank, .. } => rank.handle().to_bytes().to_vec(),
         };
         let (progress, exchange) = (self.progress, self.exchange);
-        let mine = JoinState { progress, open, layout: self.layout.clone(), heap, exchange };
+        let nccl = self.new_communicator()?;
+        let mine = JoinState { progress, open, layout: self.layout.clone(), heap, exchange, nccl };
         let joined = join::agree(fabric, self.args.topology.size(), &mine)?;
         let device = self.connect_device(&joined)?;
         self.adopt(joined.progress, joined.layout)?;
@@ -217,6 +219,19 @@ impl StepThread {
         Ok(())
     }
 
+    /// A name for the communicator of a membership, made by the first rank where NCCL carries rows; else empty.
+    fn new_communicator(&self) -> Result<Vec<u8>, ExchangeError> {
+        match &self.engine {
+            Engine::Cuda { rank, .. } if rank.is_by_nccl() && self.args.rank == 0 => {
+                // Without the library no later attempt fares better.
+                rank.new_nccl_id()
+                    .map(|id| id.0.to_vec())
+                    .map_err(|why| ExchangeError::Device(why.to_string()))
+            }
+            Engine::Cuda { .. } | Engine::Cpu(_) => Ok(Vec::new()),
+        }
+    }
+
     /// Reaches the memory of the other ranks' GPUs; false on a CPU device.
     fn connect_device(&mut self, joined: &Joined) -> Result<bool, ExchangeError> {
         let Engine::Cuda { rank, .. } = &mut self.engine else { return Ok(false) };
@@ -226,9 +241,13 @@ impl StepThread {
             |(index, bytes): (usize, &Vec<u8>)| HeapHandle::from_bytes(bytes).ok_or_else(|| bad(index));
         let heaps = joined.heaps.iter().enumerate().map(handle).collect::<Result<Vec<_>, _>>()?;
         self.exchange = joined.exchange;
-        if let Err(why) = rank.connect(joined.exchange, &heaps) {
+        let nccl = <[u8; 128]>::try_from(&joined.nccl[..]).ok().map(NcclId);
+        if rank.is_by_nccl() && nccl.is_none() {
+            return Err(ExchangeError::Other("rank 0 named no communicator".to_owned()));
+        }
+        if let Err(why) = rank.connect(joined.exchange, &heaps, nccl) {
             self.unreachable += 1;
-            let said = format!("the memory of a peer's GPU cannot be reached: {why}");
+            let said = format!("a peer's GPU cannot be reached: {why}");
             // A peer that has just died is replaced; one that lives and cannot be reached never will be.
             let give_up = why.is_fatal() || self.unreachable == UNREACHABLE_MAX;
             return Err(if give_up { ExchangeError::Device(said) } else { ExchangeError::Other(said) });

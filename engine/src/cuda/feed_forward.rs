@@ -8,7 +8,7 @@ use heliostat_kernels::cuda::{Buffer, CudaError, Event, StoredAs, Stream};
 
 use super::buffers::{dense, operand_of};
 use super::layer::{FeedForward, Mlp, MoeWeights};
-use super::model::{CudaModel, Dp, Ep};
+use super::model::{CudaModel, Dp, Ep, StepShape};
 
 impl FeedForward {
     /// What the first products read.
@@ -24,13 +24,13 @@ impl FeedForward {
 }
 
 impl CudaModel {
-    /// One MoE layer of all ranks; on a DP rank `branch = experts(normed)` for `rows` rows.
+    /// One MoE layer of all ranks; on a DP rank `branch = experts(normed)` for its rows.
     pub(super) fn moe(
         &self,
         stream: &Stream,
         moe_layer: usize,
         own: Option<(&Dp, &MoeWeights)>,
-        rows: usize,
+        StepShape { rows, carried, .. }: StepShape,
     ) -> Result<(), CudaError> {
         let shared = match own {
             Some((dp, MoeWeights { shared: Some(shared), .. })) => {
@@ -43,10 +43,12 @@ impl CudaModel {
             self.route(stream, (dp, weights), rows)?;
             self.exchange.signal(stream, dp.inputs.count())?;
         }
+        stream.label("dispatch");
+        self.exchange.carry_rows(stream, carried)?;
+        let results = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
         let in_place = match &self.ep {
             Some(ep) => {
                 self.experts(stream, ep, moe_layer, rows)?;
-                let results = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
                 stream.label("combine");
                 self.exchange.combine(stream, &ep.results, results)?;
                 Some(&ep.results)
@@ -56,6 +58,7 @@ impl CudaModel {
                 None
             }
         };
+        self.exchange.carry_results(stream, carried, results)?;
         match own {
             Some((dp, _)) => {
                 stream.label("reduce");
@@ -101,7 +104,6 @@ impl CudaModel {
 
     /// Runs the local experts over the rows that all ranks sent them.
     fn experts(&self, stream: &Stream, ep: &Ep, moe_layer: usize, rows: usize) -> Result<(), CudaError> {
-        stream.label("dispatch");
         self.exchange.layout(stream)?;
         self.exchange.gather(stream)?;
         let permuted = self.exchange.permuted();

@@ -1,6 +1,7 @@
 //! From a checkpoint, or from nothing, to a GPU rank that can step.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use super::buffers::{Activations, Buffers};
 use super::draws::Draws;
 use super::inputs::{InputSizes, Inputs};
 use super::layer::Layer;
-use super::model::{AttentionKernel, CudaModel, Dp, Ep, Kv, Ops, angles, routing_rule};
+use super::model::{AttentionKernel, CudaModel, Dp, Ep, Kv, Ops, StepShape, angles, routing_rule};
 use super::pool::{ExpertPool, PoolShape};
 use super::rank::{CudaRank, Loads};
 use super::source::{LoadError, WeightSource};
@@ -65,6 +66,8 @@ pub struct CudaOptions {
     pub graph_rows_max: usize,
     /// How rows travel, in a group of several ranks.
     pub transport: Transport,
+    /// Where NCCL is searched for first.
+    pub library_dirs: Vec<PathBuf>,
     /// A peer that is silent for longer is given up.
     pub timeout: Duration,
     /// Layers whose new experts may wait beside the old ones.
@@ -122,6 +125,8 @@ impl CudaRank {
             model,
             stream,
             graphs: BTreeMap::new(),
+            graph_rows_max: options.graph_rows_max.min(options.seqs_max),
+            library_dirs: options.library_dirs.clone(),
             in_flight: VecDeque::new(),
             next_copy: 0,
             topology: options.topology.clone(),
@@ -132,7 +137,10 @@ impl CudaRank {
             made_up: Vec::new(),
         };
         rank.make_kv(device, options)?;
-        rank.record(options.graph_rows_max.min(options.seqs_max))?;
+        // By NCCL a recording holds a communicator, and none is there before the ranks are connected.
+        if !rank.is_by_nccl() {
+            rank.record()?;
+        }
         Ok(rank)
     }
 
@@ -174,16 +182,20 @@ impl CudaRank {
         Ok(())
     }
 
-    /// Records decode steps of up to `rows_max` rows.
-    fn record(&mut self, rows_max: usize) -> Result<(), CudaError> {
+    /// Records decode steps.
+    pub(super) fn record(&mut self) -> Result<(), CudaError> {
+        let rows_max = self.graph_rows_max;
         if rows_max == 0 {
             return Ok(());
         }
-        // A rank without tokens has one kind of step; and every rank may have nothing to do but for its peers.
-        let tokens = if self.model.dp.is_some() { rows_max } else { 0 };
-        for rows in buckets(tokens) {
-            let graph = self.stream.capture(|stream| self.model.step(stream, rows, rows))?;
-            self.graphs.insert(rows, graph);
+        let (tokens, by_nccl) = (self.model.dp.is_some(), self.is_by_nccl());
+        // A rank without tokens has one kind of step, but for what NCCL carries; and every rank may have nothing to do but
+        // for its peers.
+        for bucket in buckets(if tokens || by_nccl { rows_max } else { 0 }) {
+            let rows = if tokens { bucket } else { 0 };
+            let shape = StepShape { rows, logit_rows: rows, carried: bucket };
+            let graph = self.stream.capture(|stream| self.model.step(stream, shape))?;
+            self.graphs.insert(bucket, graph);
         }
         Ok(())
     }
@@ -211,10 +223,8 @@ fn buckets(limit: usize) -> impl Iterator<Item = usize> {
 fn check_supported(config: &ModelConfig, options: &CudaOptions) -> Result<(), LoadError> {
     let refuse = |why: String| Err(LoadError::Unsupported(why));
     let size = options.topology.size();
-    if size > 1 && options.transport != Transport::Peer {
-        return refuse(format!(
-            "{size} ranks on GPUs exchange rows through peer memory, and in no other way"
-        ));
+    if size > 1 && options.transport == Transport::Local {
+        return refuse(format!("{size} ranks on GPUs need a way to exchange rows"));
     }
     if !config.hidden_size.is_multiple_of(16) {
         return refuse(format!("a hidden size of {} is not a multiple of 16", config.hidden_size));

@@ -115,6 +115,17 @@ pub(super) struct CudaModel {
     pub(super) tables: Tables,
 }
 
+/// What a step is computed as.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StepShape {
+    /// Rows of this rank.
+    pub(super) rows: usize,
+    /// Those of them that get logits and are drawn from.
+    pub(super) logit_rows: usize,
+    /// Rows of every DP rank that NCCL carries: the same on all ranks, none with more tokens. Peer memory needs none.
+    pub(super) carried: usize,
+}
+
 impl CudaModel {
     /// How rows travel to the experts, and so how the experts are stored.
     pub(super) fn experts_stored(&self) -> StoredAs {
@@ -124,24 +135,23 @@ impl CudaModel {
         }
     }
 
-    /// Queues a step of `rows` rows, of which `logit_rows` get logits and are drawn from. Without tokens it still runs
-    /// the experts, for the tokens of other ranks.
-    pub(super) fn step(&self, stream: &Stream, rows: usize, logit_rows: usize) -> Result<(), CudaError> {
+    /// Queues a step. Without rows it still runs the experts, for the tokens of other ranks.
+    pub(super) fn step(&self, stream: &Stream, shape: StepShape) -> Result<(), CudaError> {
         match &self.dp {
-            Some(dp) if rows > 0 => {
-                self.layers(stream, dp, rows)?;
-                dp.logits(stream, logit_rows)
+            Some(dp) if shape.rows > 0 => {
+                self.layers(stream, dp, shape)?;
+                dp.logits(stream, shape.logit_rows)
             }
             Some(dp) => dp
                 .moe_layers()
-                .try_for_each(|weights| self.moe(stream, weights.moe_layer, Some((dp, weights)), 0)),
-            None => {
-                (0..self.config.moe_layers()).try_for_each(|moe_layer| self.moe(stream, moe_layer, None, 0))
-            }
+                .try_for_each(|weights| self.moe(stream, weights.moe_layer, Some((dp, weights)), shape)),
+            None => (0..self.config.moe_layers())
+                .try_for_each(|moe_layer| self.moe(stream, moe_layer, None, shape)),
         }
     }
 
-    fn layers(&self, stream: &Stream, dp: &Dp, rows: usize) -> Result<(), CudaError> {
+    fn layers(&self, stream: &Stream, dp: &Dp, shape: StepShape) -> Result<(), CudaError> {
+        let rows = shape.rows;
         let (ops, buffers, eps) = (&dp.ops, &dp.buffers, self.config.rms_norm_eps);
         stream.label("embed");
         ops.sampling.next_tokens(stream, &dp.inputs.next_tokens(rows, dp.draws.drawn()))?;
@@ -174,7 +184,7 @@ impl CudaModel {
                     stream.label("dense MLP");
                     dp.mlp(stream, mlp, &buffers.branch, rows)?;
                 }
-                FeedForward::Moe(moe) => self.moe(stream, moe.moe_layer, Some((dp, moe)), rows)?,
+                FeedForward::Moe(moe) => self.moe(stream, moe.moe_layer, Some((dp, moe)), shape)?,
             }
         }
         Ok(())

@@ -1,15 +1,17 @@
 //! A GPU rank between two steps: launching and completing them, changing maps and peers.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_kernels::cuda::exchange::{AbortHandle, ExchangeFailure, Member, Membership};
+use heliostat_kernels::cuda::exchange::{AbortHandle, ExchangeFailure, Member, Membership, Transport};
 use heliostat_kernels::cuda::heap::HeapHandle;
+use heliostat_kernels::cuda::nccl::{Nccl, NcclId};
 use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Stream};
 
 use super::inputs::STEPS_MAX;
-use super::model::CudaModel;
+use super::model::{CudaModel, StepShape};
 use super::pool::{ExpertPool, PooledExpert};
 use crate::batch::{Drawn, Step};
 use crate::config::ModelConfig;
@@ -21,10 +23,14 @@ use crate::sampler::SampleError;
 /// A rank's model on a GPU, ready to step once it is connected.
 #[derive(Debug)]
 pub struct CudaRank {
+    /// Recorded decode steps, by rows. Before the model, whose communicator must outlive them.
+    pub(super) graphs: BTreeMap<usize, Graph>,
+    /// Largest step to record.
+    pub(super) graph_rows_max: usize,
     pub(super) model: CudaModel,
     pub(super) stream: Stream,
-    /// Recorded decode steps, by rows.
-    pub(super) graphs: BTreeMap<usize, Graph>,
+    /// Where NCCL is searched for first.
+    pub(super) library_dirs: Vec<PathBuf>,
     pub(super) in_flight: VecDeque<Launched>,
     pub(super) next_copy: usize,
     pub(super) topology: Topology,
@@ -89,7 +95,9 @@ impl From<ExchangeFailure> for ExchangeError {
         match failure {
             ExchangeFailure::Aborted => Self::Aborted,
             ExchangeFailure::Silent { ranks, .. } => Self::Silent { rank: ranks.trailing_zeros() },
-            ExchangeFailure::Overflow | ExchangeFailure::Malformed { .. } => Self::Other(failure.to_string()),
+            ExchangeFailure::Carrier | ExchangeFailure::Overflow | ExchangeFailure::Malformed { .. } => {
+                Self::Other(failure.to_string())
+            }
         }
     }
 }
@@ -120,13 +128,44 @@ impl CudaRank {
         self.model.exchange.abort_handle()
     }
 
-    /// Takes part in membership `epoch` with the ranks that `handles` name. Steps in flight are forgotten.
+    /// Whether rows travel by NCCL: then one rank makes an [`NcclId`] for each membership, and the ranks agree on the
+    /// number of rows of each step.
+    pub fn is_by_nccl(&self) -> bool {
+        self.model.exchange.transport() == Transport::Nccl
+    }
+
+    /// A new id for the next membership.
     ///
     /// # Errors
-    /// A peer's memory cannot be reached, or the device is lost.
-    pub fn connect(&mut self, epoch: u64, handles: &[HeapHandle]) -> Result<(), CudaError> {
+    /// NCCL is missing.
+    pub fn new_nccl_id(&self) -> Result<NcclId, CudaError> {
+        NcclId::new(&self.library_dirs)
+    }
+
+    /// Takes part in membership `epoch` with the ranks that `handles` name; by NCCL, all join the communicator `nccl` and
+    /// record their steps anew. Steps in flight are forgotten.
+    ///
+    /// # Errors
+    /// A peer's memory cannot be reached or a peer did not join, or the device is lost.
+    ///
+    /// # Panics
+    /// By NCCL without an id.
+    pub fn connect(
+        &mut self,
+        epoch: u64,
+        handles: &[HeapHandle],
+        nccl: Option<NcclId>,
+    ) -> Result<(), CudaError> {
         self.in_flight.clear();
         self.stream.synchronize()?;
+        if self.is_by_nccl() {
+            let id = nccl.expect("all ranks were told the id");
+            let place = (self.rank as u32, handles.len() as u32);
+            let device = self.stream.device();
+            self.graphs.clear();
+            let nccl = Nccl::join(device, &self.library_dirs, id, place, self.timeout)?;
+            self.model.exchange.carry_by(nccl);
+        }
         let member = |rank: usize| Some(Member { rank: rank as u32, heap: handles[rank] });
         let Topology { dp, ep, .. } = self.topology;
         let membership = Membership {
@@ -137,7 +176,8 @@ impl CudaRank {
             slots: self.local_slots,
             timeout: self.timeout,
         };
-        self.model.exchange.connect(&self.stream, membership)
+        self.model.exchange.connect(&self.stream, membership)?;
+        if self.is_by_nccl() { self.record() } else { Ok(()) }
     }
 
     /// Ends the epoch of [`CudaRank::connect`]: what waits for peers gives up at once, and steps in flight are forgotten.
@@ -147,6 +187,9 @@ impl CudaRank {
     pub fn leave(&mut self, epoch: u64) -> Result<(), CudaError> {
         self.abort_handle().abort(epoch);
         self.in_flight.clear();
+        if self.is_by_nccl() {
+            self.graphs.clear();
+        }
         let limit = self.timeout * 4;
         match self.stream.record()?.wait_within(limit)? {
             // The memory of a peer that is gone is freed by the last who lets go of it.
@@ -195,27 +238,28 @@ impl CudaRank {
         }
     }
 
-    /// Starts `step`; empty on a rank that only keeps its peers company.
+    /// Starts `step`; empty on a rank that only keeps its peers company. By NCCL, `rows` are those of the rank with most
+    /// in this step, on which all agreed; else they tell nothing.
     ///
     /// # Errors
     /// The device is lost.
     ///
     /// # Panics
     /// If too many steps are in flight already.
-    pub fn launch(&mut self, step: &Arc<Step>) -> Result<(), CudaError> {
+    pub fn launch(&mut self, step: &Arc<Step>, rows: usize) -> Result<(), CudaError> {
         assert!(self.in_flight.len() < STEPS_MAX, "{} steps in flight", self.in_flight.len());
         let copy = self.next_copy;
         self.next_copy = (copy + 1) % STEPS_MAX;
         let stream = self.stream.clone();
         let (draws, host) = (step.device_draws().count(), step.host_rows().count());
-        let (rows, logit_rows, graph) = self.shape_of(step, draws + host);
+        let (shape, graph) = self.shape_of(step, rows);
         if let Some(dp) = &mut self.model.dp {
-            dp.inputs.send(&stream, copy, step, (rows, logit_rows))?;
-            dp.draws.send(&stream, copy, step, logit_rows)?;
+            dp.inputs.send(&stream, copy, step, (shape.rows, shape.logit_rows))?;
+            dp.draws.send(&stream, copy, step, shape.logit_rows)?;
         }
         match graph.and_then(|rows| self.graphs.get(&rows)) {
             Some(graph) => graph.launch(&stream)?,
-            None => self.model.step(&stream, rows, logit_rows)?,
+            None => self.model.step(&stream, shape)?,
         }
         let mut logits = Logits { rows: Vec::new(), vocab: self.model.config.vocab_size };
         if let Some(dp) = &self.model.dp {
@@ -231,27 +275,33 @@ impl CudaRank {
         Ok(())
     }
 
-    /// Computes `step` once more with every kernel timed on its own, no step being in flight.
+    /// Computes `step` once more with every kernel timed on its own, no step being in flight; `rows` as in
+    /// [`CudaRank::launch`].
     ///
     /// # Errors
     /// The device is lost.
-    pub fn profile(&mut self, step: &Step) -> Result<Vec<KernelTime>, CudaError> {
-        let wanted = step.device_draws().count() + step.host_rows().count();
-        let (rows, logit_rows, _) = self.shape_of(step, wanted);
+    pub fn profile(&mut self, step: &Step, rows: usize) -> Result<Vec<KernelTime>, CudaError> {
+        let (shape, _) = self.shape_of(step, rows);
         if let Some(dp) = &mut self.model.dp {
-            dp.inputs.send(&self.stream, 0, step, (rows, logit_rows))?;
-            dp.draws.send(&self.stream, 0, step, logit_rows)?;
+            dp.inputs.send(&self.stream, 0, step, (shape.rows, shape.logit_rows))?;
+            dp.draws.send(&self.stream, 0, step, shape.logit_rows)?;
         }
-        self.stream.profile(|stream| self.model.step(stream, rows, logit_rows))
+        self.stream.profile(|stream| self.model.step(stream, shape))
     }
 
-    /// Rows that a step is computed as, rows of logits, and the recording to use.
-    fn shape_of(&self, step: &Step, wanted: usize) -> (usize, usize, Option<usize>) {
+    /// What a step is computed as, and the recording to use.
+    fn shape_of(&self, step: &Step, group_rows: usize) -> (StepShape, Option<usize>) {
         let rows = step.tokens.len();
+        let wanted = if self.is_by_nccl() { group_rows } else { rows };
+        let bucket = self.graphs.range(wanted..).next().map(|(&rows, _)| rows);
+        let carried = bucket.unwrap_or(wanted);
         let decodes = step.seqs.iter().all(|seq| seq.len == 1);
-        match self.graphs.range(rows..).next() {
-            Some((&bucket, _)) if decodes => (bucket, bucket, Some(bucket)),
-            _ => (rows, wanted, None),
+        match bucket.filter(|_| decodes) {
+            Some(bucket) => (StepShape { rows: bucket, logit_rows: bucket, carried }, Some(bucket)),
+            None => {
+                let logit_rows = step.device_draws().count() + step.host_rows().count();
+                (StepShape { rows, logit_rows, carried }, None)
+            }
         }
     }
 

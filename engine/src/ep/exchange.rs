@@ -15,6 +15,9 @@ use super::{ExpertWeights, Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
 use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
+/// Tells the frames of [`EpGroup::largest`] from step headers, which have 0.
+const LARGEST_LAYER: u32 = 2;
+
 /// One rank's end of the group during one membership epoch.
 #[derive(Debug)]
 pub struct EpGroup {
@@ -122,6 +125,23 @@ impl EpGroup {
     /// Names the step that the next exchanges belong to.
     pub fn begin_step(&mut self, step: u64) {
         self.step = step;
+    }
+
+    /// Tells all ranks a number, once a step, and returns the largest of all.
+    ///
+    /// # Errors
+    /// A peer was lost, or sent no number.
+    pub fn largest(&mut self, number: u32) -> Result<u32, ExchangeError> {
+        let tag = Tag { kind: Kind::Header, step: self.step, layer: LARGEST_LAYER };
+        for rank in 0..self.topology.size() {
+            self.fabric.send(rank, tag, &[&number.to_le_bytes()])?;
+        }
+        (0..self.topology.size()).try_fold(0, |largest, rank| {
+            let frame = self.fabric.recv(rank, tag)?;
+            let bytes = <[u8; 4]>::try_from(frame.payload());
+            let number = bytes.map_err(|_| ExchangeError::Other(format!("rank {rank} sent no number")))?;
+            Ok(largest.max(u32::from_le_bytes(number)))
+        })
     }
 
     /// Adds the tokens routed by this DP rank since the last call to `sums`, `[moe layer][logical expert]`; an empty

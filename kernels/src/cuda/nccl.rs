@@ -223,11 +223,17 @@ impl Nccl {
         self.with("ncclCommGetAsyncError", |_| Ok(()))
     }
 
+    /// Whether it was ended by [`Nccl::abort`].
+    pub fn is_aborted(&self) -> bool {
+        self.0.aborting.load(Ordering::Relaxed)
+    }
+
     /// Ends it, on this rank: its kernels give up, and it does nothing more. From any thread.
     pub fn abort(&self) {
         self.0.aborting.store(true, Ordering::Relaxed);
-        let mut comm = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Handle(comm)) = comm.take()
+        // The lock ends here: NCCL may wait below until recordings are dropped, whose owner must not wait for us.
+        let taken = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Handle(comm)) = taken
             && self.0.device.bind().is_ok()
         {
             // SAFETY: taken out, so that it is used no more. A failure leaves nothing to do.

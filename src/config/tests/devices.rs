@@ -144,15 +144,6 @@ c.toml:2:14: `block_size` = 16 is not possible on CUDA devices
   |              ^^ write 64, or leave it out",
     );
     refused_with(
-        "[parallel]\nall2all_backend = \"nccl\"\n",
-        found(1),
-        "
-c.toml:2:19: NCCL does not carry the rows of a group in this release
-  |
-2 | all2all_backend = \"nccl\"
-  |                   ^^^^^^ write all2all_backend = \"peer\", which needs all GPUs of the group on one machine",
-    );
-    refused_with(
         "[devices]\nranks_per_gpu = 0\n[parallel]\ndp = 1\nep = 1",
         found(1),
         "

@@ -251,12 +251,6 @@ impl Check<'_> {
             "`ranks_per_gpu` must be at least 1",
             "leave it out for one",
         );
-        self.require(
-            all2all == All2All::Peer,
-            "parallel.all2all_backend",
-            "NCCL does not carry the rows of a group in this release",
-            "write all2all_backend = \"peer\", which needs all GPUs of the group on one machine",
-        );
         let graph_rows = engine.max_cudagraph_capture_size;
         self.require(
             !(engine.enforce_eager && graph_rows.is_some_and(|n| n > 0)),

@@ -6,19 +6,22 @@ use half::bf16;
 use heliostat_kernels::cuda::exchange::{
     Exchange, ExchangeShape, Member, Membership, OwnResults, Reduce, Roles, RowFormat, Rows, Transport,
 };
+use heliostat_kernels::cuda::heap::HeapHandle;
+use heliostat_kernels::cuda::nccl::Nccl;
 use heliostat_kernels::cuda::{Buffer, CudaError, Stream};
 
 use super::{Bench, EXPERTS, HIDDEN, OpReport, SLOTS, TOP_K};
 use crate::bench::floor::Cost;
 
 /// Calls in a recording.
-const CALLS: usize = 20;
+pub(super) const CALLS: usize = 20;
 /// Bytes of a row on its way: codes and scales.
 const ROW_BYTES: usize = HIDDEN + HIDDEN / 128 * 4;
 
 /// Measures each stage for `rows` tokens.
 pub(super) fn measure(bench: &mut Bench<'_>, rows: usize) -> Result<(), CudaError> {
-    let mut rank = Rank::new(bench, rows)?;
+    let mut rank = Rank::new(bench, rows, Seat { rank: 0, ranks: 1, transport: Transport::Local })?;
+    rank.connect(&bench.stream, &[rank.handle()])?;
     rank.round(&bench.stream)?;
     rank.verify(&bench.stream)?;
     let signal = bench.time_us(CALLS, |stream, _| rank.signal(stream))?;
@@ -56,7 +59,17 @@ pub(super) fn measure(bench: &mut Bench<'_>, rows: usize) -> Result<(), CudaErro
     Ok(())
 }
 
-struct Rank {
+/// A rank's place.
+#[derive(Clone, Copy)]
+pub(super) struct Seat {
+    pub(super) rank: usize,
+    pub(super) ranks: usize,
+    pub(super) transport: Transport,
+}
+
+/// One rank's end, with all that a round needs.
+pub(super) struct Rank {
+    seat: Seat,
     rows: usize,
     exchange: Exchange,
     tokens: Buffer<u32>,
@@ -67,31 +80,42 @@ struct Rank {
 }
 
 impl Rank {
-    fn new(bench: &Bench<'_>, rows: usize) -> Result<Self, CudaError> {
+    /// How long a peer may be silent.
+    pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// Bytes that a token's choices take on their way to the experts.
+    pub(super) fn sent_bytes() -> usize {
+        TOP_K * ROW_BYTES
+    }
+
+    /// Bytes of their results.
+    pub(super) fn returned_bytes() -> usize {
+        TOP_K * HIDDEN * 2
+    }
+
+    /// Not connected yet.
+    pub(super) fn new(bench: &Bench<'_>, rows: usize, seat: Seat) -> Result<Self, CudaError> {
         let tokens_max = rows.next_multiple_of(4);
         let shape = ExchangeShape {
             tokens_max,
             top_k: TOP_K,
             hidden: HIDDEN,
             format: RowFormat::Fp8,
-            dp_max: 1,
-            ep_max: 1,
+            dp_max: seat.ranks,
+            ep_max: seat.ranks,
             slots_max: SLOTS,
-            rows_max: ExchangeShape::rows_worst(1, tokens_max, TOP_K, SLOTS),
+            rows_max: ExchangeShape::rows_worst(seat.ranks, tokens_max, TOP_K, SLOTS),
         };
         let (device, stream) = (&bench.device, &bench.stream);
         let roles = Roles { tokens: true, experts: true };
-        let mut exchange = Exchange::new(device, shape, Transport::Local, roles)?;
-        let member = Some(Member { rank: 0, heap: exchange.handle() });
-        let timeout = Duration::from_secs(5);
-        let (dp, ep) = (vec![member], vec![member]);
-        exchange.connect(stream, Membership { epoch: 1, rank: 0, dp, ep, slots: SLOTS, timeout })?;
+        let exchange = Exchange::new(device, shape, seat.transport, roles)?;
         let outgoing = exchange.outgoing();
         if let Rows::Fp8 { codes, scales } = &outgoing.rows {
             bench.fill.e4m3(stream, (codes, scales), (5, 1.0))?;
         }
-        outgoing.slots.write(stream, &choices(rows))?;
+        outgoing.slots.write(stream, &choices(rows, seat.ranks * SLOTS))?;
         Ok(Self {
+            seat,
             rows,
             tokens: device.upload(&[rows as u32])?,
             weights: bench.f32(rows * TOP_K)?,
@@ -102,8 +126,46 @@ impl Rank {
         })
     }
 
+    /// Names its memory.
+    pub(super) fn handle(&self) -> HeapHandle {
+        self.exchange.handle()
+    }
+
+    /// Rows travel by `nccl`.
+    pub(super) fn carry_by(&mut self, nccl: Nccl) {
+        self.exchange.carry_by(nccl);
+    }
+
+    /// Joins the ranks that own `heaps`.
+    pub(super) fn connect(&mut self, stream: &Stream, heaps: &[HeapHandle]) -> Result<(), CudaError> {
+        let members = (0..).zip(heaps).map(|(rank, &heap)| Some(Member { rank, heap }));
+        let members: Vec<_> = members.collect();
+        let membership = Membership {
+            epoch: 1,
+            rank: self.seat.rank as u32,
+            dp: members.clone(),
+            ep: members,
+            slots: SLOTS,
+            timeout: Self::TIMEOUT,
+        };
+        self.exchange.connect(stream, membership)
+    }
+
     fn signal(&self, stream: &Stream) -> Result<(), CudaError> {
         self.exchange.signal(stream, &self.tokens)
+    }
+
+    /// The first half of a round, of which all ranks know that it is over.
+    pub(super) fn dispatch(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.bring(stream)?;
+        self.exchange.finish(stream)
+    }
+
+    fn bring(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.signal(stream)?;
+        self.exchange.carry_rows(stream, self.rows)?;
+        self.exchange.layout(stream)?;
+        self.exchange.gather(stream)
     }
 
     fn reduce(&self, stream: &Stream) -> Result<(), CudaError> {
@@ -113,29 +175,29 @@ impl Rank {
     }
 
     /// A round that computes nothing.
-    fn round(&self, stream: &Stream) -> Result<(), CudaError> {
-        self.signal(stream)?;
-        self.exchange.layout(stream)?;
-        self.exchange.gather(stream)?;
+    pub(super) fn round(&self, stream: &Stream) -> Result<(), CudaError> {
+        self.bring(stream)?;
         self.exchange.combine(stream, &self.results, OwnResults::InPlace)?;
+        self.exchange.carry_results(stream, self.rows, OwnResults::InPlace)?;
         self.reduce(stream)
     }
 
-    fn verify(&self, stream: &Stream) -> Result<(), CudaError> {
+    /// Whether all rounds so far went well.
+    pub(super) fn verify(&self, stream: &Stream) -> Result<(), CudaError> {
         stream.synchronize()?;
         self.exchange.status().map_err(|why| CudaError::Other(why.to_string()))
     }
 }
 
-/// Slots of `rows` tokens: distinct experts, of which each lies on the slot of its number modulo the slots.
-fn choices(rows: usize) -> Vec<u32> {
+/// Slots of `rows` tokens: distinct experts, of which each lies on the slot of its number modulo `slots`.
+fn choices(rows: usize, slots: usize) -> Vec<u32> {
     let experts = |row: usize| {
         // An odd stride visits all experts before it comes back.
         let mixed = (row as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let (first, stride) = ((mixed >> 40) as usize, (mixed >> 20) as usize | 1);
         (0..TOP_K).map(move |choice| (first + choice * stride) % EXPERTS)
     };
-    (0..rows).flat_map(experts).map(|expert| (expert % SLOTS) as u32).collect()
+    (0..rows).flat_map(experts).map(|expert| (expert % slots) as u32).collect()
 }
 
 #[cfg(test)]
@@ -144,7 +206,7 @@ mod tests {
 
     #[test]
     fn choices_spread_over_the_slots() {
-        let slots = choices(128);
+        let slots = choices(128, SLOTS);
         assert_eq!(slots.len(), 128 * TOP_K);
         let counts = (0..SLOTS as u32).map(|slot| slots.iter().filter(|&&at| at == slot).count());
         let counts: Vec<usize> = counts.collect();

@@ -8,6 +8,9 @@ mod attention;
 mod elementwise;
 mod exchange;
 mod gemm;
+mod link;
+
+use std::path::PathBuf;
 
 use half::bf16;
 use heliostat_kernels::cuda::cublaslt::CublasLt;
@@ -17,6 +20,8 @@ use serde::Serialize;
 
 use super::Options;
 use super::floor::Cost;
+use super::meeting::Meeting;
+use super::slice::SliceError;
 
 /// Elements of the residual stream.
 const HIDDEN: usize = 7168;
@@ -64,17 +69,21 @@ pub struct OpReport {
     pub floor_us: Option<f64>,
     /// `floor_us / us`.
     pub floor_share: Option<f64>,
-    /// Microseconds of cuBLASLt, by the kernel that it proposes first; `None`: it has none, or is not there.
+    /// Microseconds of cuBLASLt, by the kernel that it proposes first, or of NCCL; `None`: it has none, or is not there.
     pub library_us: Option<f64>,
     /// `library_us / us`: above 1 where ours is faster.
     pub library_ratio: Option<f64>,
 }
 
-/// Measures every operation; `progress` hears a line for each.
+/// Measures every operation, and with several ranks what crosses between them; `progress` hears a line for each.
 ///
 /// # Errors
-/// The device is missing, full, or failed.
-pub fn ops(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<OpsReport, CudaError> {
+/// The device is missing, full, or failed, or another rank is.
+pub fn ops(
+    options: &Options,
+    mut meeting: Meeting,
+    progress: &mut dyn FnMut(&str),
+) -> Result<OpsReport, SliceError> {
     let device = options.open()?;
     let (library, no_library) = match CublasLt::new(&device, &options.library_dirs) {
         Ok(library) => (Some(library), None),
@@ -86,18 +95,26 @@ pub fn ops(options: &Options, progress: &mut dyn FnMut(&str)) -> Result<OpsRepor
         stream: device.stream(Priority::High)?,
         fill: Synthetic::new(&device)?,
         rounds: options.rounds,
+        library_dirs: options.library_dirs.clone(),
         ops: Vec::new(),
         device,
         progress,
     };
-    gemm::measure(&mut bench, &options.batch, library.as_ref())?;
-    attention::measure(&mut bench, &options.batch, &options.context)?;
-    for &rows in &options.batch {
-        elementwise::measure(&mut bench, rows)?;
+    // A guest is there for the exchange only.
+    if meeting.rank() == 0 {
+        gemm::measure(&mut bench, &options.batch, library.as_ref())?;
+        attention::measure(&mut bench, &options.batch, &options.context)?;
+        for &rows in &options.batch {
+            elementwise::measure(&mut bench, rows)?;
+        }
+        for &rows in &options.batch {
+            exchange::measure(&mut bench, rows)?;
+        }
     }
     for &rows in &options.batch {
-        exchange::measure(&mut bench, rows)?;
+        link::measure(&mut bench, rows, &mut meeting)?;
     }
+    meeting.part()?;
     Ok(OpsReport { gpu, no_library, ops: bench.ops })
 }
 
@@ -107,6 +124,7 @@ struct Bench<'a> {
     stream: Stream,
     fill: Synthetic,
     rounds: usize,
+    library_dirs: Vec<PathBuf>,
     ops: Vec<OpReport>,
     progress: &'a mut dyn FnMut(&str),
 }

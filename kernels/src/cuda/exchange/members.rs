@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::shape::RANKS_MAX;
 use crate::cuda::heap::HeapHandle;
+use crate::cuda::nccl::Nccl;
 use crate::cuda::{CudaError, Device, Pinned};
 
 /// No rank, no slot.
@@ -53,6 +54,9 @@ pub enum ExchangeFailure {
     /// More rows came than the permuted buffers hold.
     #[error("more rows were dispatched to this rank than its buffers hold")]
     Overflow,
+    /// NCCL lost a peer, or failed.
+    #[error("NCCL failed")]
+    Carrier,
     /// A peer's routing makes no sense.
     #[error("ranks {ranks:#b} (bit mask) sent impossible routing")]
     Malformed {
@@ -78,11 +82,17 @@ pub(super) struct Control {
     abort: Mutex<Pinned<u64>>,
     /// Failure and phase, ranks, round.
     report: Pinned<u64>,
+    /// What carries rows, and since which epoch. Its kernels watch no cell of ours: it is aborted as a whole.
+    carrier: Mutex<Option<(u64, Nccl)>>,
 }
 
 impl Control {
     pub(super) fn new(device: &Device) -> Result<Self, CudaError> {
-        Ok(Self { abort: Mutex::new(device.pinned(1)?), report: device.pinned(3)? })
+        Ok(Self {
+            abort: Mutex::new(device.pinned(1)?),
+            report: device.pinned(3)?,
+            carrier: Mutex::default(),
+        })
     }
 
     pub(super) fn addresses(&self) -> (u64, u64) {
@@ -94,7 +104,21 @@ impl Control {
         self.report.write(0, &[0; 3]);
     }
 
+    /// Says what carries rows from `epoch` on.
+    pub(super) fn carried_by(&self, epoch: u64, nccl: Option<Nccl>) {
+        *self.carrier.lock().unwrap_or_else(PoisonError::into_inner) = nccl.map(|nccl| (epoch, nccl));
+    }
+
+    fn carrier(&self) -> Option<(u64, Nccl)> {
+        self.carrier.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(super) fn status(&self) -> Result<(), ExchangeFailure> {
+        match self.carrier() {
+            Some((_, nccl)) if nccl.is_aborted() => return Err(ExchangeFailure::Aborted),
+            Some((_, nccl)) if nccl.status().is_err() => return Err(ExchangeFailure::Carrier),
+            Some(_) | None => {}
+        }
         let (first, ranks) = (self.report.get(0), self.report.get(1));
         let phase = if first >> 32 == 1 { Phase::Dispatch } else { Phase::Combine };
         match first as u32 {
@@ -115,8 +139,15 @@ impl AbortHandle {
     /// Ends `epoch` and all before it: kernels that wait, or come to wait, give up. Later epochs are not touched, so a
     /// word that comes late does no harm.
     pub fn abort(&self, epoch: u64) {
-        let cell = self.0.abort.lock().unwrap_or_else(PoisonError::into_inner);
-        cell.set(0, cell.get(0).max(epoch + 1));
+        {
+            let cell = self.0.abort.lock().unwrap_or_else(PoisonError::into_inner);
+            cell.set(0, cell.get(0).max(epoch + 1));
+        }
+        if let Some((since, nccl)) = self.0.carrier()
+            && since <= epoch
+        {
+            nccl.abort();
+        }
     }
 }
 

@@ -226,13 +226,16 @@ impl Exchange {
             flags: self.transport == Transport::Peer && !alone,
         };
         self.context.write(stream, &context.words())?;
+        self.control.carried_by(membership.epoch, self.nccl.clone());
         self.membership = Some(membership);
         self.restart(stream)
     }
 
-    /// Lets go of the peers' heaps. No round may run before the next [`Exchange::connect`], and none may be under way.
+    /// Lets go of the peers' heaps and of what carries rows. No round may run before the next [`Exchange::connect`], and none may be under way.
     pub fn disconnect(&mut self) {
         self.peers.clear();
+        self.nccl = None;
+        self.control.carried_by(0, None);
     }
 
     /// Counts rounds anew under `epoch` and forgets a failure; the members stay. As [`Exchange::connect`], on all ranks.

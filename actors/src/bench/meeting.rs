@@ -1,0 +1,202 @@
+//! How the ranks of a measurement find each other: one process per GPU, of which the first starts the others and talks to
+//! them by pipes. It carries the names of their memory and nothing of the measurement.
+//!
+//! A guest writes one line with its heap's name, reads one line with all names, and at the end waits until the host hangs
+//! up: a peer's memory is not let go while another may still read it.
+
+use std::io::{BufRead, BufReader, Error, ErrorKind, Write};
+use std::process::{Child, ChildStdin, ChildStdout};
+
+use heliostat_kernels::cuda::heap::HeapHandle;
+use heliostat_kernels::cuda::nccl::NcclId;
+use serde::{Deserialize, Serialize};
+
+/// This process's place among the ranks of a measurement.
+#[derive(Debug)]
+pub enum Meeting {
+    /// The first rank, and its guests by rank; without any it computes alone.
+    Host(Vec<Guest>),
+    /// A rank that another process started.
+    Guest {
+        /// Its number, from 1.
+        rank: usize,
+        /// Of all ranks.
+        ranks: usize,
+    },
+}
+
+/// A guest as its host knows it. Dropping it ends the process.
+#[derive(Debug)]
+pub struct Guest {
+    child: Child,
+    to: Option<ChildStdin>,
+    from: BufReader<ChildStdout>,
+}
+
+impl Guest {
+    /// Takes over a process whose standard input and output are pipes.
+    ///
+    /// # Panics
+    /// If they are not.
+    pub fn new(mut child: Child) -> Self {
+        let to = child.stdin.take();
+        assert!(to.is_some(), "standard input is a pipe");
+        let from = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
+        Self { child, to, from }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // One that has ended is only reaped.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What all ranks are told.
+#[derive(Serialize, Deserialize)]
+struct Names {
+    /// By rank.
+    heaps: Vec<Vec<u8>>,
+    /// Empty without NCCL.
+    nccl: Vec<u8>,
+}
+
+impl Meeting {
+    /// Alone on one GPU.
+    pub fn alone() -> Self {
+        Self::Host(Vec::new())
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        match self {
+            Self::Host(_) => 0,
+            Self::Guest { rank, .. } => *rank,
+        }
+    }
+
+    /// All ranks.
+    pub fn ranks(&self) -> usize {
+        match self {
+            Self::Host(guests) => guests.len() + 1,
+            Self::Guest { ranks, .. } => *ranks,
+        }
+    }
+
+    /// Tells all ranks this rank's heap, and the host's communicator if there is one; returns all heaps by rank.
+    ///
+    /// # Errors
+    /// A rank ended before it was ready.
+    pub(super) fn meet(
+        &mut self,
+        own: HeapHandle,
+        nccl: Option<NcclId>,
+    ) -> std::io::Result<(Vec<HeapHandle>, Option<NcclId>)> {
+        let own = own.to_bytes().to_vec();
+        let names = match self {
+            Self::Host(guests) => {
+                let mut heaps = vec![own];
+                for guest in guests.iter_mut() {
+                    heaps.push(read(&mut guest.from)?);
+                }
+                let names = Names { heaps, nccl: nccl.map(|id| id.0.to_vec()).unwrap_or_default() };
+                for guest in guests.iter_mut() {
+                    write(guest.to.as_mut().expect("nobody has hung up yet"), &names)?;
+                }
+                names
+            }
+            Self::Guest { .. } => {
+                write(&mut std::io::stdout().lock(), &own)?;
+                read(&mut std::io::stdin().lock())?
+            }
+        };
+        let heap = |bytes: &Vec<u8>| HeapHandle::from_bytes(bytes).ok_or_else(|| bad("names no heap"));
+        let heaps = names.heaps.iter().map(heap).collect::<Result<_, _>>()?;
+        Ok((heaps, names.nccl.try_into().ok().map(NcclId)))
+    }
+
+    /// Waits until no rank needs another's memory any more.
+    ///
+    /// # Errors
+    /// A guest failed after the measurement.
+    pub(super) fn part(self) -> std::io::Result<()> {
+        match self {
+            Self::Host(guests) => {
+                let mut guests = guests;
+                for guest in &mut guests {
+                    read::<()>(&mut guest.from)?;
+                }
+                for guest in &mut guests {
+                    guest.to = None;
+                    guest.child.wait()?;
+                }
+                Ok(())
+            }
+            Self::Guest { .. } => {
+                write(&mut std::io::stdout().lock(), &())?;
+                // Nothing more is said: the host hangs up, or has ended.
+                std::io::stdin().lock().read_line(&mut String::new()).map(drop)
+            }
+        }
+    }
+}
+
+fn bad(why: &str) -> Error {
+    Error::new(ErrorKind::InvalidData, format!("a rank of the measurement {why}"))
+}
+
+fn write(to: &mut impl Write, what: &impl Serialize) -> std::io::Result<()> {
+    let mut line = serde_json::to_string(what)?;
+    line.push('\n');
+    to.write_all(line.as_bytes())?;
+    to.flush()
+}
+
+fn read<T: for<'de> Deserialize<'de>>(from: &mut impl BufRead) -> std::io::Result<T> {
+    let mut line = String::new();
+    if from.read_line(&mut line)? == 0 {
+        return Err(bad("ended early: see what it said above"));
+    }
+    serde_json::from_str(&line).map_err(|_| bad("said something else than a name"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn guest(script: &str) -> Guest {
+        let mut command = Command::new("sh");
+        Guest::new(command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn handle(seed: u8) -> HeapHandle {
+        HeapHandle::from_bytes(&[seed; HeapHandle::LEN]).unwrap()
+    }
+
+    #[test]
+    fn all_ranks_learn_all_names() {
+        // Says what it is named, repeats what it is told by its exit code, and waits to be let go.
+        let name = serde_json::to_string(&handle(2).to_bytes().to_vec()).unwrap();
+        let script =
+            format!("echo '{name}'; read names; case $names in *nccl*) echo null;; esac; read end; true");
+        let mut host = Meeting::Host(vec![guest(&script)]);
+        assert_eq!((host.rank(), host.ranks()), (0, 2));
+        let (heaps, nccl) = host.meet(handle(1), Some(NcclId([9; 128]))).unwrap();
+        assert_eq!((heaps, nccl), (vec![handle(1), handle(2)], Some(NcclId([9; 128]))));
+        host.part().unwrap();
+    }
+
+    #[test]
+    fn a_rank_that_ends_early_is_an_error() {
+        let mut host = Meeting::Host(vec![guest("exit 1")]);
+        let why = host.meet(handle(1), None).unwrap_err().to_string();
+        assert!(why.contains("ended early"), "{why}");
+        let mut host = Meeting::Host(vec![guest("echo hello")]);
+        let why = host.meet(handle(1), None).unwrap_err().to_string();
+        assert!(why.contains("something else"), "{why}");
+    }
+}
