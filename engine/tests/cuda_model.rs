@@ -10,7 +10,7 @@ use std::time::Duration;
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, Sampling, Step};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, KvRoom, Weights};
+use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, GroupStep, KvRoom, Weights};
 use heliostat_engine::ep::{ExpertStore, SharedSlots, Slot, Slots, Topology};
 use heliostat_engine::eplb::map::{ExpertMap, Layout, MapShape, PlacementStrategy};
 use heliostat_engine::model::{KvPages, LocalExperts, Model, load_expert};
@@ -155,8 +155,8 @@ impl Rig {
             batch.positions.extend((*context..context + tokens.len()).map(|position| position as u32));
         }
         let sampling = vec![Sampling::Host; shares.len()];
-        let rows = batch.tokens.len();
-        self.rank.launch(&Arc::new(Step { batch, feeds: Vec::new(), sampling }), rows).unwrap();
+        let step = Step { batch, feeds: Vec::new(), sampling };
+        self.rank.launch(&Arc::new(step.clone()), GroupStep::of(&step)).unwrap();
         let (_, logits) = self.rank.finish().unwrap();
         logits.rows.chunks_exact(logits.vocab).map(<[f32]>::to_vec).collect()
     }
@@ -344,7 +344,7 @@ fn run(rig: &mut Rig, depth: usize, requests: Vec<Request>) -> Vec<(RequestId, V
     while scheduler.has_work() || rig.rank.in_flight() > 0 {
         if rig.rank.in_flight() < depth && scheduler.has_work() && scheduler.can_schedule() {
             let step = scheduler.schedule();
-            rig.rank.launch(&step, step.tokens.len()).unwrap();
+            rig.rank.launch(&step, GroupStep::of(&step)).unwrap();
         }
         if rig.rank.in_flight() == depth || !scheduler.can_schedule() || !scheduler.has_work() {
             let (drawn, logits) = rig.rank.finish().unwrap();

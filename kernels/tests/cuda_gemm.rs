@@ -241,7 +241,20 @@ fn check_grouped(device: &Device, stream: &Stream, stored: StoredAs, (n, k): (us
             rows_typical: 100,
         };
         gemm.grouped(stream, &w, x.operand(), segments, Output::Bf16 { data: &y, stride: n }).unwrap();
-        let y: Vec<f32> = y.download(stream).unwrap().iter().map(|value| value.to_f32()).collect();
+        let y = y.download(stream).unwrap();
+        if n.is_multiple_of(8) {
+            // Scattered, every row to the place of its mirror image, and nothing elsewhere.
+            let turned = device.alloc::<bf16>(capacity * n).unwrap();
+            turned.fill(stream, 0xff).unwrap();
+            let place = |row: usize| turned.address() + ((capacity - 1 - row) * n * 2) as u64;
+            let addresses = device.upload(&(0..capacity).map(place).collect::<Vec<_>>()).unwrap();
+            let out = Output::Scattered { addresses: &addresses };
+            gemm.grouped(stream, &w, x.operand(), segments, out).unwrap();
+            let turned = turned.download(stream).unwrap();
+            let same = turned.chunks(n).rev().flatten().zip(&y).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{what}: scattered rows");
+        }
+        let y: Vec<f32> = y.iter().map(|value| value.to_f32()).collect();
         (x, start, y)
     };
     let counts = [114u32, 0, 7, 300, 128, 1];

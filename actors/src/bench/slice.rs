@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heliostat_engine::config::{ConfigError, ModelConfig};
-use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, KvRoom, LoadError, PoolError, Weights};
+use heliostat_engine::cuda::{
+    BLOCK_SIZE, CudaOptions, CudaRank, GroupStep, KvRoom, LoadError, PoolError, Weights,
+};
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::map::MapShape;
 use heliostat_engine::model::ExchangeError;
@@ -283,7 +285,7 @@ fn run(
         between(rank)?;
         while rank.in_flight() < depth && scheduler.can_schedule() {
             let step = scheduler.schedule();
-            rank.launch(&step, step.tokens.len())?;
+            rank.launch(&step, GroupStep::of(&step))?;
         }
         let began = Instant::now();
         let (drawn, logits) = rank.finish()?;
@@ -361,7 +363,7 @@ fn decode(
 fn parts(rank: &mut CudaRank, scheduler: &mut Scheduler) -> Result<Vec<(&'static str, f64)>, SliceError> {
     let step = scheduler.schedule();
     let mut parts: Vec<(&'static str, f64)> = Vec::new();
-    for time in rank.profile(&step, step.tokens.len())? {
+    for time in rank.profile(&step, GroupStep::of(&step))? {
         match parts.iter_mut().find(|(label, _)| *label == time.label) {
             Some((_, us)) => *us += time.us,
             None => parts.push((time.label, time.us)),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use heliostat_engine::batch::Step;
-use heliostat_engine::cuda::{CudaRank, StepResults};
+use heliostat_engine::cuda::{CudaRank, GroupStep, StepResults};
 use heliostat_engine::ep::{EpGroup, ExpertStore};
 use heliostat_engine::model::{ExchangeError, KvPages, Model};
 use heliostat_kernels::cpu::Cpu;
@@ -77,10 +77,12 @@ impl Engine {
 
 /// Starts a step. Where NCCL carries rows, all ranks first agree on how many; the step before runs meanwhile.
 fn launch(rank: &mut CudaRank, group: &mut EpGroup, step: &Arc<Step>) -> Result<(), ExchangeError> {
-    let rows = step.tokens.len();
-    let rows = if rank.is_by_nccl() { group.largest(rows as u32)? as usize } else { rows };
-    rank.launch(step, rows)?;
-    Ok(())
+    let own = GroupStep::of(step);
+    if !rank.is_by_nccl() {
+        return Ok(rank.launch(step, own)?);
+    }
+    let [rows, prefills] = group.largest([own.rows as u32, u32::from(!own.decodes)])?;
+    Ok(rank.launch(step, GroupStep { rows: rows as usize, decodes: prefills == 0 })?)
 }
 
 /// Ends the oldest steps until `left` are in flight.

@@ -45,20 +45,24 @@ impl CudaModel {
         }
         stream.label("dispatch");
         self.exchange.carry_rows(stream, carried)?;
-        let results = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
+        let stay = if own.is_some() { OwnResults::InPlace } else { OwnResults::Pushed };
         let in_place = match &self.ep {
             Some(ep) => {
                 self.experts(stream, ep, moe_layer, rows)?;
                 stream.label("combine");
-                self.exchange.combine(stream, &ep.results, results)?;
-                Some(&ep.results)
+                match &ep.results {
+                    Some(results) => self.exchange.combine(stream, results, stay)?,
+                    // The experts have pushed them already.
+                    None => self.exchange.finish(stream)?,
+                }
+                ep.results.as_ref()
             }
             None => {
                 self.exchange.finish(stream)?;
                 None
             }
         };
-        self.exchange.carry_results(stream, carried, results)?;
+        self.exchange.carry_results(stream, carried, stay)?;
         match own {
             Some((dp, _)) => {
                 stream.label("reduce");
@@ -137,7 +141,10 @@ impl CudaModel {
                 out: ep.inner.out(&[stored]),
             },
         )?;
-        let out = Output::Bf16 { data: &ep.results, stride: hidden };
+        let out = match &ep.results {
+            Some(results) => Output::Bf16 { data: results, stride: hidden },
+            None => Output::Scattered { addresses: &permuted.destination },
+        };
         stream.label("experts down");
         ep.gemm.grouped(stream, &ep.down, ep.inner.operand(stored, width), segments, out)
     }

@@ -307,6 +307,7 @@ fn load_ep(
     let places = slots * (config.moe_layers() + options.stage_ahead.max(1)) + 2;
     let pool = ExpertPool::new(device, PoolShape { places, hidden, width, stored })?;
     let rows_max = exchange.shape().rows_max;
+    let carried = exchange.transport() == Transport::Nccl;
     Ok(Ep {
         gemm: Gemm::new(device),
         activation: Activation::new(device)?,
@@ -315,7 +316,7 @@ fn load_ep(
         pool,
         gate_up_out: device.alloc(rows_max * 2 * width)?,
         inner: Activations::new(device, (rows_max, width), &[stored])?,
-        results: device.alloc(rows_max * hidden)?,
+        results: carried.then(|| device.alloc(rows_max * hidden)).transpose()?,
     })
 }
 

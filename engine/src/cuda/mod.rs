@@ -19,5 +19,5 @@ mod tables;
 
 pub use load::{BLOCK_SIZE, CudaOptions, KvRoom, Weights, bytes_per_block};
 pub use pool::{ExpertPool, PoolError, PoolShape, PooledExpert};
-pub use rank::{CudaRank, StepResults};
+pub use rank::{CudaRank, GroupStep, StepResults};
 pub use source::LoadError;

@@ -101,8 +101,8 @@ pub(super) struct Ep {
     /// `[rows][2 * width]`.
     pub(super) gate_up_out: Buffer<bf16>,
     pub(super) inner: Activations,
-    /// `[rows][hidden]`.
-    pub(super) results: Buffer<bf16>,
+    /// `[rows][hidden]`, where NCCL carries them; else each row is written to where it belongs.
+    pub(super) results: Option<Buffer<bf16>>,
 }
 
 /// One rank's model.

@@ -45,6 +45,22 @@ pub struct CudaRank {
     pub(super) made_up: Vec<Vec<PooledExpert>>,
 }
 
+/// What all ranks must know of a step whose rows NCCL carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupStep {
+    /// Rows of the rank that has most.
+    pub rows: usize,
+    /// Whether all ranks only decode: then all replay a recording, else none does, for NCCL takes no mixture.
+    pub decodes: bool,
+}
+
+impl GroupStep {
+    /// Of a rank alone.
+    pub fn of(step: &Step) -> Self {
+        Self { rows: step.tokens.len(), decodes: step.seqs.iter().all(|seq| seq.len == 1) }
+    }
+}
+
 /// A step on the device.
 #[derive(Debug)]
 pub(super) struct Launched {
@@ -238,21 +254,21 @@ impl CudaRank {
         }
     }
 
-    /// Starts `step`; empty on a rank that only keeps its peers company. By NCCL, `rows` are those of the rank with most
-    /// in this step, on which all agreed; else they tell nothing.
+    /// Starts `step`; empty on a rank that only keeps its peers company. By NCCL, `group` is what all ranks agreed on; else
+    /// it is this rank's own.
     ///
     /// # Errors
     /// The device is lost.
     ///
     /// # Panics
     /// If too many steps are in flight already.
-    pub fn launch(&mut self, step: &Arc<Step>, rows: usize) -> Result<(), CudaError> {
+    pub fn launch(&mut self, step: &Arc<Step>, group: GroupStep) -> Result<(), CudaError> {
         assert!(self.in_flight.len() < STEPS_MAX, "{} steps in flight", self.in_flight.len());
         let copy = self.next_copy;
         self.next_copy = (copy + 1) % STEPS_MAX;
         let stream = self.stream.clone();
         let (draws, host) = (step.device_draws().count(), step.host_rows().count());
-        let (shape, graph) = self.shape_of(step, rows);
+        let (shape, graph) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&stream, copy, step, (shape.rows, shape.logit_rows))?;
             dp.draws.send(&stream, copy, step, shape.logit_rows)?;
@@ -275,13 +291,13 @@ impl CudaRank {
         Ok(())
     }
 
-    /// Computes `step` once more with every kernel timed on its own, no step being in flight; `rows` as in
+    /// Computes `step` once more with every kernel timed on its own, no step being in flight; `group` as in
     /// [`CudaRank::launch`].
     ///
     /// # Errors
     /// The device is lost.
-    pub fn profile(&mut self, step: &Step, rows: usize) -> Result<Vec<KernelTime>, CudaError> {
-        let (shape, _) = self.shape_of(step, rows);
+    pub fn profile(&mut self, step: &Step, group: GroupStep) -> Result<Vec<KernelTime>, CudaError> {
+        let (shape, _) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&self.stream, 0, step, (shape.rows, shape.logit_rows))?;
             dp.draws.send(&self.stream, 0, step, shape.logit_rows)?;
@@ -290,17 +306,13 @@ impl CudaRank {
     }
 
     /// What a step is computed as, and the recording to use.
-    fn shape_of(&self, step: &Step, group_rows: usize) -> (StepShape, Option<usize>) {
-        let rows = step.tokens.len();
-        let wanted = if self.is_by_nccl() { group_rows } else { rows };
-        let bucket = self.graphs.range(wanted..).next().map(|(&rows, _)| rows);
-        let carried = bucket.unwrap_or(wanted);
-        let decodes = step.seqs.iter().all(|seq| seq.len == 1);
-        match bucket.filter(|_| decodes) {
-            Some(bucket) => (StepShape { rows: bucket, logit_rows: bucket, carried }, Some(bucket)),
+    fn shape_of(&self, step: &Step, group: GroupStep) -> (StepShape, Option<usize>) {
+        let bucket = self.graphs.range(group.rows..).next().map(|(&rows, _)| rows);
+        match bucket.filter(|_| group.decodes) {
+            Some(rows) => (StepShape { rows, logit_rows: rows, carried: rows }, Some(rows)),
             None => {
                 let logit_rows = step.device_draws().count() + step.host_rows().count();
-                (StepShape { rows, logit_rows, carried }, None)
+                (StepShape { rows: step.tokens.len(), logit_rows, carried: group.rows }, None)
             }
         }
     }

@@ -15,6 +15,11 @@ use super::{ExpertWeights, Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
 use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
+fn words(bytes: &[u8]) -> Option<[u32; 2]> {
+    let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    Some([word(0)?, word(4)?])
+}
+
 /// Tells the frames of [`EpGroup::largest`] from step headers, which have 0.
 const LARGEST_LAYER: u32 = 2;
 
@@ -127,20 +132,20 @@ impl EpGroup {
         self.step = step;
     }
 
-    /// Tells all ranks a number, once a step, and returns the largest of all.
+    /// Tells all ranks two numbers, once a step, and returns the largest of each.
     ///
     /// # Errors
-    /// A peer was lost, or sent no number.
-    pub fn largest(&mut self, number: u32) -> Result<u32, ExchangeError> {
+    /// A peer was lost, or sent something else.
+    pub fn largest(&mut self, numbers: [u32; 2]) -> Result<[u32; 2], ExchangeError> {
         let tag = Tag { kind: Kind::Header, step: self.step, layer: LARGEST_LAYER };
         for rank in 0..self.topology.size() {
-            self.fabric.send(rank, tag, &[&number.to_le_bytes()])?;
+            self.fabric.send(rank, tag, &numbers.map(u32::to_le_bytes).each_ref().map(|bytes| &bytes[..]))?;
         }
-        (0..self.topology.size()).try_fold(0, |largest, rank| {
+        (0..self.topology.size()).try_fold([0, 0], |[a, b], rank| {
             let frame = self.fabric.recv(rank, tag)?;
-            let bytes = <[u8; 4]>::try_from(frame.payload());
-            let number = bytes.map_err(|_| ExchangeError::Other(format!("rank {rank} sent no number")))?;
-            Ok(largest.max(u32::from_le_bytes(number)))
+            let [first, second] = words(frame.payload())
+                .ok_or_else(|| ExchangeError::Other(format!("rank {rank} sent no two numbers")))?;
+            Ok([a.max(first), b.max(second)])
         })
     }
 

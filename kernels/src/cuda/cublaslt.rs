@@ -240,6 +240,7 @@ impl CublasLt {
         let (y_data, y_stride, y_element) = match y {
             Output::Bf16 { data, stride } => (data.cast::<u8>(), stride, TYPE_BF16),
             Output::F32 { data, stride } => (data.cast(), stride, TYPE_F32),
+            Output::Scattered { .. } => return Ok(None),
         };
         let element_bytes = if element == TYPE_E4M3 { 1 } else { 2 };
         let y_bytes = if y_element == TYPE_F32 { 4 } else { 2 };

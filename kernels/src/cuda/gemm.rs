@@ -56,6 +56,11 @@ pub enum Output<'a> {
         /// Elements from one row to the next.
         stride: usize,
     },
+    /// Rounded to nearest, each row to a place of its own, perhaps in a peer's memory. Of grouped products only.
+    Scattered {
+        /// Address of each row, a multiple of 16; those between segments are not looked at.
+        addresses: &'a Buffer<u64>,
+    },
 }
 
 /// A tensor `[rows][heads][width]`, perhaps a slice of a wider one.

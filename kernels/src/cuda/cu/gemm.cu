@@ -254,12 +254,20 @@ struct Consumer {
         }
     }
 
+    // Where a row of y begins; null for one that is not there.
+    __device__ __forceinline__ u64 row_address(const Tile& tile, u32 row) {
+        if (row >= tile.count) return 0;
+        if constexpr (GROUPED) {
+            if (p.row_addresses) return ((const u64*)p.row_addresses)[tile.row + row];
+        }
+        return p.y + ((tile.row + row) * p.y_stride + tile.head * p.y_head_stride) * (p.y_is_f32 ? 4 : 2);
+    }
+
     // Writes two columns of a row, those before `end`.
-    __device__ __forceinline__ void store_pair(const Tile& tile, u32 row, u32 column, u32 end, float a, float b) {
-        if (row >= tile.count) return;
-        u64 at = (tile.row + row) * p.y_stride + tile.head * p.y_head_stride + column;
+    __device__ __forceinline__ void store_pair(u64 row, u32 column, u32 end, float a, float b) {
+        if (!row) return;
         if (p.y_is_f32) {
-            float* y = (float*)p.y + at;
+            float* y = (float*)row + column;
             if (p.y_vectors && column + 2 <= end) {
                 *(float2*)y = make_float2(a, b);
             } else {
@@ -267,7 +275,7 @@ struct Consumer {
                 if (column + 1 < end) y[1] = b;
             }
         } else {
-            bf16* y = (bf16*)p.y + at;
+            bf16* y = (bf16*)row + column;
             if (p.y_vectors && column + 2 <= end) {
                 *(u32*)y = pack_bf16(a, b);
             } else {
@@ -281,6 +289,7 @@ struct Consumer {
     template <u32 COUNT>
     __device__ __forceinline__ void store(const Tile& tile, const Part& part, u32 end, const float (&out)[COUNT]) {
         u32 row = part.row + warp * 16 + lane / 4;
+        u64 rows[2] = {row_address(tile, row), row_address(tile, row + 8)};
 #pragma unroll
         for (u32 i = 0; i < COUNT; i += 16) {
             u32 column = tile.column + part.column + i * 2;
@@ -294,17 +303,15 @@ struct Consumer {
                         v[j] = pack_bf16(out[at], out[at + 1]);
                     }
                     transpose(v);
-                    u32 r = row + half * 8;
-                    u64 at = (tile.row + r) * p.y_stride + tile.head * p.y_head_stride + column + lane % 4 * 8;
-                    if (r < tile.count) store_global((bf16*)p.y + at, v);
+                    if (rows[half]) store_global((bf16*)rows[half] + column + lane % 4 * 8, v);
                 }
                 continue;
             }
 #pragma unroll
             for (u32 j = i; j < i + 16 && j < COUNT; j += 4) {
                 u32 c = column + (j - i) * 2 + lane % 4 * 2;
-                store_pair(tile, row, c, end, out[j], out[j + 1]);
-                store_pair(tile, row + 8, c, end, out[j + 2], out[j + 3]);
+                store_pair(rows[0], c, end, out[j], out[j + 1]);
+                store_pair(rows[1], c, end, out[j + 2], out[j + 3]);
             }
         }
     }

@@ -14,6 +14,7 @@ struct Params {
     u64 x, x_scales, w, w_scales, y;
     u64 x_stride, x_head_stride, y_stride, y_head_stride; // elements
     u64 segment_start, segment_rows, pool_of_slot;
+    u64 row_addresses; // as in gemm_tiles.cuh
     u32 x_scales_stride;
     u32 rows, n, k;
     u32 matrices, y_is_f32;
@@ -66,7 +67,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) gemm_plain(const __grid
         }
         u64 y_at = row * p.y_stride + head * p.y_head_stride + column;
         if (threadIdx.x % 32 != 0) continue;
-        if (p.y_is_f32) ((float*)p.y)[y_at] = sum;
+        if (GROUPED && p.row_addresses) ((bf16*)((const u64*)p.row_addresses)[row])[column] = to_bf16(sum);
+        else if (p.y_is_f32) ((float*)p.y)[y_at] = sum;
         else ((bf16*)p.y)[y_at] = to_bf16(sum);
     }
 }

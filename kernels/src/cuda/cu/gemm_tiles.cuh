@@ -40,6 +40,7 @@ struct Params {
     u64 y;
     u64 y_stride, y_head_stride; // elements
     u64 segment_start, segment_rows, pool_of_slot;
+    u64 row_addresses; // where rows of y are scattered: an address per row, in place of y
     u64 w_policy, x_policy;
     u32 rows, n, k;
     u32 matrices; // heads, or slots where grouped

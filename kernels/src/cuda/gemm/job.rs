@@ -28,6 +28,7 @@ pub(super) struct FastParams {
     segment_start: u64,
     segment_rows: u64,
     pool_of_slot: u64,
+    row_addresses: u64,
     pub(super) w_policy: u64,
     x_policy: u64,
     rows: u32,
@@ -57,6 +58,7 @@ pub(super) struct PlainParams {
     segment_start: u64,
     segment_rows: u64,
     pool_of_slot: u64,
+    row_addresses: u64,
     x_scales_stride: u32,
     rows: u32,
     n: u32,
@@ -87,6 +89,11 @@ impl Job<'_> {
         let (len, stride) = match self.y {
             Output::Bf16 { data, stride } => (data.len(), stride),
             Output::F32 { data, stride } => (data.len(), stride),
+            Output::Scattered { addresses } => {
+                assert!(self.segments.is_some(), "only grouped products are scattered");
+                assert!(addresses.len() >= self.rows && w.n.is_multiple_of(8), "addresses of rows of y");
+                return;
+            }
         };
         assert!(stride * (self.rows - 1) + (heads - 1) * self.y_head_stride + w.n <= len, "length of y");
     }
@@ -110,6 +117,14 @@ impl Job<'_> {
         match self.y {
             Output::Bf16 { data, stride } => (data.address(), stride, 0),
             Output::F32 { data, stride } => (data.address(), stride, 1),
+            Output::Scattered { .. } => (0, 0, 0),
+        }
+    }
+
+    fn row_addresses(&self) -> u64 {
+        match self.y {
+            Output::Bf16 { .. } | Output::F32 { .. } => 0,
+            Output::Scattered { addresses } => addresses.address(),
         }
     }
 
@@ -147,6 +162,7 @@ impl Job<'_> {
             segment_start,
             segment_rows,
             pool_of_slot,
+            row_addresses: self.row_addresses(),
             w_policy: super::EVICT_NORMAL,
             x_policy: super::EVICT_NORMAL,
             rows: self.rows as u32,
@@ -177,6 +193,7 @@ impl Job<'_> {
             segment_start,
             segment_rows,
             pool_of_slot,
+            row_addresses: self.row_addresses(),
             x_scales_stride: x_scales_stride as u32,
             rows: self.rows as u32,
             n: w.n as u32,
