@@ -167,6 +167,7 @@ fn cuda(cuda: &Cuda) -> CudaArgs {
         graph_rows_max: cuda.graph_rows_max,
         async_scheduling: cuda.async_scheduling,
         ranks_per_gpu: cuda.ranks_per_gpu,
+        fault_injection: cuda.fault_injection,
     }
 }
 

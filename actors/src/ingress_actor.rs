@@ -19,7 +19,7 @@ use heliostat_runtime::handle::{ActorAddr, Handle, Refusal as WireRefusal};
 use heliostat_runtime::system::PeerEvent;
 
 use crate::deployment::EPLB;
-use crate::eplb::Eplb;
+use crate::eplb::{Eplb, EplbMetrics};
 use crate::http::HttpDoor;
 use crate::ingress::Ingress;
 use crate::ingress::dispatch::DispatchConfig;
@@ -33,6 +33,8 @@ use crate::rank::Rank;
 
 /// How long the EPLB actor may take to answer a client.
 const EPLB_DEADLINE: Duration = Duration::from_secs(10);
+/// How often it is asked for the figures of `/metrics`.
+const EPLB_PERIOD: Duration = Duration::from_secs(5);
 
 /// Arguments of the ingress actor.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -62,6 +64,7 @@ pub struct IngressActor {
     cx: ActorCx,
     dp: u32,
     ingress: Ingress,
+    eplb: EplbMetrics,
     handles: Handles,
     /// As last told to the ingress.
     ranks: Ranks,
@@ -76,6 +79,19 @@ impl Actor for IngressActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        let metrics = self.eplb.clone();
+        ctx.run_interval(EPLB_PERIOD, move |this, _| {
+            let (cluster, metrics) = (Data::new(this.cx.cluster().cloned()), metrics.clone());
+            actix::spawn(async move {
+                let Ok(eplb) = eplb(&cluster).await else { return };
+                // An actor that is away answers next time.
+                let Ok(answer) = eplb.ask(GetStatus).await else { return };
+                match serde_json::from_str(&answer) {
+                    Ok(status) => metrics.report(&status),
+                    Err(why) => tracing::warn!("the EPLB actor's status is none: {why}"),
+                }
+            });
+        });
         let (me, mut events) = (ctx.address(), self.cx.system().peer_events());
         actix::spawn(async move {
             while let Some(event) = events.next().await {
@@ -265,7 +281,9 @@ impl Spawn for IngressActor {
         let service = serve(&http, ingress.clone(), model, routes).map_err(CreateError::failed)?;
         let scheme = if http.tls.is_some() { "https" } else { "http" };
         tracing::info!("serving HTTP at {scheme}://{}", service.bound());
-        Ok(Self { dp: args.dp, cx, ingress, handles, ranks: Ranks::default(), _service: service })
+        let mut eplb = EplbMetrics::default();
+        ingress.metrics().register(|registry| eplb = EplbMetrics::new(registry));
+        Ok(Self { dp: args.dp, cx, ingress, eplb, handles, ranks: Ranks::default(), _service: service })
     }
 }
 

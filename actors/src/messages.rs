@@ -4,12 +4,13 @@
 
 use actix::Message;
 use bincode::{Decode, Encode};
+use heliostat_engine::cuda::LentPlace;
 use heliostat_engine::ep::PlanProgress;
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::eplb::plan::Plan;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use heliostat_runtime::actor::WireMessage;
-use heliostat_runtime::handle::ActorAddr;
+use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use serde::{Deserialize, Serialize};
 
 macro_rules! wire {
@@ -24,6 +25,9 @@ wire! {
     ApplyPlan => "rank.apply_plan",
     AbandonPlan => "rank.abandon_plan",
     FetchExpert => "rank.fetch_expert",
+    LendExpert => "rank.lend_expert",
+    ReturnExpert => "rank.return_expert",
+    BreakDevice => "rank.break_device",
     ReportLoad => "rank.report_load",
     AttachEplb => "rank.attach_eplb",
     AttachIngress => "rank.attach_ingress",
@@ -133,6 +137,71 @@ pub struct NoSuchExpert {
     pub moe_layer: u32,
     /// Logical expert.
     pub logical: u32,
+}
+
+/// Keep an expert where it lies on this rank's GPU until [`ReturnExpert`], so that a peer can copy it from there.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<Lent, NotLent>")]
+pub struct LendExpert {
+    /// MoE layer index.
+    pub moe_layer: u32,
+    /// Logical expert.
+    pub logical: u32,
+    /// Epoch of the plan that it is wanted for; 0: the peer fills its slots.
+    pub plan: u64,
+    /// The peer's process.
+    pub borrower: ProcessId,
+}
+
+/// An expert that stays where it is for a while: see `actors/src/rank/leases.rs`.
+#[derive(Clone, Copy, Debug, Encode, Decode)]
+pub struct Lent {
+    /// Names the lease.
+    pub lease: u64,
+    /// The expert that it is, as its slot says.
+    pub moe_layer: u32,
+    /// See `moe_layer`.
+    pub logical: u32,
+    /// Where it lies.
+    pub place: LentPlace,
+}
+
+/// An expert is not lent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum NotLent {
+    /// The rank holds no copy (any more).
+    #[error(transparent)]
+    NotHere(NoSuchExpert),
+    /// The copy does not lie on a GPU.
+    #[error("the rank keeps its experts on the host")]
+    OnHost,
+    /// The asker is in none of the rank's memberships.
+    #[error("process {0} is no rank of the group at present")]
+    NoPeer(ProcessId),
+}
+
+/// The copy of a lent expert has ended.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct ReturnExpert {
+    /// The lease.
+    pub lease: u64,
+}
+
+/// Run a kernel that traps, so that the rank's GPU is lost to its process. For tests; refused unless `[devices]
+/// fault_injection` is set.
+#[derive(Clone, Copy, Debug, Encode, Decode, Deserialize, Message)]
+#[rtype(result = "Result<(), NotBroken>")]
+pub struct BreakDevice;
+
+/// A rank does not break its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode, Serialize, thiserror::Error)]
+pub enum NotBroken {
+    /// Nobody asked for faults in the configuration.
+    #[error(
+        "faults are not injected here: set `fault_injection = true` in [devices], and never where anybody is served"
+    )]
+    NotAllowed,
 }
 
 /// Report the load now that was counted since the last report; `None` on a rank without attention.
@@ -253,12 +322,48 @@ pub enum PlanEnd {
 pub struct Moved {
     /// Experts that already lay on the rank.
     pub local: u64,
-    /// Experts fetched from peers.
-    pub from_peers: u64,
-    /// Experts read from the checkpoint.
-    pub from_disk: u64,
-    /// Bytes fetched from peers or disk.
+    /// Copied from a peer's GPU to this one.
+    pub nvlink: Carried,
+    /// Fetched from a peer through the hosts.
+    pub host: Carried,
+    /// Read from the checkpoint.
+    pub disk: Carried,
+}
+
+/// What came by one path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct Carried {
+    /// Experts.
+    pub experts: u64,
+    /// Their bytes.
     pub bytes: u64,
+}
+
+impl Carried {
+    /// Counts one more expert.
+    pub fn count(&mut self, bytes: u64) {
+        self.add(Self { experts: 1, bytes });
+    }
+
+    fn add(&mut self, other: Self) {
+        self.experts += other.experts;
+        self.bytes += other.bytes;
+    }
+}
+
+impl Moved {
+    /// Adds what others moved.
+    pub fn add(&mut self, other: Self) {
+        self.local += other.local;
+        self.nvlink.add(other.nvlink);
+        self.host.add(other.host);
+        self.disk.add(other.disk);
+    }
+
+    /// What came by each path, with its name.
+    pub fn paths(&self) -> [(&'static str, Carried); 3] {
+        [("nvlink", self.nvlink), ("host", self.host), ("disk", self.disk)]
+    }
 }
 
 /// Durations of some steps, microseconds.

@@ -3,6 +3,7 @@
 mod cuda_support;
 
 use cuda_support::{assert_compiles, device};
+use heliostat_kernels::cuda::fault::break_device;
 use heliostat_kernels::cuda::{CudaError, Launch, Params, Priority, Source};
 
 const TEXT: &str = r#"
@@ -68,7 +69,7 @@ fn errors_name_what_is_wrong() {
     assert!(device.module(&Source::new("add", TEXT)).unwrap().kernel("subtract").is_err());
 }
 
-/// A kernel that writes where nothing is breaks its context for good, so it runs in a process of its own.
+/// A kernel that writes where nothing is breaks its context for good, so it runs in a process of its own, as the next one.
 #[test]
 #[ignore = "started by the test below"]
 fn a_wild_write() {
@@ -85,14 +86,31 @@ fn a_wild_write() {
 }
 
 #[test]
+#[ignore = "started by the test below"]
+fn a_trap() {
+    let device = device().expect("the parent saw one");
+    let (stream, idle) = (device.stream(Priority::High).unwrap(), device.stream(Priority::Low).unwrap());
+    idle.check().unwrap();
+    break_device(&stream).unwrap();
+    let why = stream.synchronize().unwrap_err();
+    assert!(why.is_fatal(), "{why}");
+    let why = idle.check().unwrap_err();
+    assert!(why.is_fatal(), "who looks at another stream hears of it, too: {why}");
+    println!("named: {why}");
+}
+
+#[test]
 fn a_broken_context_is_known_as_such() {
     if device().is_none() {
         return;
     }
-    let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_wild_write", "--ignored", "--nocapture"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&child.stdout);
-    assert!(child.status.success() && said.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{said}");
+    for (fault, words) in [("a_wild_write", "CUDA_ERROR_ILLEGAL_ADDRESS"), ("a_trap", "CUDA_ERROR_")] {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", fault, "--ignored", "--nocapture"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains(words), "{said}");
+        println!("{fault}: {}", said.lines().find(|line| line.starts_with("named")).unwrap_or_default());
+    }
 }

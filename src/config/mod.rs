@@ -271,6 +271,8 @@ pub(crate) struct Cuda {
     pub(crate) async_scheduling: bool,
     /// Ranks that share a GPU.
     pub(crate) ranks_per_gpu: u32,
+    /// Whether GPUs may be broken on purpose.
+    pub(crate) fault_injection: bool,
 }
 
 impl Config {

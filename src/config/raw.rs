@@ -175,6 +175,9 @@ section! {
         cuda: Count = Count::Auto,
         /// Ranks that share one GPU. More than one is for tests: they get in each other's way.
         ranks_per_gpu: u32 = 1,
+        /// Lets anybody who may call actors break the GPU of a rank on purpose (`POST
+        /// /api/actors/rank-0/ask/rank.break_device`). For tests of failures, and for nothing else.
+        fault_injection: bool = false,
         /// Folders, on every node, to search for NVIDIA's libraries (NVRTC, NCCL) before the loader's path and
         /// /usr/local/cuda.
         library_dirs: Vec<PathBuf> = Vec::new(),

@@ -138,7 +138,7 @@ fn history(status: &EplbStatus) -> String {
             end(remap),
             format!("{}/{}", remap.layers_committed, remap.layers),
             remap.moves.to_string(),
-            indicatif::BinaryBytes(remap.moved.bytes).to_string(),
+            fetched(remap),
             format!("{} ms", remap.duration_ms),
             match steps.count {
                 0 => "idle".into(),
@@ -149,6 +149,14 @@ fn history(status: &EplbStatus) -> String {
         ]);
     }
     format!("\n{}", render(&table))
+}
+
+/// Bytes by the way they came.
+fn fetched(remap: &Remap) -> String {
+    let paths = remap.moved.paths().into_iter().filter(|(_, carried)| carried.experts > 0);
+    let paths: Vec<String> =
+        paths.map(|(path, carried)| format!("{} {path}", indicatif::BinaryBytes(carried.bytes))).collect();
+    if paths.is_empty() { "nothing".into() } else { paths.join(", ") }
 }
 
 fn end(remap: &Remap) -> String {
@@ -163,8 +171,8 @@ fn end(remap: &Remap) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use heliostat_actors::eplb::Balancedness;
-    use heliostat_actors::messages::{Moved, StepTimes};
+    use heliostat_actors::eplb::{Balancedness, Totals};
+    use heliostat_actors::messages::{Carried, Moved, StepTimes};
 
     fn status() -> EplbStatus {
         let layer = LayerStatus {
@@ -185,7 +193,11 @@ mod tests {
             layers: 5,
             layers_committed: 2,
             moves: 17,
-            moved: Moved { bytes: 3 << 20, ..Moved::default() },
+            moved: Moved {
+                nvlink: Carried { experts: 16, bytes: 3 << 20 },
+                disk: Carried { experts: 1, bytes: 1 << 10 },
+                ..Moved::default()
+            },
             balancedness_before: 0.6,
             balancedness_planned: 0.95,
             steps: StepTimes { count: 9, longest_us: 5200, median_us: 4000, before_median_us: 4100 },
@@ -204,6 +216,7 @@ mod tests {
             slots_per_rank: 3,
             layers: vec![layer],
             balancedness: Balancedness::of([0.889]),
+            totals: Totals::default(),
             open: None,
             history: vec![remap],
         }
@@ -217,7 +230,9 @@ mod tests {
         assert!(text.contains("    0  0*1 2* | 3 2*0*\n"), "{text}");
         assert!(text.contains("rolled back: rank 1 was silent"), "{text}");
         assert!(
-            text.contains("5.2 ms") && text.contains("3.00 MiB") && text.contains("0.600 -> 0.950"),
+            text.contains("5.2 ms")
+                && text.contains("3.00 MiB nvlink, 1.00 KiB disk")
+                && text.contains("0.600 -> 0.950"),
             "{text}"
         );
     }

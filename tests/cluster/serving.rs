@@ -112,8 +112,9 @@ async fn a_remap_on_request_balances_a_skewed_load() {
     assert!(balance(&after) > balance(&before).max(0.9), "{} -> {}", balance(&before), balance(&after));
     let remap = &after["history"][0];
     assert_eq!(remap["end"], "committed");
-    assert!(remap["moves"].as_u64().unwrap() > 0 && remap["moved"]["from_peers"].as_u64().unwrap() > 0);
-    assert_eq!(remap["moved"]["from_disk"], 0, "peers hold every expert");
+    assert!(remap["moves"].as_u64().unwrap() > 0 && remap["moved"]["host"]["experts"].as_u64().unwrap() > 0);
+    assert_eq!(remap["moved"]["disk"]["experts"], 0, "peers hold every expert");
+    assert_eq!(remap["moved"]["nvlink"]["experts"], 0, "CPU devices have none");
     let layer = &after["layers"][0];
     let counts: u64 = layer["replica_counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
     assert_eq!(counts as usize, layer["physical_to_logical"].as_array().unwrap().len());

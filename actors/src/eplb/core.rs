@@ -13,7 +13,7 @@ use heliostat_engine::eplb::plan::{LayerPlan, Plan};
 use heliostat_engine::eplb::{ExpertMap, Gate, LoadWindow, Policy, map_balancedness, propose, rank_loads};
 use heliostat_runtime::handle::ActorAddr;
 
-use super::status::{Balancedness, EplbStatus, LayerStatus, Remap, Trigger};
+use super::status::{Balancedness, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 use crate::messages::{
     Moved, PlanEnd, PlanReport, RankJoined, RebalanceRefused, RebalanceStarted, StepLoad, StepTimes,
 };
@@ -76,6 +76,7 @@ pub(super) struct Core {
     steps_since_plan: BTreeMap<u32, u64>,
     open: Option<Open>,
     history: VecDeque<Remap>,
+    totals: Totals,
     /// Loads that the last plan was made for.
     planned_loads: Vec<Vec<f32>>,
 }
@@ -103,6 +104,7 @@ impl Core {
             steps_since_plan: BTreeMap::new(),
             open: None,
             history: VecDeque::new(),
+            totals: Totals::default(),
             planned_loads: Vec::new(),
             args,
         }
@@ -298,7 +300,11 @@ impl Core {
         if !whole && !why.is_empty() {
             open.remap.error.get_or_insert_with(|| why.to_owned());
         }
-        self.history.push_front(open.summary(now));
+        let remap = open.summary(now);
+        self.totals.committed += u64::from(whole);
+        self.totals.rolled_back += u64::from(!whole);
+        self.totals.moved.add(remap.moved);
+        self.history.push_front(remap);
         self.history.truncate(HISTORY_MAX);
         self.steps_since_plan.clear();
     }
@@ -343,6 +349,7 @@ impl Core {
             layers: self.layout.layers().iter().zip(&loads).enumerate().map(layer).collect(),
             balancedness: balance(&self.layout, &loads),
             open: self.open.as_ref().map(|open| open.summary(now)),
+            totals: self.totals,
             history: self.history.iter().cloned().collect(),
         }
     }
@@ -354,10 +361,7 @@ impl Open {
         let mut remap = self.remap.clone();
         remap.duration_ms = now.saturating_sub(self.published_at).as_millis() as u64;
         for report in self.reports.values() {
-            remap.moved.local += report.moved.local;
-            remap.moved.from_peers += report.moved.from_peers;
-            remap.moved.from_disk += report.moved.from_disk;
-            remap.moved.bytes += report.moved.bytes;
+            remap.moved.add(report.moved);
             if report.steps.longest_us >= remap.steps.longest_us {
                 remap.steps = report.steps;
             }

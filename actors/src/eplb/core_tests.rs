@@ -4,6 +4,7 @@ use heliostat_engine::eplb::{MapShape, PlacementStrategy};
 use heliostat_runtime::handle::{ActorId, Incarnation, ProcessId};
 
 use super::*;
+use crate::messages::Carried;
 
 const SHAPE: MapShape = MapShape { experts: 4, slots: 4, ranks: 2 };
 
@@ -53,7 +54,8 @@ fn load(steps: u64) -> StepLoad {
 }
 
 fn report(rank: u32, committed: u32, end: Option<PlanEnd>) -> PlanReport {
-    let (moved, steps) = (Moved { from_peers: 1, bytes: 10, ..Moved::default() }, StepTimes::default());
+    let nvlink = Carried { experts: 1, bytes: 10 };
+    let (moved, steps) = (Moved { nvlink, ..Moved::default() }, StepTimes::default());
     PlanReport { rank, epoch: 1, staged: 2, committed, end, moved, steps, error: None }
 }
 
@@ -71,7 +73,7 @@ fn a_remap_is_planned_published_and_recorded() {
     let status = core.status(at(50));
     assert_eq!((status.map_epoch, status.open, status.history.len()), (1, None, 1));
     let remap = &status.history[0];
-    assert_eq!((remap.end, remap.duration_ms, remap.moved.bytes), (Some(PlanEnd::Committed), 30, 20));
+    assert_eq!((remap.end, remap.duration_ms, remap.moved.nvlink.bytes), (Some(PlanEnd::Committed), 30, 20));
     assert_eq!(status.layers[0].physical_to_logical, plan.layers[0].physical_to_logical);
     assert!(status.balancedness.avg > before && status.balancedness.avg > 0.9);
     assert_eq!(core.rebalance(8, at(60)), Err(RebalanceRefused::NothingToMove));

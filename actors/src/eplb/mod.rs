@@ -5,6 +5,7 @@
 //! they stand.
 
 mod core;
+mod metrics;
 mod status;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,7 +17,8 @@ use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::ActorAddr;
 
 pub use core::{EplbArgs, EplbConfig};
-pub use status::{Balancedness, EplbStatus, LayerStatus, Remap, Trigger};
+pub(crate) use metrics::EplbMetrics;
+pub use status::{Balancedness, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 
 use crate::messages::{
     AbandonPlan, ApplyPlan, AttachEplb, GetStatus, PlanReport, RankJoined, Rebalance, RebalanceRefused,

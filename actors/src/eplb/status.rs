@@ -33,6 +33,8 @@ pub struct EplbStatus {
     pub layers: Vec<LayerStatus>,
     /// Over the layers that have load.
     pub balancedness: Balancedness,
+    /// Sums over all remaps that have ended since the actor started.
+    pub totals: Totals,
     /// The remap under way.
     pub open: Option<Remap>,
     /// Ended remaps, newest first.
@@ -80,6 +82,17 @@ impl Balancedness {
         let avg = sorted.iter().sum::<f64>() / sorted.len() as f64;
         Self { min, p50: sorted[sorted.len() / 2], avg, max }
     }
+}
+
+/// All remaps that have ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Those that were committed whole.
+    pub committed: u64,
+    /// The others.
+    pub rolled_back: u64,
+    /// What they moved.
+    pub moved: Moved,
 }
 
 /// Who wanted a remap.

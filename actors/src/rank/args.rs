@@ -62,6 +62,8 @@ pub struct CudaArgs {
     pub async_scheduling: bool,
     /// Ranks that share one GPU; 1 outside of tests.
     pub ranks_per_gpu: u32,
+    /// Whether the GPU may be broken on purpose: for tests.
+    pub fault_injection: bool,
 }
 
 /// How rows travel between the GPUs of a group.

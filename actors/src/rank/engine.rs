@@ -7,6 +7,7 @@ use heliostat_engine::cuda::{CudaRank, GroupStep, StepResults};
 use heliostat_engine::ep::{EpGroup, ExpertStore};
 use heliostat_engine::model::{ExchangeError, KvPages, Model};
 use heliostat_kernels::cpu::Cpu;
+use heliostat_kernels::cuda::Stream;
 
 use super::attention::Attention;
 use super::outlet::Outlet;
@@ -36,6 +37,14 @@ impl Engine {
             Self::Cuda { rank, .. } => {
                 rank.pool().map_or(ExpertStore::Host, |pool| ExpertStore::Cuda(pool.clone()))
             }
+        }
+    }
+
+    /// Where a GPU's steps run.
+    pub(super) fn stream(&self) -> Option<Stream> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda { rank, .. } => Some(rank.stream().clone()),
         }
     }
 

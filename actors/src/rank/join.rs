@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bincode::{Decode, Encode};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
+use heliostat_engine::cuda::PoolOffer;
 use heliostat_engine::ep::{ExpertStore, ExpertWeights, PlanProgress, SharedSlots, Slot};
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::model::{ExchangeError, Expert, load_expert};
@@ -25,6 +26,8 @@ pub(super) struct JoinState {
     pub(super) layout: Layout,
     /// Names its GPU's memory to the other ranks; empty on a CPU device.
     pub(super) heap: Vec<u8>,
+    /// Names its GPU's expert weights, where others may copy them.
+    pub(super) pool: Option<PoolOffer>,
     /// Rounds of its GPU's exchange were counted under epochs up to this one.
     pub(super) exchange: u64,
     /// Names a new communicator, if it is to make one; else empty.
@@ -38,6 +41,8 @@ pub(super) struct Joined {
     pub(super) layout: Layout,
     /// By rank.
     pub(super) heaps: Vec<Vec<u8>>,
+    /// By rank.
+    pub(super) pools: Vec<Option<PoolOffer>>,
     /// Epoch under which rounds of the exchange are counted from now on.
     pub(super) exchange: u64,
     /// Names the communicator of this epoch; empty without NCCL.
@@ -94,6 +99,7 @@ fn choose(states: Vec<JoinState>) -> Result<Joined, String> {
         return Err(format!("rank {rank} has another number of experts, slots or ranks than rank 0"));
     }
     let heaps = states.iter().map(|state| state.heap.clone()).collect();
+    let pools = states.iter().map(|state| state.pool.clone()).collect();
     let exchange = states.iter().map(|state| state.exchange).max().unwrap_or(0) + 1;
     let closed = states.iter().map(|state| state.progress.closed.max(state.open)).max().unwrap_or(0);
     let nccl = states.iter().map(|state| &state.nccl).find(|id| !id.is_empty()).cloned().unwrap_or_default();
@@ -101,7 +107,7 @@ fn choose(states: Vec<JoinState>) -> Result<Joined, String> {
     let best = states.into_iter().reduce(|a, b| if furthest(&b) > furthest(&a) { b } else { a });
     let best = best.ok_or("a group has at least one rank")?;
     let progress = PlanProgress { closed: closed.max(best.progress.epoch), ..best.progress };
-    Ok(Joined { progress, layout: best.layout, heaps, exchange, nccl })
+    Ok(Joined { progress, layout: best.layout, heaps, pools, exchange, nccl })
 }
 
 /// Puts into the slots of EP rank `ep` what `layout` says, fetching only what is not there.
@@ -140,6 +146,9 @@ pub(super) struct ExpertLoader {
 
 impl ExpertLoader {
     /// Reads an expert from the checkpoint.
+    ///
+    /// # Errors
+    /// The checkpoint is damaged, or the rank has no room.
     pub(super) fn read(&self, moe_layer: usize, logical: u32) -> Result<ExpertWeights, String> {
         let expert = load_expert(&self.checkpoint, &self.config, moe_layer, logical as usize);
         self.place(expert.map_err(|why| why.to_string())?)
@@ -163,7 +172,7 @@ mod tests {
         let layout = Layout::initial(2, shape, strategy).unwrap();
         let progress = PlanProgress { epoch, committed, closed };
         let nccl = if epoch == 2 { vec![7] } else { Vec::new() };
-        JoinState { progress, open, layout, heap: vec![epoch as u8], exchange: epoch, nccl }
+        JoinState { progress, open, layout, heap: vec![epoch as u8], pool: None, exchange: epoch, nccl }
     }
 
     #[test]

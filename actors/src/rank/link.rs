@@ -38,6 +38,10 @@ pub(super) enum Command {
     Open(Arc<OpenPlan>),
     /// Give a plan up.
     Abandon(u64),
+    /// Break the GPU on purpose.
+    BreakDevice,
+    /// Somebody else noticed that the GPU is lost.
+    DeviceFailed(String),
     /// Report the load that was counted since the last report.
     ReportLoad(oneshot::Sender<Option<StepLoad>>),
     /// Report to this EPLB actor, and answer with the last join.
@@ -109,6 +113,11 @@ impl Link {
         if self.shared.membership.fetch_max(epoch, Ordering::AcqRel) < epoch {
             self.interrupt(Command::View(view), epoch);
         }
+    }
+
+    /// Ends the rank: its GPU is lost.
+    pub(super) fn device_failed(&self, why: String) {
+        self.interrupt(Command::DeviceFailed(why), u64::MAX);
     }
 
     /// Ends the thread.

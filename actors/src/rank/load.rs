@@ -4,6 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use heliostat_engine::checkpoint::{Checkpoint, CheckpointError};
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::cuda::{CudaOptions, CudaRank, KvRoom, LoadError, Weights};
@@ -20,14 +21,42 @@ use heliostat_runtime::system::PeerEvent;
 
 use super::args::{ExchangeBackend, KvCacheArgs, RankArgs};
 use super::attention::Attention;
+use super::borrow::Borrower;
 use super::clock::StepClock;
 use super::engine::{CpuEngine, Engine};
 use super::grammars::Grammars;
 use super::join::ExpertLoader;
+use super::leases::Leases;
 use super::outlet::Outlet;
 use super::suspect::heed;
 use super::thread::StepThread;
 use super::{Rank, join, link};
+use crate::deployment::rank_name;
+
+/// When a rank takes in the experts of its slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Experts {
+    /// While it loads: those of the first layout.
+    First,
+    /// When it joins: those of the layout that the others have by then, from their GPUs as far as they hold them.
+    Joining,
+}
+
+impl Experts {
+    /// A rank that comes to others which run already starts again.
+    pub(super) async fn of(args: &RankArgs, cx: &ActorCx) -> Self {
+        let cuda = cx.device().is_some_and(|device| matches!(device.kind, DeviceKind::Cuda { .. }));
+        let Some(cluster) = cx
+            .cluster()
+            .filter(|_| cuda && args.engine.cuda.exchange == ExchangeBackend::Peer && args.topology.ep > 1)
+        else {
+            return Self::First;
+        };
+        let others = (0..args.topology.size() as u32).filter(|&rank| rank != args.rank);
+        let up = join_all(others.map(|rank| async move { cluster.lookup(&rank_name(rank)).await }));
+        if up.await.iter().any(|found| matches!(found, Ok(Some(_)))) { Self::Joining } else { Self::First }
+    }
+}
 
 /// What was loaded.
 pub(super) struct Loaded {
@@ -39,12 +68,15 @@ pub(super) struct Loaded {
 }
 
 /// Reads the rank's share of the checkpoint. Blocks for as long as that takes.
-pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError> {
+pub(super) fn load(args: &RankArgs, cx: &ActorCx, experts: Experts) -> Result<Loaded, CreateError> {
     let config = Arc::new(ModelConfig::from_dir(&args.model).map_err(CreateError::failed)?);
     let checkpoint = Arc::new(Checkpoint::open(&args.model).map_err(CreateError::failed)?);
     checkpoint.validate(&config).map_err(CreateError::failed)?;
     let role = args.topology.role(args.rank as usize);
-    let expert_total = expert_total(args, &checkpoint, &config).map_err(CreateError::failed)?;
+    let expert_total = match experts {
+        Experts::First => expert_total(args, &checkpoint, &config).map_err(CreateError::failed)?,
+        Experts::Joining => 0,
+    };
     let mut dense_bytes = 0;
     let report = |done: u64, total: u64| {
         cx.progress(Progress { phase: "loading weights".to_owned(), done, total });
@@ -66,7 +98,7 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx) -> Result<Loaded, CreateError>
     let loader = ExpertLoader { checkpoint, config: Arc::clone(&config), store: engine.store() };
     let layout = &args.layout;
     let slots = SharedSlots::new(Slots::new(layout.layers().len(), layout.shape().slots_per_rank() as usize));
-    if let Some(ep) = role.ep {
+    if let Some(ep) = role.ep.filter(|_| experts == Experts::First) {
         let mut done = dense_bytes;
         join::fill_slots(layout, ep, &slots, |moe_layer, logical| {
             let weights = loader.read(moe_layer, logical)?;
@@ -203,6 +235,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let role = args.topology.role(args.rank as usize);
     let me = cx.addr();
     let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), notices);
+    let (leases, stream) = (Leases::default(), loaded.engine.stream());
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
         loader: loaded.loader.clone(),
@@ -219,6 +252,16 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         outlet,
         view: None,
         stopping: false,
+        borrower: Borrower {
+            system: cx.system().clone(),
+            me: cx.system().process(),
+            peers: Vec::new(),
+            store: loaded.loader.store.clone(),
+            link: link.clone(),
+            given_up: Vec::new(),
+        },
+        leases: leases.clone(),
+        runtime: tokio::runtime::Handle::current(),
         exchange: 0,
         unreachable: 0,
         args: args.clone(),
@@ -230,11 +273,12 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let stopping = link.clone();
     tokio::spawn(heed(cx.clone(), heard, move || stopping.is_stopped()));
     let mut peers = cx.system().peer_events();
-    let lost = link.clone();
+    let (lost, lent) = (link.clone(), leases.clone());
     tokio::spawn(async move {
         while let Some(event) = peers.next().await {
             if let PeerEvent::Lost { process, .. } = event {
                 lost.peer_lost(process);
+                lent.borrower_lost(process);
             }
         }
     });
@@ -247,6 +291,8 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         peers: Vec::new(),
         staging: None,
         encoded: Arc::default(),
+        leases,
+        stream,
         grammars: Arc::new(Grammars::new(args.model.clone())),
         args,
     })

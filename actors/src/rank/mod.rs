@@ -5,23 +5,28 @@
 
 mod args;
 mod attention;
+mod borrow;
 mod clock;
 mod engine;
 mod grammars;
 mod join;
+mod leases;
 mod link;
 mod load;
 mod outlet;
 mod plan;
+mod refill;
 mod stager;
 mod steps;
 mod suspect;
 mod thread;
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use actix::{Actor, Context, Handler, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, Handler, ResponseFuture};
 use heliostat_engine::ep::{ExpertWeights, SharedSlots};
+use heliostat_kernels::cuda::Stream;
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::ActorAddr;
@@ -32,14 +37,20 @@ pub use args::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs, Ran
 
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
-    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, Busy, ExpertChunk, FetchExpert, NoSuchExpert,
-    Ping, PlanRefused, RankJoined, RankRefused, ReportLoad, StepLoad, Submit,
+    AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, BreakDevice, Busy, ExpertChunk, FetchExpert,
+    LendExpert, Lent, NoSuchExpert, NotBroken, NotLent, Ping, PlanRefused, RankJoined, RankRefused,
+    ReportLoad, ReturnExpert, StepLoad, Submit,
 };
+use borrow::Borrower;
 use grammars::Grammars;
 use join::ExpertLoader;
+use leases::Leases;
 use link::{Command, Link};
 use plan::OpenPlan;
 use stager::Stager;
+
+/// How often a rank sees whether its GPU still answers.
+const DEVICE_CHECK: Duration = Duration::from_secs(2);
 
 /// The codec of what ranks say to each other beside the actor messages; a decoded value has at most 64 MiB.
 fn codec() -> impl bincode::config::Config {
@@ -58,6 +69,10 @@ pub struct Rank {
     staging: Option<(u64, JoinHandle<()>)>,
     /// The expert that was last read by a peer, encoded: large ones are read in several chunks.
     encoded: Arc<Mutex<Option<Encoded>>>,
+    /// Experts that peers copy from this rank's GPU.
+    leases: Leases,
+    /// Where its GPU's steps run.
+    stream: Option<Stream>,
     grammars: Arc<Grammars>,
 }
 
@@ -71,6 +86,15 @@ struct Encoded {
 impl Actor for Rank {
     type Context = Context<Self>;
 
+    fn started(&mut self, ctx: &mut Self::Context) {
+        // Steps notice a lost GPU by themselves; a rank without work would not.
+        let Some(stream) = self.stream.clone() else { return };
+        ctx.run_interval(DEVICE_CHECK, move |this, _| match stream.check() {
+            Err(why) if why.is_fatal() => this.link.device_failed(why.to_string()),
+            Ok(()) | Err(_) => {}
+        });
+    }
+
     fn stopped(&mut self, _: &mut Self::Context) {
         self.drop_staging();
         self.link.stop();
@@ -83,8 +107,9 @@ impl RemoteActor for Rank {
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<Submit>().accept::<Abort>();
         m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
+        m.accept::<LendExpert>().accept::<ReturnExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
-        m.accept_json::<Ping>();
+        m.accept_json::<Ping>().accept_json_result::<BreakDevice>();
     }
 }
 
@@ -94,7 +119,8 @@ impl Spawn for Rank {
     async fn create(args: RankArgs, cx: ActorCx) -> Result<Self, CreateError> {
         let loading = cx.clone();
         let wanted = args.clone();
-        let loaded = tokio::task::spawn_blocking(move || load::load(&wanted, &loading))
+        let experts = load::Experts::of(&args, &cx).await;
+        let loaded = tokio::task::spawn_blocking(move || load::load(&wanted, &loading, experts))
             .await
             .map_err(|why| CreateError::Panicked(why.to_string()))??;
         load::start(args, cx, loaded)
@@ -151,17 +177,24 @@ impl Rank {
         let plan = Arc::new(OpenPlan::new(message.plan, message.reply_to));
         self.link.send(Command::Open(Arc::clone(&plan)));
         let stager = Stager {
-            system: self.cx.system().clone(),
+            borrower: Borrower {
+                system: self.cx.system().clone(),
+                me: self.cx.system().process(),
+                peers: self.peers.clone(),
+                store: self.loader.store.clone(),
+                link: self.link.clone(),
+                given_up: Vec::new(),
+            },
             topology: self.args.topology.clone(),
             rank: self.args.rank as usize,
-            peers: self.peers.clone(),
             slots: self.slots.clone(),
             loader: self.loader.clone(),
             ahead: self.args.links.stage_ahead,
-            link: self.link.clone(),
         };
         self.drop_staging();
         self.forget_encoded();
+        // Peers may have opened this plan before, and borrow for it.
+        self.leases.plan_ended(epoch - 1);
         self.staging = Some((epoch, tokio::spawn(stager.run(plan))));
         Ok(())
     }
@@ -209,6 +242,7 @@ impl Handler<GroupView> for Rank {
         // A plan that was open ends with the membership epoch: the ranks agree on that when they join.
         self.drop_staging();
         self.forget_encoded();
+        self.leases.clear();
         self.peers = view.members.iter().filter_map(|member| member.addr.clone()).collect();
         if !view.is_complete() {
             self.peers.clear();
@@ -254,6 +288,7 @@ impl Handler<AbandonPlan> for Rank {
 
     fn handle(&mut self, message: AbandonPlan, _: &mut Self::Context) {
         self.link.send(Command::Abandon(message.epoch));
+        self.leases.plan_ended(message.epoch);
         if self.staging.as_ref().is_some_and(|(epoch, _)| *epoch <= message.epoch) {
             self.drop_staging();
         }
@@ -269,6 +304,48 @@ impl Handler<FetchExpert> for Rank {
         // Encoding a large expert, or reading it from a GPU, takes longer than other messages should wait.
         let read = tokio::task::spawn_blocking(move || chunk(&slots, &encoded, ask));
         Box::pin(async move { read.await.ok().flatten().ok_or(missing) })
+    }
+}
+
+impl Handler<LendExpert> for Rank {
+    type Result = Result<Lent, NotLent>;
+
+    fn handle(&mut self, ask: LendExpert, ctx: &mut Self::Context) -> Self::Result {
+        let LendExpert { moe_layer, logical, plan, borrower } = ask;
+        if !self.peers.iter().any(|peer| peer.process == borrower) {
+            return Err(NotLent::NoPeer(borrower));
+        }
+        let found = self.slots.read().find(moe_layer as usize, logical);
+        let weights = found.ok_or(NotLent::NotHere(NoSuchExpert { moe_layer, logical }))?;
+        let place = weights.lent().ok_or(NotLent::OnHost)?;
+        let lease = self.leases.lend(borrower, plan, weights);
+        let leases = self.leases.clone();
+        ctx.run_later(self.args.links.timeout, move |_, _| {
+            if leases.end(lease) {
+                tracing::warn!(moe_layer, logical, %borrower, "an expert was lent for too long: taken back");
+            }
+        });
+        Ok(Lent { lease, moe_layer, logical, place })
+    }
+}
+
+impl Handler<ReturnExpert> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: ReturnExpert, _: &mut Self::Context) {
+        self.leases.end(message.lease);
+    }
+}
+
+impl Handler<BreakDevice> for Rank {
+    type Result = Result<(), NotBroken>;
+
+    fn handle(&mut self, _: BreakDevice, _: &mut Self::Context) -> Self::Result {
+        if !self.args.engine.cuda.fault_injection {
+            return Err(NotBroken::NotAllowed);
+        }
+        self.link.send(Command::BreakDevice);
+        Ok(())
     }
 }
 

@@ -53,6 +53,11 @@ impl Outlet {
         self.notice(Notice::Failed(why));
     }
 
+    /// The rank's GPU is lost.
+    pub(super) fn device_failed(&self, why: String) {
+        self.notice(Notice::DeviceFailed(why));
+    }
+
     /// A rank said nothing for too long.
     pub(super) fn silent(&self, rank: u32, addr: ActorAddr) {
         self.notice(Notice::Silent(rank, addr));

@@ -74,10 +74,7 @@ impl OpenPlan {
         }
         state.layers.push_back(contents);
         state.staged += 1;
-        state.moved.local += moved.local;
-        state.moved.from_peers += moved.from_peers;
-        state.moved.from_disk += moved.from_disk;
-        state.moved.bytes += moved.bytes;
+        state.moved.add(moved);
     }
 
     /// Staging cannot go on.

@@ -1,19 +1,19 @@
 //! Brings the experts of a plan to this rank in the background, layer by layer, while the group steps on.
 //!
-//! An expert comes from this rank itself, from a peer that holds it under the map before the plan, or from the
-//! checkpoint. Nothing is put into a slot here: the step thread does that when all ranks have staged a layer.
+//! An expert comes from this rank itself, from a peer that holds it under the map before the plan (from its GPU straight to
+//! this one, else through both hosts), or from the checkpoint. Nothing is put into a slot here: the step thread does that when all ranks have staged a layer.
 
 use std::sync::Arc;
 
 use heliostat_engine::ep::{ExpertWeights, SharedSlots, Slot, Topology};
 use heliostat_engine::eplb::plan::LayerPlan;
 use heliostat_engine::model::Expert;
-use heliostat_runtime::handle::{ActorAddr, Handle};
-use heliostat_runtime::system::System;
+use heliostat_runtime::handle::Handle;
 
 use super::Rank;
+use super::borrow::{Borrower, Wanted};
 use super::join::ExpertLoader;
-use super::link::{Command, Link};
+use super::link::Command;
 use super::plan::OpenPlan;
 use crate::messages::{FetchExpert, Moved};
 
@@ -22,16 +22,13 @@ const CHUNK_BYTES: u64 = 8 << 20;
 
 /// What staging needs.
 pub(super) struct Stager {
-    pub(super) system: System,
+    pub(super) borrower: Borrower,
     pub(super) topology: Topology,
     pub(super) rank: usize,
-    /// The ranks' actors in the present membership.
-    pub(super) peers: Vec<ActorAddr>,
     pub(super) slots: SharedSlots,
     pub(super) loader: ExpertLoader,
     /// Layers that may wait for their commit.
     pub(super) ahead: u32,
-    pub(super) link: Link,
 }
 
 impl Stager {
@@ -41,20 +38,20 @@ impl Stager {
             if !plan.room(self.ahead).await {
                 return;
             }
-            match self.stage(layer).await {
+            match self.stage(plan.plan.epoch, layer).await {
                 Ok((contents, moved)) => plan.stage(contents, moved),
                 Err(why) => {
                     tracing::error!(epoch = plan.plan.epoch, layer = layer.layer, "cannot stage: {why}");
                     plan.fail(why);
-                    self.link.send(Command::Abandon(plan.plan.epoch));
+                    self.borrower.link.send(Command::Abandon(plan.plan.epoch));
                     return;
                 }
             }
-            self.link.ring();
+            self.borrower.link.ring();
         }
     }
 
-    async fn stage(&self, layer: &LayerPlan) -> Result<(Vec<(usize, Slot)>, Moved), String> {
+    async fn stage(&self, plan: u64, layer: &LayerPlan) -> Result<(Vec<(usize, Slot)>, Moved), String> {
         let mut moved = Moved::default();
         let mut contents: Vec<(usize, Slot)> = Vec::new();
         let Some(ep) = self.topology.role(self.rank).ep else {
@@ -76,38 +73,46 @@ impl Stager {
                     moved.local += 1;
                     weights
                 }
-                None => self.fetch(layer, (ep, logical), &mut moved).await?,
+                None => {
+                    let wanted = Wanted { moe_layer: layer.layer, logical, plan };
+                    self.fetch(wanted, &layer.sources(logical, ep as u32), &mut moved).await?
+                }
             };
             contents.push((slot, Slot { logical, weights }));
         }
         Ok((contents, moved))
     }
 
-    /// Fetches an expert from the first peer that delivers it whole, else from the checkpoint.
+    /// Fetches an expert from the first of the EP ranks `sources` that delivers it whole, else from the checkpoint.
     async fn fetch(
         &self,
-        layer: &LayerPlan,
-        (ep, logical): (usize, u32),
+        wanted: Wanted,
+        sources: &[u32],
         moved: &mut Moved,
     ) -> Result<ExpertWeights, String> {
-        for source in layer.sources(logical, ep as u32) {
-            let rank = self.topology.rank_of_ep(source as usize);
-            let peer = self.system.handle::<Rank>(self.peers[rank].clone());
-            match fetch_from(&peer, layer.layer, logical).await {
-                Ok((expert, bytes)) => {
-                    moved.from_peers += 1;
-                    moved.bytes += bytes;
-                    return self.blocking(move |loader| loader.place(expert)).await;
+        let Wanted { moe_layer, logical, .. } = wanted;
+        let ranks = || sources.iter().map(|&source| self.topology.rank_of_ep(source as usize));
+        for rank in ranks().filter(|&rank| self.borrower.reaches(rank)) {
+            match self.borrower.borrow(rank, wanted).await {
+                Ok(weights) => {
+                    moved.nvlink.count(weights.size_bytes() as u64);
+                    return Ok(weights);
                 }
-                Err(why) => {
-                    tracing::warn!(rank, layer = layer.layer, logical, "cannot fetch an expert: {why}");
-                }
+                Err(why) => tracing::warn!(rank, moe_layer, logical, "cannot borrow an expert: {why}"),
             }
         }
-        let moe_layer = layer.layer as usize;
-        let weights = self.blocking(move |loader| loader.read(moe_layer, logical)).await?;
-        moved.from_disk += 1;
-        moved.bytes += weights.size_bytes() as u64;
+        for rank in ranks() {
+            let peer = self.borrower.system.handle::<Rank>(self.borrower.peers[rank].clone());
+            match fetch_from(&peer, moe_layer, logical).await {
+                Ok((expert, bytes)) => {
+                    moved.host.count(bytes);
+                    return self.blocking(move |loader| loader.place(expert)).await;
+                }
+                Err(why) => tracing::warn!(rank, moe_layer, logical, "cannot fetch an expert: {why}"),
+            }
+        }
+        let weights = self.blocking(move |loader| loader.read(moe_layer as usize, logical)).await?;
+        moved.disk.count(weights.size_bytes() as u64);
         Ok(weights)
     }
 

@@ -21,6 +21,8 @@ const PING_DEADLINE: Duration = Duration::from_secs(3);
 pub(super) enum Notice {
     /// The rank cannot go on.
     Failed(String),
+    /// Its GPU is lost to this process, as the driver says.
+    DeviceFailed(String),
     /// This rank said nothing for too long.
     Silent(u32, ActorAddr),
 }
@@ -30,6 +32,7 @@ pub(super) async fn heed(cx: ActorCx, mut notices: UnboundedReceiver<Notice>, ex
     while let Some(notice) = notices.recv().await {
         match notice {
             Notice::Failed(message) => return cx.exit(DeathCause::Failed { message }),
+            Notice::DeviceFailed(message) => return cx.exit(DeathCause::GpuFault { message }),
             Notice::Silent(rank, addr) => probe(&cx, rank, addr).await,
         }
     }

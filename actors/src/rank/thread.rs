@@ -19,13 +19,16 @@ use heliostat_runtime::group::GroupView;
 
 use super::args::RankArgs;
 use super::attention::Attention;
+use super::borrow::Borrower;
 use super::clock::StepClock;
 use super::engine::Engine;
 use super::join::{self, ExpertLoader, JoinState, Joined};
+use super::leases::Leases;
 use super::link::{Command, Inbox};
 use super::outlet::Outlet;
 use super::plan::OpenPlan;
-use crate::messages::{PlanEnd, RankJoined};
+use super::refill::Refill;
+use crate::messages::{Moved, PlanEnd, RankJoined};
 
 /// How long one attempt to link all ranks may take before views are looked at again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -51,6 +54,12 @@ pub(super) struct StepThread {
     pub(super) inbox: Inbox,
     pub(super) listener: FabricListener,
     pub(super) outlet: Outlet,
+    /// Experts from peers' GPUs, when slots are filled.
+    pub(super) borrower: Borrower,
+    /// Experts of this rank that peers copy.
+    pub(super) leases: Leases,
+    /// Where waits for peers run.
+    pub(super) runtime: tokio::runtime::Handle,
     /// The newest view, which the thread acts on when it has left the present epoch.
     pub(super) view: Option<GroupView>,
     pub(super) stopping: bool,
@@ -171,7 +180,7 @@ impl StepThread {
         match outcome {
             Ok(()) => {}
             Err(ExchangeError::Device(why)) => {
-                self.outlet.fail(format!("the device failed: {why}"));
+                self.outlet.device_failed(why);
                 self.stopping = true;
             }
             Err(why) => {
@@ -194,16 +203,16 @@ impl StepThread {
     /// Agrees with all ranks on the layout and fills the slots with it. Plans that were open are dropped.
     fn join(&mut self, view: &GroupView, fabric: &mut Fabric) -> Result<(), ExchangeError> {
         let open = self.plan.as_ref().map_or(0, |plan| plan.plan.epoch);
-        let heap = match &self.engine {
-            Engine::Cpu(_) => Vec::new(),
-            Engine::Cuda { rank, .. } => rank.handle().to_bytes().to_vec(),
+        let (heap, pool) = match &self.engine {
+            Engine::Cpu(_) => (Vec::new(), None),
+            Engine::Cuda { rank, .. } => (rank.handle().to_bytes().to_vec(), rank.pool_offer()),
         };
         let (progress, exchange) = (self.progress, self.exchange);
-        let nccl = self.new_communicator()?;
-        let mine = JoinState { progress, open, layout: self.layout.clone(), heap, exchange, nccl };
+        let (nccl, layout) = (self.new_communicator()?, self.layout.clone());
+        let mine = JoinState { progress, open, layout, heap, pool, exchange, nccl };
         let joined = join::agree(fabric, self.args.topology.size(), &mine)?;
         let device = self.connect_device(&joined)?;
-        self.adopt(joined.progress, joined.layout)?;
+        self.adopt(view, joined.progress, joined.layout)?;
         if device {
             (0..self.layout.layers().len()).try_for_each(|moe_layer| self.show_map(moe_layer))?;
         }
@@ -253,6 +262,12 @@ impl StepThread {
             return Err(if give_up { ExchangeError::Device(said) } else { ExchangeError::Other(said) });
         }
         self.unreachable = 0;
+        for (peer, why) in rank.reach_pools(&joined.pools) {
+            if why.is_fatal() {
+                return Err(why.into());
+            }
+            tracing::warn!(peer, "its experts come through the hosts: {why}");
+        }
         rank.guard_weights()?;
         self.inbox.set_device(Some((rank.abort_handle(), joined.exchange)));
         Ok(true)
@@ -266,15 +281,31 @@ impl StepThread {
         }
     }
 
-    fn adopt(&mut self, progress: PlanProgress, layout: Layout) -> Result<(), ExchangeError> {
+    /// Takes the layout that was agreed on, and fills the slots with it.
+    fn adopt(
+        &mut self,
+        view: &GroupView,
+        progress: PlanProgress,
+        layout: Layout,
+    ) -> Result<(), ExchangeError> {
         let role = self.args.topology.role(self.args.rank as usize);
         if let Some(ep) = role.ep {
-            let staged = self.plan.as_ref();
-            join::fill_slots(&layout, ep, &self.slots, |moe_layer, logical| {
-                let found = staged.and_then(|plan| plan.find_staged(moe_layer, logical));
-                found.map_or_else(|| self.loader.read(moe_layer, logical), Ok)
-            })
-            .map_err(ExchangeError::Other)?;
+            let peers = view.members.iter().filter_map(|member| member.addr.clone()).collect();
+            let mut refill = Refill {
+                topology: &self.args.topology,
+                rank: self.args.rank as usize,
+                layout: &layout,
+                staged: self.plan.as_deref(),
+                loader: &self.loader,
+                runtime: &self.runtime,
+                borrower: Borrower { peers, ..self.borrower.clone() },
+                moved: Moved::default(),
+            };
+            join::fill_slots(&layout, ep, &self.slots, |moe_layer, logical| refill.bring(moe_layer, logical))
+                .map_err(ExchangeError::Other)?;
+            if refill.moved != Moved::default() {
+                tracing::info!(moved = ?refill.moved, "filled the slots");
+            }
         }
         self.layout = layout;
         self.progress = progress;
@@ -290,6 +321,7 @@ impl StepThread {
             self.progress.closed = self.progress.closed.max(plan.plan.epoch);
             self.outlet.plan_report(&plan, committed, Some(end), self.clock.end_watch());
             plan.end();
+            self.leases.plan_ended(plan.plan.epoch);
         }
         self.inbox.set_closed_plan(self.progress.closed);
     }
@@ -327,6 +359,15 @@ impl StepThread {
                 tracing::info!(epoch = plan.plan.epoch, "dropped a plan that has already ended");
             }
             Command::Abandon(epoch) => self.abandon = self.abandon.max(epoch),
+            Command::BreakDevice => {
+                if let Engine::Cuda { rank, .. } = &self.engine {
+                    tracing::warn!("the GPU is broken on purpose: {:?}", rank.break_device());
+                }
+            }
+            Command::DeviceFailed(why) => {
+                self.outlet.device_failed(why);
+                self.stopping = true;
+            }
             Command::ReportLoad(reply) => {
                 // Replies are dropped when the asker has given up, here and below.
                 let _ = reply.send(self.outlet.take_load());

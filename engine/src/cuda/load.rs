@@ -305,7 +305,8 @@ fn load_ep(
     let slots = options.local_slots();
     // Those of the slots, of the layers that wait for their commit, one that a peer reads and one on its way here.
     let places = slots * (config.moe_layers() + options.stage_ahead.max(1)) + 2;
-    let pool = ExpertPool::new(device, PoolShape { places, hidden, width, stored })?;
+    // A step that takes longer counts as hung, and weights may wait for one.
+    let pool = ExpertPool::new(device, PoolShape { places, hidden, width, stored }, options.timeout * 4)?;
     let rows_max = exchange.shape().rows_max;
     let carried = exchange.transport() == Transport::Nccl;
     Ok(Ep {

@@ -9,6 +9,7 @@ mod draws;
 mod feed_forward;
 mod inputs;
 mod layer;
+mod lending;
 mod load;
 mod made_up;
 mod model;
@@ -17,6 +18,7 @@ mod rank;
 mod source;
 mod tables;
 
+pub use lending::{LentPlace, PoolOffer};
 pub use load::{BLOCK_SIZE, CudaOptions, KvRoom, Weights, bytes_per_block};
 pub use pool::{ExpertPool, PoolError, PoolShape, PooledExpert};
 pub use rank::{CudaRank, GroupStep, StepResults};

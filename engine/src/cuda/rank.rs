@@ -11,6 +11,7 @@ use heliostat_kernels::cuda::nccl::{Nccl, NcclId};
 use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Stream};
 
 use super::inputs::STEPS_MAX;
+use super::lending::PoolOffer;
 use super::model::{CudaModel, StepShape};
 use super::pool::{ExpertPool, PooledExpert};
 use crate::batch::{Drawn, Step};
@@ -129,9 +130,29 @@ impl CudaRank {
         self.num_blocks
     }
 
+    /// Where its steps run, for others to see whether the device still answers.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
     /// Its expert weights, on a rank with experts.
     pub fn pool(&self) -> Option<&ExpertPool> {
         self.model.ep.as_ref().map(|ep| &ep.pool)
+    }
+
+    /// Names this rank's expert weights to its peers, who may copy from them then; none where no peer could.
+    pub fn pool_offer(&self) -> Option<PoolOffer> {
+        let peers = self.model.exchange.transport() == Transport::Peer;
+        self.pool().filter(|_| peers).map(ExpertPool::offer)
+    }
+
+    /// Maps the expert weights of the other ranks, given by rank; returns which could not be mapped, and why. Between
+    /// [`CudaRank::connect`] and the first step.
+    pub fn reach_pools(&self, offers: &[Option<PoolOffer>]) -> Vec<(usize, CudaError)> {
+        let of_others = offers.iter().enumerate();
+        let offers: Vec<Option<PoolOffer>> =
+            of_others.map(|(rank, offer)| offer.clone().filter(|_| rank != self.rank)).collect();
+        self.pool().map_or_else(Vec::new, |pool| pool.reach(&offers))
     }
 
     /// Names this rank's memory to its peers.
@@ -196,6 +217,14 @@ impl CudaRank {
         if self.is_by_nccl() { self.record() } else { Ok(()) }
     }
 
+    /// For tests: loses the device, as an uncorrectable memory error does. Whoever uses it next hears of that.
+    ///
+    /// # Errors
+    /// The device was lost before.
+    pub fn break_device(&self) -> Result<(), CudaError> {
+        heliostat_kernels::cuda::fault::break_device(&self.stream)
+    }
+
     /// Ends the epoch of [`CudaRank::connect`]: what waits for peers gives up at once, and steps in flight are forgotten.
     ///
     /// # Errors
@@ -211,6 +240,7 @@ impl CudaRank {
             // The memory of a peer that is gone is freed by the last who lets go of it.
             true => {
                 self.model.exchange.disconnect();
+                self.pool().into_iter().for_each(ExpertPool::let_go);
                 Ok(())
             }
             false => Err(CudaError::Other(format!("a step hung for {limit:?}"))),

@@ -8,7 +8,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use heliostat_kernels::cuda::CudaError;
 
-use crate::cuda::{ExpertPool, PoolError, PooledExpert};
+use crate::cuda::{ExpertPool, LentPlace, PoolError, PooledExpert};
 use crate::model::Expert;
 
 /// One expert's weights, wherever they lie. Clones share them.
@@ -29,6 +29,14 @@ impl ExpertWeights {
         match self {
             Self::Host(expert) => Ok(Arc::clone(expert)),
             Self::Cuda(pooled) => pooled.to_host().map(Arc::new),
+        }
+    }
+
+    /// What another GPU has to know to copy them while this keeps them where they are; `None` on the host.
+    pub fn lent(&self) -> Option<LentPlace> {
+        match self {
+            Self::Host(_) => None,
+            Self::Cuda(pooled) => pooled.lent(),
         }
     }
 
@@ -68,6 +76,25 @@ impl ExpertStore {
         match self {
             Self::Host => Ok(ExpertWeights::Host(Arc::new(expert))),
             Self::Cuda(pool) => pool.put(&expert).map(|pooled| ExpertWeights::Cuda(Arc::new(pooled))),
+        }
+    }
+
+    /// Whether experts of `rank` can be copied from its GPU to this one.
+    pub fn reaches(&self, rank: usize) -> bool {
+        match self {
+            Self::Host => false,
+            Self::Cuda(pool) => pool.reaches(rank),
+        }
+    }
+
+    /// Copies an expert that `rank` lends, from its GPU to this one. Blocks until it is there.
+    ///
+    /// # Errors
+    /// Those of [`ExpertPool::borrow`].
+    pub fn borrow(&self, rank: usize, lent: LentPlace) -> Result<ExpertWeights, PoolError> {
+        match self {
+            Self::Host => Err(PoolError::OutOfReach(rank)),
+            Self::Cuda(pool) => pool.borrow(rank, lent).map(|pooled| ExpertWeights::Cuda(Arc::new(pooled))),
         }
     }
 }

@@ -125,6 +125,9 @@ pub(super) fn check(call: &'static str, result: sys::CUresult) -> Result<(), Cud
             | R::CUDA_ERROR_NVLINK_UNCORRECTABLE
             | R::CUDA_ERROR_DEVICE_UNAVAILABLE
             | R::CUDA_ERROR_ASSERT
+            | R::CUDA_ERROR_CONTAINED
+            | R::CUDA_ERROR_EXTERNAL_DEVICE
+            | R::CUDA_ERROR_MPS_CLIENT_TERMINATED
             | R::CUDA_ERROR_UNKNOWN
     );
     Err(CudaError::Call { call, code: words(sys::cuGetErrorName), what: words(sys::cuGetErrorString), fatal })

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 
 use super::error::check;
-use super::{Buffer, CudaError, Device};
+use super::{Buffer, CudaError, Device, Stream};
 
 /// The driver exports whole pages of this size.
 const PAGE_BYTES: usize = 2 << 20;
@@ -144,12 +144,31 @@ impl PeerHeap {
     pub fn handle(&self) -> HeapHandle {
         self.handle
     }
+
+    /// Queues a copy of the bytes from `offset` on into all of `to`, by the copy engines: over NVLink where the heap lies on
+    /// another GPU. The call itself waits for nothing.
+    ///
+    /// # Errors
+    /// The stream is broken, or the heap ends before.
+    pub fn copy_to(&self, stream: &Stream, offset: usize, to: &Buffer<u8>) -> Result<(), CudaError> {
+        let end = offset.checked_add(to.len());
+        if end.is_none_or(|end| end as u64 > self.handle.bytes) {
+            let (len, bytes) = (to.len(), self.handle.bytes);
+            return Err(CudaError::Other(format!("{len} bytes at {offset} of a peer's heap of {bytes}")));
+        }
+        stream.device().bind()?;
+        // SAFETY: both have this length; the heap is mapped as long as `self` lives, whose owner waits for the stream.
+        check("cuMemcpyDtoDAsync", unsafe {
+            let from = self.address + offset as u64;
+            sys::cuMemcpyDtoDAsync_v2(to.address(), from, to.len(), stream.raw())
+        })
+    }
 }
 
 impl Drop for PeerHeap {
     fn drop(&mut self) {
         if self.handle.process != this_process() && self.device.bind().is_ok() {
-            // SAFETY: opened once. Kernels that use it have ended: an exchange is dropped after its streams are idle.
+            // SAFETY: opened once. What used it has ended: its owner drops it when its streams have come so far.
             unsafe { sys::cuIpcCloseMemHandle(self.address) };
         }
     }

@@ -9,7 +9,9 @@
 
 pub mod activation;
 pub mod attention;
+pub mod checksum;
 pub mod cublaslt;
+pub mod fault;
 pub mod norm;
 pub mod rope;
 pub mod router;

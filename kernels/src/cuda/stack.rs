@@ -65,6 +65,26 @@ impl WeightStack {
         Ok(Self { stored, count, rows, cols, data: device.alloc(count * bytes)?, scales })
     }
 
+    /// Matrices in memory that is there already: elements in `data`, and FP8 scales in `scales`.
+    ///
+    /// # Panics
+    /// If their lengths are not those of `count` matrices.
+    pub fn within(
+        stored: StoredAs,
+        count: usize,
+        (rows, cols): (usize, usize),
+        data: Buffer<u8>,
+        scales: Buffer<f32>,
+    ) -> Self {
+        let (bytes, scales_each) = Self::sizes(stored, (rows, cols));
+        assert_eq!((data.len(), scales.len()), (count * bytes, count * scales_each), "lengths of a stack");
+        let scales = match stored {
+            StoredAs::Bf16 => None,
+            StoredAs::Fp8 => Some(scales),
+        };
+        Self { stored, count, rows, cols, data, scales }
+    }
+
     /// Bytes that one matrix takes, scales included.
     pub fn bytes_per_matrix(stored: StoredAs, shape: (usize, usize)) -> usize {
         let (bytes, scales) = Self::sizes(stored, shape);
@@ -72,7 +92,7 @@ impl WeightStack {
     }
 
     /// Bytes of elements and number of scales of one matrix.
-    fn sizes(stored: StoredAs, (rows, cols): (usize, usize)) -> (usize, usize) {
+    pub fn sizes(stored: StoredAs, (rows, cols): (usize, usize)) -> (usize, usize) {
         match stored {
             StoredAs::Bf16 => (rows * cols * 2, 0),
             StoredAs::Fp8 => (rows * cols, rows.div_ceil(BLOCK) * cols.div_ceil(BLOCK)),

@@ -135,6 +135,19 @@ impl Stream {
         self.0.profile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the device still answers. Waits for nothing.
+    ///
+    /// # Errors
+    /// It is lost, or something that was queued failed.
+    pub fn check(&self) -> Result<(), CudaError> {
+        self.device().bind()?;
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.raw()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
+            result => check("cuStreamQuery", result),
+        }
+    }
+
     /// Waits for all that was queued.
     ///
     /// # Errors
@@ -246,6 +259,23 @@ impl Event {
                 return Ok(false);
             }
             std::hint::spin_loop();
+        }
+        Ok(true)
+    }
+
+    /// The same for who is in no hurry: it sleeps between two looks, so that its core is others'. The driver is not asked to
+    /// wait, so no lock of it is held meanwhile.
+    ///
+    /// # Errors
+    /// Something before it failed.
+    pub fn wait_patiently(&self, timeout: Duration) -> Result<bool, CudaError> {
+        const PAUSE: Duration = Duration::from_micros(50);
+        let began = Instant::now();
+        while !self.is_done()? {
+            if began.elapsed() > timeout {
+                return Ok(false);
+            }
+            std::thread::sleep(PAUSE);
         }
         Ok(true)
     }

@@ -8,6 +8,7 @@ mod cuda_support;
 
 mod activation;
 mod bench;
+mod checksum;
 mod norm;
 mod rope;
 mod router;
@@ -18,6 +19,8 @@ use cuda_support::{assert_compiles, calc_diff, device};
 use half::bf16;
 use heliostat_kernels::cpu::quant::{Quantized, quantize};
 use heliostat_kernels::cuda::activation::Activation;
+use heliostat_kernels::cuda::checksum::Checksum;
+use heliostat_kernels::cuda::fault;
 use heliostat_kernels::cuda::norm::Norm;
 use heliostat_kernels::cuda::rope::Rope;
 use heliostat_kernels::cuda::router::Routing;
@@ -35,6 +38,8 @@ fn compiles() {
         Routing::source(),
         Sampling::source(),
         Synthetic::source(),
+        Checksum::source(),
+        fault::source(),
     ]);
 }
 

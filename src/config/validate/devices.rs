@@ -224,6 +224,7 @@ impl Check<'_> {
         if kind == Kind::Cpu {
             for (path, asked) in [
                 ("devices.ranks_per_gpu", devices.ranks_per_gpu != 1),
+                ("devices.fault_injection", devices.fault_injection),
                 ("parallel.all2all_backend", raw.parallel.all2all_backend.is_some()),
                 ("engine.gpu_memory_utilization", engine.gpu_memory_utilization.is_some()),
                 (
@@ -269,6 +270,7 @@ impl Check<'_> {
             graph_rows_max: if engine.enforce_eager { 0 } else { graph_rows.unwrap_or(GRAPH_ROWS_MAX) },
             async_scheduling: engine.async_scheduling.unwrap_or(true),
             ranks_per_gpu,
+            fault_injection: devices.fault_injection,
         })
     }
 }
