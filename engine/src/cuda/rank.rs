@@ -255,6 +255,9 @@ impl CudaRank {
         let (shape, graph) = self.shape_of(step, rows);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&stream, copy, step, (shape.rows, shape.logit_rows))?;
+            if let Some(prompts) = &mut dp.prompts {
+                prompts.send(&stream, copy, step, shape.rows)?;
+            }
             dp.draws.send(&stream, copy, step, shape.logit_rows)?;
         }
         match graph.and_then(|rows| self.graphs.get(&rows)) {
@@ -284,6 +287,9 @@ impl CudaRank {
         let (shape, _) = self.shape_of(step, rows);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&self.stream, 0, step, (shape.rows, shape.logit_rows))?;
+            if let Some(prompts) = &mut dp.prompts {
+                prompts.send(&self.stream, 0, step, shape.rows)?;
+            }
             dp.draws.send(&self.stream, 0, step, shape.logit_rows)?;
         }
         self.stream.profile(|stream| self.model.step(stream, shape))
@@ -295,7 +301,7 @@ impl CudaRank {
         let wanted = if self.is_by_nccl() { group_rows } else { rows };
         let bucket = self.graphs.range(wanted..).next().map(|(&rows, _)| rows);
         let carried = bucket.unwrap_or(wanted);
-        let decodes = step.seqs.iter().all(|seq| seq.len == 1);
+        let decodes = step.seqs.iter().all(|seq| seq.len == 1 && seq.expanded == 0);
         match bucket.filter(|_| decodes) {
             Some(bucket) => (StepShape { rows: bucket, logit_rows: bucket, carried }, Some(bucket)),
             None => {

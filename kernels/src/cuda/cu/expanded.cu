@@ -285,6 +285,19 @@ __device__ __forceinline__ void consume(const Params& p, u32 base) {
     if (GROUP == 0) turn_sync<1>();
 }
 
+__device__ __forceinline__ void copy_query(const Params& p, u32 base, u32 row0, u32 head) {
+    barrier_expect(base + Q_FULL, 2 * QUERY_BYTES);
+#pragma unroll
+    for (u32 i = 0; i < 2 * KEY_BLOCKS; i++) {
+        u32 block = i % KEY_BLOCKS, row = row0 + i / KEY_BLOCKS * 64, to = base + i * QUERY_BLOCK;
+        if (block < NOPE_BLOCKS) {
+            copy_box(to, p.query, base + Q_FULL, block * 64, head, row, EVICT_NORMAL);
+        } else {
+            copy_box(to, p.rotated, base + Q_FULL, (block - NOPE_BLOCKS) * 64, head, row, EVICT_NORMAL);
+        }
+    }
+}
+
 __device__ __forceinline__ void produce(const Params& p, u32 base) {
     Ring k, v;
     u32 end = p.first[blockIdx.x + 1], parity = 1;
@@ -292,16 +305,6 @@ __device__ __forceinline__ void produce(const Params& p, u32 base) {
         u32 unit = p.units[index], head = unit >> 16;
         Rows rows = p.rows[unit & 0xffff];
         u32 tiles = (rows.position0 + rows.rows - 1) / TILE + 1;
-        barrier_wait(base + Q_FREE, parity);
-        barrier_expect(base + Q_FULL, 2 * QUERY_BYTES);
-#pragma unroll
-        for (u32 i = 0; i < 2 * KEY_BLOCKS; i++) {
-            u32 block = i % KEY_BLOCKS, first = rows.row0 + i / KEY_BLOCKS * 64;
-            bool is_rope = block >= NOPE_BLOCKS;
-            u32 column = (is_rope ? block - NOPE_BLOCKS : block) * 64;
-            copy_box(base + i * QUERY_BLOCK, is_rope ? p.rotated : p.query, base + Q_FULL, column, p.head0 + head, first,
-                     EVICT_NORMAL);
-        }
         for (u32 tile = 0; tile < tiles; tile++) {
             u32 position = rows.key0 + tile * TILE;
             u32 full = base + k_full(k.stage), to = base + OFFSET_K + k.stage * KEYS_BYTES;
@@ -317,6 +320,10 @@ __device__ __forceinline__ void produce(const Params& p, u32 base) {
                          EVICT_NORMAL);
             }
             k.advance(STAGES);
+            if (tile == 0) {
+                barrier_wait(base + Q_FREE, parity);
+                copy_query(p, base, rows.row0, p.head0 + head);
+            }
             full = base + v_full(v.stage), to = base + OFFSET_V + v.stage * VALUES_BYTES;
             barrier_wait(base + v_free(v.stage), v.phase ^ 1);
             barrier_expect(full, VALUES_BYTES);
