@@ -7,7 +7,7 @@ mod job;
 mod program;
 mod state;
 
-pub(crate) use bench::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice};
+pub(crate) use bench::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice, PrefillArg};
 pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
 pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};

@@ -150,6 +150,7 @@ fn engine(config: &Config) -> EngineArgs {
         max_num_batched_tokens: config.engine.max_num_batched_tokens,
         max_model_len: config.model.max_model_len,
         enable_prefix_caching: config.engine.enable_prefix_caching,
+        prefill_attention: config.engine.prefill_attention,
         max_waiting: config.serve.max_queued_requests,
         load_report_steps: LOAD_REPORT_STEPS.min(config.eplb.window_size),
         cuda: config.cuda.as_ref().map_or_else(CudaArgs::default, cuda),

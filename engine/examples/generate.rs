@@ -79,6 +79,7 @@ fn next_batch(tokens: &[Vec<u32>], cached: &[usize], blocks_each: usize) -> Batc
             context,
             block_table: (first..first + blocks_each as u32).collect(),
             logits: LogitRows::Last,
+            expanded: 0,
         });
         batch.tokens.extend(&tokens[context..]);
         batch.positions.extend((context..tokens.len()).map(|position| position as u32));

@@ -5,6 +5,9 @@
 
 use std::ops::Deref;
 
+use bincode::{Decode, Encode};
+
+use crate::config::{Attention, ModelConfig};
 use crate::request::TokenLogprob;
 
 /// The tokens of one step, sequence after sequence. Empty on a rank that only keeps its peers company.
@@ -44,7 +47,50 @@ pub struct BatchSeq {
     pub block_table: Vec<u32>,
     /// Rows whose logits are wanted.
     pub logits: LogitRows,
+    /// The first so many rows are a prompt's and attend to expanded keys and values; see [`PrefillAttention`].
+    pub expanded: usize,
 }
+
+/// How rows of prompts attend, where a model has latent attention. Rows of generated tokens always attend absorbed, as
+/// they do when they are computed again after a preemption or on another rank.
+///
+/// Either way of attending gives bits of its own, so which one a row takes depends on its position alone (PA-1): cuts of
+/// a prompt, neighbours and remaps change nothing. The prefix cache shares a block where all of its rows, and those of
+/// the blocks before it, attended in the same way (PA-2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum PrefillAttention {
+    /// All heads read the cached latents, as generated tokens do.
+    #[default]
+    Absorbed,
+    /// Keys and values of every head are made from the latents first: less work where many rows share them.
+    Expanded,
+}
+
+impl PrefillAttention {
+    /// As it is written in cluster.toml.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Absorbed => "absorbed",
+            Self::Expanded => "expanded",
+        }
+    }
+
+    /// # Errors
+    /// The model has no latents to expand.
+    pub fn check(self, config: &ModelConfig) -> Result<(), NoLatents> {
+        match (self, &config.attention) {
+            (Self::Absorbed, _) | (Self::Expanded, Attention::Mla(_)) => Ok(()),
+            (Self::Expanded, Attention::Gqa(_)) => Err(NoLatents),
+        }
+    }
+}
+
+/// Expanded attention was asked for where there is nothing to expand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`prefill_attention` = \"expanded\" needs a model with latent attention (MLA): write \"absorbed\", or leave it out"
+)]
+pub struct NoLatents;
 
 impl BatchSeq {
     /// Rows of logits that the model returns for this sequence.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, Sampling, Step};
+use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, PrefillAttention, Sampling, Step};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::cuda::{BLOCK_SIZE, CudaOptions, CudaRank, GroupStep, KvRoom, Weights};
@@ -66,9 +66,24 @@ fn models() -> Vec<PathBuf> {
     all
 }
 
+/// Every model, with every way for its prompts to attend.
+fn cases() -> Vec<(PathBuf, PrefillAttention)> {
+    let ways = |dir: PathBuf| {
+        let config = ModelConfig::from_dir(&dir).unwrap();
+        let possible = move |way: &PrefillAttention| way.check(&config).is_ok();
+        [PrefillAttention::Absorbed, PrefillAttention::Expanded]
+            .into_iter()
+            .filter(possible)
+            .map(move |way| (dir.clone(), way))
+            .collect::<Vec<_>>()
+    };
+    models().into_iter().flat_map(ways).collect()
+}
+
 /// A model on the GPU, alone.
 struct Rig {
     name: String,
+    prefill: PrefillAttention,
     rank: CudaRank,
     slots: SharedSlots,
     store: ExpertStore,
@@ -79,7 +94,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn load(device: &Device, dir: &Path, graph_rows_max: usize) -> Self {
+    fn load(device: &Device, (dir, prefill): (&Path, PrefillAttention), graph_rows_max: usize) -> Self {
         let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
         let checkpoint = Checkpoint::open(dir).unwrap();
         checkpoint.validate(&config).unwrap();
@@ -93,6 +108,7 @@ impl Rig {
             rows_max: 512,
             seqs_max: 64,
             max_model_len: config.max_position_embeddings.min(1024),
+            prefill_attention: prefill,
             kv: KvRoom::Blocks(128),
             graph_rows_max,
             transport: Transport::Local,
@@ -108,7 +124,7 @@ impl Rig {
         let slots = SharedSlots::new(Slots::new(config.moe_layers(), shape.slots as usize));
         rank.connect(1, &[rank.handle()], None).unwrap();
         let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let name = format!("{} {prefill:?}", dir.file_name().unwrap().to_string_lossy());
         let reference = serde_json::from_str(&reference).unwrap();
         let mut rig =
             Self { name, rank, slots, store, checkpoint, layout: layout.clone(), reference, epoch: 1 };
@@ -143,13 +159,15 @@ impl Rig {
     fn logits(&mut self, shares: &[Share]) -> Vec<Vec<f32>> {
         let mut batch = Batch::default();
         for share in shares {
-            let Share { tokens, context, table } = share;
+            let Share { tokens, context, table, prompt } = share;
+            let expands = *prompt && self.prefill == PrefillAttention::Expanded;
             batch.seqs.push(BatchSeq {
                 start: batch.tokens.len(),
                 len: tokens.len(),
                 context: *context,
                 block_table: table.clone(),
                 logits: LogitRows::Last,
+                expanded: if expands { tokens.len() } else { 0 },
             });
             batch.tokens.extend(tokens);
             batch.positions.extend((*context..context + tokens.len()).map(|position| position as u32));
@@ -163,11 +181,12 @@ impl Rig {
 
     /// Logits after each of `prompt` and the `forced` tokens that follow it.
     fn forced(&mut self, prompt: &[u32], forced: &[u32], table: &[u32]) -> Vec<Vec<f32>> {
-        let first = Share { tokens: prompt.to_vec(), context: 0, table: table.to_vec() };
+        let first = Share { tokens: prompt.to_vec(), context: 0, table: table.to_vec(), prompt: true };
         let mut rows = self.logits(&[first]);
         for (index, &token) in forced.iter().enumerate() {
             let context = prompt.len() + index;
-            rows.extend(self.logits(&[Share { tokens: vec![token], context, table: table.to_vec() }]));
+            let share = Share { tokens: vec![token], context, table: table.to_vec(), prompt: false };
+            rows.extend(self.logits(&[share]));
         }
         rows
     }
@@ -179,6 +198,8 @@ struct Share {
     tokens: Vec<u32>,
     context: usize,
     table: Vec<u32>,
+    /// Rows of a prompt.
+    prompt: bool,
 }
 
 fn calc_diff(x: &[f32], y: &[f32]) -> f64 {
@@ -205,11 +226,11 @@ impl Prompt {
 }
 
 /// Logits of the same rows from the CPU model, which is held against transformers by its own tests.
-fn on_cpu(dir: &Path, sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
+fn on_cpu((dir, prefill): (&Path, PrefillAttention), sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
     let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
     let checkpoint = Checkpoint::open(dir).unwrap();
     let cpu = Cpu::single_threaded();
-    let mut model = Model::load(&checkpoint, &config, cpu.clone(), &mut |_, _| ()).unwrap();
+    let mut model = Model::load_for(prefill, &checkpoint, &config, cpu.clone(), &mut |_, _| ()).unwrap();
     let mut experts = LocalExperts::load(&checkpoint, &config, cpu).unwrap();
     let mut kv = KvPages::new(&config, 16, BLOCK_SIZE);
     let mut rows = Vec::new();
@@ -221,6 +242,7 @@ fn on_cpu(dir: &Path, sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
             context: 0,
             block_table: (0..16).collect(),
             logits: LogitRows::All,
+            expanded: if prefill == PrefillAttention::Expanded { prompt.len() } else { 0 },
         };
         let positions = (0..tokens.len() as u32).collect();
         let logits =
@@ -237,8 +259,8 @@ fn on_cpu(dir: &Path, sequences: &[(Vec<u32>, Vec<u32>)]) -> Vec<Vec<f32>> {
 fn logits_are_those_of_the_cpu_and_of_transformers() {
     let Some(device) = device() else { return };
     let table: Vec<u32> = (0..16).rev().collect();
-    for dir in models() {
-        let mut rig = Rig::load(&device, &dir, 0);
+    for (dir, prefill) in cases() {
+        let mut rig = Rig::load(&device, (&dir, prefill), 0);
         let prompts = std::mem::take(&mut rig.reference.prompts);
         let (mut got, mut first) = (Vec::new(), Vec::new());
         for prompt in &prompts {
@@ -248,7 +270,7 @@ fn logits_are_those_of_the_cpu_and_of_transformers() {
         }
         let sequences: Vec<_> =
             prompts.iter().map(|prompt| (prompt.prompt_ids.clone(), prompt.greedy_ids.clone())).collect();
-        let wanted = on_cpu(&dir, &sequences);
+        let wanted = on_cpu((&dir, prefill), &sequences);
         assert_eq!(got.len(), wanted.len());
         let mut diffs: Vec<f64> =
             got.iter().zip(&wanted).map(|(got, wanted)| calc_diff(got, wanted)).collect();
@@ -273,9 +295,9 @@ fn logits_are_those_of_the_cpu_and_of_transformers() {
 #[test]
 fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
     let Some(device) = device() else { return };
-    for dir in models() {
-        let mut eager = Rig::load(&device, &dir, 0);
-        let mut recorded = Rig::load(&device, &dir, 64);
+    for (dir, prefill) in cases() {
+        let mut eager = Rig::load(&device, (&dir, prefill), 0);
+        let mut recorded = Rig::load(&device, (&dir, prefill), 64);
         let prompts: Vec<Vec<u32>> =
             eager.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
         let name = eager.name.clone();
@@ -288,13 +310,16 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
             "{name}: recording"
         );
         // In chunks, beside other sequences.
-        let other = Share { tokens: prompts[0].clone(), context: 0, table: vec![20, 21, 22, 23] };
+        let table = vec![20, 21, 22, 23];
+        let other = Share { tokens: prompts[0].clone(), context: 0, table, prompt: true };
+        // A row that was drawn, in the same step.
+        let drawn = Share { tokens: vec![5], context: prompts[0].len(), prompt: false, ..other.clone() };
         for chunk in [1, 5, 64] {
             let mut last = Vec::new();
             for (index, tokens) in prompt.chunks(chunk).enumerate() {
-                let share =
-                    Share { tokens: tokens.to_vec(), context: index * chunk, table: vec![11, 10, 12, 13] };
-                last = recorded.logits(&[other.clone(), share, other.clone()]).swap_remove(1);
+                let (tokens, table) = (tokens.to_vec(), vec![11, 10, 12, 13]);
+                let share = Share { tokens, context: index * chunk, table, prompt: true };
+                last = recorded.logits(&[other.clone(), share, drawn.clone()]).swap_remove(1);
             }
             assert_eq!(bits(&[last]), bits(&wanted[..1]), "{name}: chunks of {chunk}");
         }
@@ -334,6 +359,7 @@ fn run(rig: &mut Rig, depth: usize, requests: Vec<Request>) -> Vec<(RequestId, V
         max_num_batched_tokens: 128,
         max_model_len: 512,
         enable_prefix_caching: true,
+        prefill_attention: rig.prefill,
         max_waiting: 256,
         vocab_size: rig.rank.config().vocab_size,
     };
@@ -363,37 +389,39 @@ fn run(rig: &mut Rig, depth: usize, requests: Vec<Request>) -> Vec<(RequestId, V
 fn steps_scheduled_ahead_draw_the_same() {
     let Some(device) = device() else { return };
     let dir = root().join("models/sundial-20m");
-    let mut rig = Rig::load(&device, &dir, 64);
-    let prompts: Vec<Vec<u32>> =
-        rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
-    let requests = |rig: &Rig| -> Vec<Request> {
-        let make = |index: usize| Request {
-            id: RequestId(index as u128 + 1),
-            prompt: prompts[index % prompts.len()].clone(),
-            sampling: SamplingParams {
-                temperature: if index.is_multiple_of(3) { 0.0 } else { 0.8 },
-                top_p: if index.is_multiple_of(2) { 0.9 } else { 1.0 },
-                top_k: if index.is_multiple_of(5) { 20 } else { 0 },
-                seed: index as u64,
-                ..SamplingParams::default()
-            },
-            stop: StopConditions {
-                max_tokens: 20 + index as u32,
-                min_tokens: 0,
-                eos_token_ids: Vec::new(),
-                stop_token_ids: Vec::new(),
-            },
-            generated: Vec::new(),
-            prompt_logprobs: None,
-            grammar: None,
-            priority: 0,
-            logprobs: Some(2),
+    for prefill in [PrefillAttention::Absorbed, PrefillAttention::Expanded] {
+        let mut rig = Rig::load(&device, (&dir, prefill), 64);
+        let prompts: Vec<Vec<u32>> =
+            rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
+        let requests = |rig: &Rig| -> Vec<Request> {
+            let make = |index: usize| Request {
+                id: RequestId(index as u128 + 1),
+                prompt: prompts[index % prompts.len()].clone(),
+                sampling: SamplingParams {
+                    temperature: if index.is_multiple_of(3) { 0.0 } else { 0.8 },
+                    top_p: if index.is_multiple_of(2) { 0.9 } else { 1.0 },
+                    top_k: if index.is_multiple_of(5) { 20 } else { 0 },
+                    seed: index as u64,
+                    ..SamplingParams::default()
+                },
+                stop: StopConditions {
+                    max_tokens: 20 + index as u32,
+                    min_tokens: 0,
+                    eos_token_ids: Vec::new(),
+                    stop_token_ids: Vec::new(),
+                },
+                generated: Vec::new(),
+                prompt_logprobs: None,
+                grammar: None,
+                priority: 0,
+                logprobs: Some(2),
+            };
+            let _ = rig;
+            (0..40).map(make).collect()
         };
-        let _ = rig;
-        (0..40).map(make).collect()
-    };
-    let (first, ahead) = (requests(&rig), requests(&rig));
-    let wanted = run(&mut rig, 1, first);
-    assert!(wanted.iter().all(|(_, tokens, _)| !tokens.is_empty()));
-    assert_eq!(run(&mut rig, 2, ahead), wanted);
+        let (first, ahead) = (requests(&rig), requests(&rig));
+        let wanted = run(&mut rig, 1, first);
+        assert!(wanted.iter().all(|(_, tokens, _)| !tokens.is_empty()));
+        assert_eq!(run(&mut rig, 2, ahead), wanted);
+    }
 }

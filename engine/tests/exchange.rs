@@ -54,7 +54,14 @@ fn batch(dp: usize, step: u64, vocab: usize) -> Batch {
     Batch {
         tokens: (context..context + len).map(token).collect(),
         positions: (context as u32..(context + len) as u32).collect(),
-        seqs: vec![BatchSeq { start: 0, len, context, block_table: vec![0, 1], logits: LogitRows::All }],
+        seqs: vec![BatchSeq {
+            start: 0,
+            len,
+            context,
+            block_table: vec![0, 1],
+            logits: LogitRows::All,
+            expanded: 0,
+        }],
     }
 }
 

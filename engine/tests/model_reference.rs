@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
+use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, PrefillAttention};
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::model::{
@@ -39,6 +39,7 @@ struct Rig {
     experts: LocalExperts,
     config: Arc<ModelConfig>,
     reference: Reference,
+    prefill: PrefillAttention,
 }
 
 /// How a sequence is fed.
@@ -70,22 +71,38 @@ fn models() -> Vec<PathBuf> {
     all
 }
 
+/// Every model, with every way for its prompts to attend.
+fn cases() -> Vec<(PathBuf, PrefillAttention)> {
+    let ways = |dir: PathBuf| {
+        let config = ModelConfig::from_dir(&dir).unwrap();
+        let possible = move |way: &PrefillAttention| way.check(&config).is_ok();
+        [PrefillAttention::Absorbed, PrefillAttention::Expanded]
+            .into_iter()
+            .filter(possible)
+            .map(move |way| (dir.clone(), way))
+            .collect::<Vec<_>>()
+    };
+    models().into_iter().flat_map(ways).collect()
+}
+
 impl Rig {
     fn load(dir: &Path) -> Self {
-        Self::load_on(dir, Cpu::single_threaded())
+        Self::load_on(dir, PrefillAttention::Absorbed, Cpu::single_threaded())
     }
 
-    fn load_on(dir: &Path, cpu: Cpu) -> Self {
+    fn load_on(dir: &Path, prefill: PrefillAttention, cpu: Cpu) -> Self {
         let config = Arc::new(ModelConfig::from_dir(dir).unwrap());
         let checkpoint = Checkpoint::open(dir).unwrap();
         checkpoint.validate(&config).unwrap();
         let mut read = (0, 0);
-        let model =
-            Model::load(&checkpoint, &config, cpu.clone(), &mut |done, total| read = (done, total)).unwrap();
+        let model = Model::load_for(prefill, &checkpoint, &config, cpu.clone(), &mut |done, total| {
+            read = (done, total)
+        })
+        .unwrap();
         assert!(read.0 == read.1 && read.0 > 0, "progress ends at its total: {read:?}");
         let experts = LocalExperts::load(&checkpoint, &config, cpu).unwrap();
         let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
-        Self { model, experts, config, reference: serde_json::from_str(&reference).unwrap() }
+        Self { model, experts, config, reference: serde_json::from_str(&reference).unwrap(), prefill }
     }
 
     /// Generates `new_tokens` greedily after each of the prompts, all in one batch.
@@ -105,7 +122,7 @@ impl Rig {
         };
         let mut sequences: Vec<Sequence> = prompts.iter().enumerate().map(sequence).collect();
         while sequences.iter().any(|sequence| sequence.logits.len() < new_tokens) {
-            let batch = next_batch(&sequences, new_tokens, feed);
+            let batch = next_batch(&sequences, (new_tokens, self.prefill), feed);
             let logits = self.model.forward(&batch, &mut kv, &mut self.experts).unwrap();
             let mut rows = logits.rows.chunks_exact(logits.vocab);
             let running = sequences.iter_mut().filter(|sequence| sequence.logits.len() < new_tokens);
@@ -128,7 +145,7 @@ impl Rig {
 }
 
 /// Up to `chunk` tokens of every sequence that is not done.
-fn next_batch(sequences: &[Sequence], new_tokens: usize, feed: Feed) -> Batch {
+fn next_batch(sequences: &[Sequence], (new_tokens, prefill): (usize, PrefillAttention), feed: Feed) -> Batch {
     let mut batch = Batch::default();
     for sequence in sequences.iter().filter(|sequence| sequence.logits.len() < new_tokens) {
         let len = (sequence.tokens.len() - sequence.cached).min(feed.chunk);
@@ -140,6 +157,10 @@ fn next_batch(sequences: &[Sequence], new_tokens: usize, feed: Feed) -> Batch {
             context: sequence.cached,
             block_table: sequence.block_table.clone(),
             logits: if last { LogitRows::Last } else { LogitRows::None },
+            expanded: match prefill {
+                PrefillAttention::Absorbed => 0,
+                PrefillAttention::Expanded => sequence.prompt_len.saturating_sub(rows.start).min(len),
+            },
         });
         batch.tokens.extend(&sequence.tokens[rows.clone()]);
         batch.positions.extend(rows.map(|position| position as u32));
@@ -168,9 +189,9 @@ impl Prompt {
 
 #[test]
 fn greedy_tokens_and_first_logits_are_those_of_transformers() {
-    for dir in models() {
-        let mut rig = Rig::load(&dir);
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+    for (dir, prefill) in cases() {
+        let mut rig = Rig::load_on(&dir, prefill, Cpu::single_threaded());
+        let name = format!("{} {prefill:?}", dir.file_name().unwrap().to_string_lossy());
         let mut worst = 0f32;
         for number in 0..rig.reference.prompts.len() {
             let prompt = rig.reference.prompts[number].prompt_ids.clone();
@@ -188,8 +209,8 @@ fn greedy_tokens_and_first_logits_are_those_of_transformers() {
 
 #[test]
 fn chunks_and_blocks_do_not_change_a_bit() {
-    for dir in models() {
-        let mut rig = Rig::load(&dir);
+    for (dir, prefill) in cases() {
+        let mut rig = Rig::load_on(&dir, prefill, Cpu::single_threaded());
         let prompts: Vec<Vec<u32>> =
             rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
         let longest = prompts.iter().max_by_key(|prompt| prompt.len()).unwrap();
@@ -204,8 +225,8 @@ fn chunks_and_blocks_do_not_change_a_bit() {
 
 #[test]
 fn neighbours_and_threads_do_not_change_a_bit() {
-    for dir in models() {
-        let mut rig = Rig::load(&dir);
+    for (dir, prefill) in cases() {
+        let mut rig = Rig::load_on(&dir, prefill, Cpu::single_threaded());
         let prompts: Vec<Vec<u32>> =
             rig.reference.prompts.iter().map(|prompt| prompt.prompt_ids.clone()).collect();
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
@@ -213,7 +234,7 @@ fn neighbours_and_threads_do_not_change_a_bit() {
             .iter()
             .map(|prompt| rig.generate(&[prompt], 6, Feed { chunk: usize::MAX, block_size: 4 }).remove(0))
             .collect();
-        let mut rig = Rig::load_on(&dir, Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
+        let mut rig = Rig::load_on(&dir, prefill, Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
         for chunk in [2, usize::MAX] {
             let together = rig.generate(&prompts, 6, Feed { chunk, block_size: 4 });
             for (number, (alone, together)) in alone.iter().zip(&together).enumerate() {
@@ -225,8 +246,8 @@ fn neighbours_and_threads_do_not_change_a_bit() {
 
 #[test]
 fn all_rows_of_logits_are_those_of_a_token_at_a_time() {
-    for dir in models() {
-        let mut rig = Rig::load(&dir);
+    for (dir, prefill) in cases() {
+        let mut rig = Rig::load_on(&dir, prefill, Cpu::single_threaded());
         let prompt = rig.reference.prompts[1].prompt_ids.clone();
         let mut kv = KvPages::new(&rig.config, 64, 1);
         let block_table: Vec<u32> = (0..64).collect();
@@ -237,6 +258,7 @@ fn all_rows_of_logits_are_those_of_a_token_at_a_time() {
                 context: range.start,
                 block_table: block_table.clone(),
                 logits: LogitRows::All,
+                expanded: if rig.prefill == PrefillAttention::Expanded { range.len() } else { 0 },
             };
             let positions = range.clone().map(|position| position as u32).collect();
             let batch = Batch { tokens: prompt[range].to_vec(), positions, seqs: vec![seq] };
@@ -288,7 +310,7 @@ fn an_aborted_step_can_be_done_again() {
             block_table: (0..64).collect(),
             logits: Vec::new(),
         };
-        let batch = next_batch(&[sequence], 1, feed);
+        let batch = next_batch(&[sequence], (1, rig.prefill), feed);
         let mut kv = KvPages::new(&rig.config, 64, feed.block_size);
         let last = rig.config.moe_layers() - 1;
         let mut experts = Flaky { experts: &mut rig.experts, fail_in: Some(last), calls: Vec::new() };

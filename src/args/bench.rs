@@ -1,6 +1,6 @@
 //! What may be written after `helio bench`.
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// `helio bench`.
@@ -38,6 +38,15 @@ pub(crate) struct BenchRanks {
     /// A rank that another process started.
     #[arg(long, hide = true, requires = "gpus")]
     pub(crate) guest: Option<u32>,
+}
+
+/// How prompts attend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefillArg {
+    /// Like generated tokens, on cached latents
+    Absorbed,
+    /// On keys and values of every head
+    Expanded,
 }
 
 /// `helio bench ops`.
@@ -100,6 +109,9 @@ pub(crate) struct BenchSlice {
     /// Tokens of one prefill step.
     #[arg(long, value_name = "TOKENS", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) chunk: u32,
+    /// How prompts attend, as `prefill_attention` in cluster.toml.
+    #[arg(long, value_name = "HOW", default_value = "expanded")]
+    pub(crate) prefill_attention: PrefillArg,
     /// How rows travel between GPUs.
     #[arg(long, value_enum, default_value_t = BenchExchange::Peer)]
     pub(crate) exchange: BenchExchange,
@@ -140,7 +152,14 @@ mod tests {
         assert_eq!((all.batch, all.context, all.layers), (vec![64, 128, 256], vec![2048, 4096], 61));
         assert_eq!((all.prompt, all.chunk, all.no_graphs), (vec![2048, 4096], 4096, false));
         assert_eq!((all.ranks.gpus, all.exchange), (None, BenchExchange::Peer));
-        let some = parse("helio bench slice --batch 8,16 --layers 5 --no-graphs --device 1").unwrap();
+        let some = parse(
+            "helio bench slice --batch 8,16 --layers 5 --no-graphs --device 1 --prefill-attention absorbed",
+        )
+        .unwrap();
+        assert_eq!(
+            (all.prefill_attention, some.prefill_attention),
+            (PrefillArg::Expanded, PrefillArg::Absorbed)
+        );
         assert_eq!((some.batch, some.layers, some.no_graphs, some.gpu.device), (vec![8, 16], 5, true, 1));
         for bad in ["--batch 0", "--layers 3", "--layers 62", "--steps 1", "--context x"] {
             assert!(parse(&format!("helio bench slice {bad}")).is_err(), "{bad}");

@@ -1,12 +1,13 @@
 //! `helio bench ops|slice`: measures GPUs and prints what was measured.
 
 use super::{print, print_json};
-use crate::args::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice};
+use crate::args::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice, PrefillArg};
 use crate::failure::{FAILED, Failure};
 use crate::{config, gpus, show};
 use anyhow::Result;
 use heliostat_actors::bench::meeting::{Guest, Meeting};
 use heliostat_actors::bench::{self, Options, SliceError};
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::cuda::LoadError;
 use heliostat_kernels::cuda::CudaError;
 use heliostat_kernels::cuda::exchange::Transport;
@@ -130,6 +131,10 @@ fn slice_options(args: &BenchSlice) -> Options {
         layers: Some(args.layers as usize),
         graphs: !args.no_graphs,
         chunk: args.chunk as usize,
+        prefill_attention: match args.prefill_attention {
+            PrefillArg::Absorbed => PrefillAttention::Absorbed,
+            PrefillArg::Expanded => PrefillAttention::Expanded,
+        },
         remap: args.remap,
         transport: match args.exchange {
             BenchExchange::Peer => Transport::Peer,
@@ -153,6 +158,7 @@ fn gpu_options(gpu: &BenchGpu) -> Options {
         layers: None,
         graphs: true,
         chunk: 4096,
+        prefill_attention: PrefillAttention::Expanded,
         remap: false,
         transport: Transport::Peer,
     }

@@ -22,6 +22,7 @@ use heliostat_actors::http::{ApiKeys, CertFiles};
 pub(crate) use section::Count;
 
 use error::Problem;
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::config::ModelConfig;
 use heliostat_runtime::spec::{Labels, Quantity};
 use heliostat_runtime::state::EtcdTls;
@@ -254,6 +255,8 @@ pub(crate) struct Engine {
     pub(crate) max_num_batched_tokens: u32,
     /// Whether KV blocks of equal prefixes are shared.
     pub(crate) enable_prefix_caching: bool,
+    /// How rows of prompts attend.
+    pub(crate) prefill_attention: PrefillAttention,
 }
 
 /// Ranks on GPUs.

@@ -52,6 +52,16 @@ words! {
 }
 
 words! {
+    /// How rows of prompts attend.
+    PrefillAttention, "\"absorbed\" or \"expanded\"" {
+        /// Like generated tokens, on cached latents.
+        Absorbed,
+        /// On keys and values of every head.
+        Expanded,
+    }
+}
+
+words! {
     /// The map that serving starts with.
     PlacementStrategy, "\"linear\" or \"round_robin\"" {
         /// Consecutive experts on one rank.
@@ -267,6 +277,11 @@ section! {
         max_num_batched_tokens: Option<u32> = None,
         /// Reuse KV blocks of equal prefixes.
         enable_prefix_caching: bool = true,
+        /// How prompts attend in models with latent attention (MLA): `absorbed`, like generated tokens, or `expanded`, on keys
+        /// and values of every head that are made from the cached latents first, which is less work for long prompts. The two
+        /// differ in the last bits. With `expanded`, a KV block that holds generated tokens is not shared with a prompt that
+        /// repeats them. On CUDA devices keys of up to 128 + 64 and values of up to 128 elements per head.
+        prefill_attention: PrefillAttention = PrefillAttention::Absorbed,
         /// Largest decode batch that runs as a CUDA graph; 0: none does. Only for CUDA devices. Without it: 256.
         max_cudagraph_capture_size: Option<u32> = None,
         /// Run without CUDA graphs, as `max_cudagraph_capture_size = 0`.

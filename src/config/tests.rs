@@ -138,6 +138,14 @@ c.toml:2:11: invalid value: string \"many\", expected a number or \"auto\"
   |           ^^^^^^",
     );
     refused(
+        "[engine]\nprefill_attention = \"expand\"\n",
+        "
+c.toml:2:21: unknown value `expand`, expected `absorbed` or `expanded`
+  |
+2 | prefill_attention = \"expand\"
+  |                     ^^^^^^^^ did you mean \"expanded\"?",
+    );
+    refused(
         "[engine]\nkv_cache_memory_bytes = \"lots\"\n",
         "
 c.toml:2:25: invalid value: string \"lots\", expected a number of bytes, or a string such as \"256MiB\"
@@ -304,6 +312,22 @@ c.toml:2:17: `max_model_len` = 4096 is beyond the model's 2048 positions
   |
 2 | max_model_len = 4096
   |                 ^^^^ write 2048 or less",
+    );
+}
+
+#[test]
+fn prompts_are_expanded_where_there_are_latents() {
+    let expanded = "[engine]\nprefill_attention = \"expanded\"\n";
+    let chosen = |text: &str| parse(text).expect(text).engine.prefill_attention.name();
+    assert_eq!((chosen(""), chosen(expanded)), ("absorbed", "expanded"));
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/qwen3-moe-tied");
+    refused(
+        &format!("{expanded}[model]\npath = {model:?}\n"),
+        "
+c.toml:2:21: `prefill_attention` = \"expanded\" needs a model with latent attention (MLA)
+  |
+2 | prefill_attention = \"expanded\"
+  |                     ^^^^^^^^^^ write \"absorbed\", or leave it out",
     );
 }
 

@@ -71,6 +71,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let redundant_experts = check.redundant_experts(&raw, facts, parallel.ep);
     check.eplb(&raw, &facts.dir);
     let engine = check.engine(&raw, kind);
+    check.prefill(&engine, facts);
     let kv_cache = check.kv_cache(&raw, &engine, &model, kind);
     let cuda = check.cuda(&raw, facts, kind);
     let state = check.state(&raw, &facts.dir);

@@ -50,11 +50,12 @@ pub(crate) fn ops(report: &OpsReport) -> String {
 
 /// One rank's steps.
 pub(crate) fn slice(report: &SliceReport) -> String {
-    let SliceReport { measured, gpu, layers, slots, steps, chunk_tokens, .. } = report;
+    let SliceReport { measured, gpu, layers, slots, steps, chunk_tokens, prefill_attention, .. } = report;
     let graphs = if report.graphs { "recorded" } else { "launched kernel by kernel" };
     let mut text = format!(
         "{gpu}: {measured}.\n\
-         {layers} layers, {slots} expert slots; {steps} decode steps timed, {graphs}; prefill in steps of {chunk_tokens} tokens.\n"
+         {layers} layers, {slots} expert slots; {steps} decode steps timed, {graphs}; prefill in steps of {chunk_tokens} tokens, \
+         {prefill_attention}.\n"
     );
     if !report.decode.is_empty() {
         text.push_str("\nDecode\n");
@@ -199,6 +200,7 @@ mod tests {
             slots: 9,
             graphs: true,
             chunk_tokens: 4096,
+            prefill_attention: "expanded",
             steps: 100,
             decode: vec![DecodeReport {
                 batch: 128,
@@ -227,7 +229,7 @@ mod tests {
             text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         for wanted in [
             "a GPU: one rank.",
-            "61 layers, 9 expert slots; 100 decode steps timed, recorded; prefill in steps of 4096 tokens.",
+            "61 layers, 9 expert slots; 100 decode steps timed, recorded; prefill in steps of 4096 tokens, expanded.",
             "128 4096 31.00 31.50 4129 2% 23.10 74%",
             "2048 12346",
             "MLA 13420 61 220.0 40% 184.8 84%",

@@ -11,6 +11,7 @@ mod report;
 
 use std::path::PathBuf;
 
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device, DeviceOptions};
 
@@ -41,6 +42,8 @@ pub struct Options {
     pub graphs: bool,
     /// Tokens of one prefill step of the slice.
     pub chunk: usize,
+    /// How rows of prompts attend in the slice.
+    pub prefill_attention: PrefillAttention,
     /// Decode once more while experts move.
     pub remap: bool,
     /// How the rows of a slice on several GPUs travel.

@@ -38,6 +38,8 @@ pub struct SliceReport {
     pub graphs: bool,
     /// Tokens of one prefill step.
     pub chunk_tokens: usize,
+    /// How prompts attend: `absorbed` or `expanded`.
+    pub prefill_attention: &'static str,
     /// Steps timed for each line of decode.
     pub steps: usize,
     /// Steady-state decode.
@@ -134,6 +136,7 @@ pub fn slice(
         steps: options.rounds,
         prompts: options.prompt.clone(),
         chunk: options.chunk,
+        prefill_attention: options.prefill_attention,
         graphs: options.graphs,
         depth: 2,
         layers: options.layers,
@@ -154,6 +157,7 @@ pub fn slice(
         slots: slice::SLOTS,
         graphs: args.graphs,
         chunk_tokens: args.chunk,
+        prefill_attention: args.prefill_attention.name(),
         steps: args.steps,
         decode: Vec::new(),
         remap: None,
@@ -244,6 +248,7 @@ mod tests {
             slots: 9,
             graphs: true,
             chunk_tokens: 4096,
+            prefill_attention: "expanded",
             steps: 10,
             decode: Vec::new(),
             remap: None,

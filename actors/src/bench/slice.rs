@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::config::{ConfigError, ModelConfig};
 use heliostat_engine::cuda::{
     BLOCK_SIZE, CudaOptions, CudaRank, GroupStep, KvRoom, LoadError, PoolError, Weights,
@@ -43,6 +44,8 @@ pub struct SliceArgs {
     pub prompts: Vec<usize>,
     /// Tokens of one prefill step.
     pub chunk: usize,
+    /// How rows of prompts attend.
+    pub prefill_attention: PrefillAttention,
     /// Record decode steps.
     pub graphs: bool,
     /// Steps in flight.
@@ -195,6 +198,7 @@ fn load(device: &Device, args: &SliceArgs, meeting: &mut Meeting) -> Result<Cuda
         rows_max: args.chunk.max(batch),
         seqs_max: batch,
         max_model_len: longest + args.steps + 4 * BLOCK_SIZE,
+        prefill_attention: args.prefill_attention,
         kv: KvRoom::Utilization(0.96),
         graph_rows_max: if args.graphs { batch } else { 0 },
         transport: args.transport,
@@ -220,6 +224,7 @@ fn scheduler(rank: &CudaRank, args: &SliceArgs) -> Scheduler {
         max_num_batched_tokens: args.chunk.max(args.batches.iter().copied().max().unwrap_or(1)),
         max_model_len: usize::MAX / BLOCK_SIZE / 2,
         enable_prefix_caching: false,
+        prefill_attention: args.prefill_attention,
         max_waiting: 1 << 16,
         vocab_size: rank.config().vocab_size,
     };
@@ -316,7 +321,10 @@ fn decoding(
     let vocab = rank.config().vocab_size;
     let tokens = rank.num_blocks() * BLOCK_SIZE;
     for id in 0..batch {
-        let fits = scheduler.add_computed(request(id, context, args.steps + WARM + 8, vocab));
+        let mut decoding = request(id, context, args.steps + WARM + 9, vocab);
+        // The last token was drawn, so that the first step is a decode like all others.
+        decoding.generated = decoding.prompt.split_off((context - 1).max(1));
+        let fits = scheduler.add_computed(decoding);
         if !fits.expect("the request is valid") {
             return Err(SliceError::KvRoom { batch, context, tokens });
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bincode::{Decode, Encode};
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::map::Layout;
 
@@ -39,6 +40,8 @@ pub struct EngineArgs {
     pub max_model_len: u32,
     /// Share KV blocks of equal prefixes.
     pub enable_prefix_caching: bool,
+    /// How rows of prompts attend.
+    pub prefill_attention: PrefillAttention,
     /// Requests that wait; one more is refused.
     pub max_waiting: u32,
     /// Group steps between two load reports to the EPLB actor.

@@ -137,8 +137,10 @@ fn load_cpu(
     let cpu = Cpu::new(threads).map_err(CreateError::failed)?;
     let model = match args.topology.role(args.rank as usize).dp {
         Some(_) => {
-            let model =
-                Model::load(checkpoint, config, cpu.clone(), progress).map_err(CreateError::failed)?;
+            let prefill = args.engine.prefill_attention;
+            prefill.check(config).map_err(CreateError::failed)?;
+            let model = Model::load_for(prefill, checkpoint, config, cpu.clone(), progress)
+                .map_err(CreateError::failed)?;
             let block_size = args.engine.block_size as usize;
             let num_blocks = match args.engine.kv_cache {
                 KvCacheArgs::Blocks(blocks) => blocks as usize,
@@ -175,6 +177,7 @@ fn load_cuda(
         rows_max: engine.max_num_batched_tokens as usize,
         seqs_max: engine.max_num_seqs as usize,
         max_model_len: engine.max_model_len as usize,
+        prefill_attention: engine.prefill_attention,
         kv: match engine.kv_cache {
             KvCacheArgs::Blocks(blocks) => KvRoom::Blocks(blocks as usize),
             KvCacheArgs::Bytes(bytes) => KvRoom::Bytes(bytes),
@@ -208,6 +211,7 @@ fn attention(args: &RankArgs, config: &ModelConfig, device: &Engine) -> Result<A
         max_num_batched_tokens: engine.max_num_batched_tokens as usize,
         max_model_len: engine.max_model_len as usize,
         enable_prefix_caching: engine.enable_prefix_caching,
+        prefill_attention: engine.prefill_attention,
         max_waiting: engine.max_waiting as usize,
         vocab_size: config.vocab_size,
     })

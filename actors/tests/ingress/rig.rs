@@ -13,6 +13,7 @@ use heliostat_actors::ingress::engine::{EngineLink, RankCommand, Ranks, Refusal,
 use heliostat_actors::ingress::model::ServedModel;
 use heliostat_actors::ingress::server::{HttpConfig, serve};
 use heliostat_actors::ingress::text::TextModel;
+use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::{GenerationDefaults, ModelConfig};
 use heliostat_engine::grammar::Vocabulary;
@@ -310,6 +311,7 @@ impl Engine {
             max_num_batched_tokens: 256,
             max_model_len: CONTEXT,
             enable_prefix_caching: true,
+            prefill_attention: PrefillAttention::Absorbed,
             max_waiting: 64,
             vocab_size: 4096,
         })

@@ -1,8 +1,10 @@
 //! Attention of one layer, queued.
 
+use std::ops::Range;
+
 use half::bf16;
 use heliostat_kernels::cuda::activation::{ActivationArgs, RowSet};
-use heliostat_kernels::cuda::attention::{GqaArgs, MlaArgs};
+use heliostat_kernels::cuda::attention::{BatchMeta, ExpandedArgs, GqaArgs, MlaArgs};
 use heliostat_kernels::cuda::gemm::{HeadsView, Matrix, Operand, Output};
 use heliostat_kernels::cuda::norm::{NormArgs, NormInput};
 use heliostat_kernels::cuda::rope::{GqaRopeArgs, MlaAppend, MlaQuery, MlaRopeArgs};
@@ -32,7 +34,8 @@ impl Dp {
     /// Lists the attention work of a step's rows, for all layers.
     pub(super) fn plan_attention(&self, stream: &Stream, rows: usize) -> Result<(), CudaError> {
         match &self.attention {
-            AttentionKernel::Mla(kernel) => kernel.plan(stream, &self.inputs.meta(), rows),
+            AttentionKernel::Mla(_) if self.absorbed(rows).is_empty() => Ok(()),
+            AttentionKernel::Mla(kernel) => kernel.plan(stream, &self.absorbed_meta(), rows),
             AttentionKernel::Gqa(kernel) => kernel.plan(stream, &self.inputs.meta(), rows),
         }
     }
@@ -65,7 +68,7 @@ impl Dp {
     ) -> Result<(), CudaError> {
         let (ops, buffers) = (&self.ops, &self.buffers);
         let MlaConfig { num_heads: heads, kv_lora_rank: latent, .. } = *config;
-        let (nope, rope, v) = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim);
+        let (nope, rope) = (config.qk_nope_head_dim, config.qk_rope_head_dim);
         let head = nope + rope;
         let width = weights.first.n();
         let first = dense(&buffers.wide, width);
@@ -107,18 +110,58 @@ impl Dp {
                 }),
             },
         )?;
-        let view = |data, width| HeadsView { data, row_stride: heads * width, head_stride: width };
-        let absorbed = view(&buffers.absorbed, latent + rope);
-        stream.label("W_UK");
-        ops.gemm.heads(stream, &weights.key_up, view(&buffers.query, head), rows, absorbed)?;
-        let AttentionKernel::Mla(kernel) = &self.attention else { unreachable!("latent attention") };
-        let (query, out, meta) = (&buffers.absorbed, &buffers.attended, self.inputs.meta());
-        stream.label("MLA");
-        kernel.run(stream, &MlaArgs { rows, query, cache, meta, out })?;
-        stream.label("W_UV");
         let values = Activations::bf16(&buffers.inner);
-        ops.gemm.heads(stream, &weights.value_up, view(&buffers.attended, latent), rows, view(values, v))?;
+        self.attend_absorbed(stream, (config, weights), (cache, values), rows)?;
+        if let (Some(prompts), Some(expand)) = (&self.prompts, &weights.expand) {
+            let (query, absorbed, (plan, words)) = (&buffers.query, &buffers.absorbed, prompts.plan());
+            let (key_up, value_up, out) = (&expand.keys, &expand.values, values);
+            let args = ExpandedArgs { rows, query, absorbed, cache, key_up, value_up, plan, words, out };
+            prompts.kernel.run(stream, &ops.gemm, &args)?;
+        }
         self.project(stream, &weights.output, values, rows)
+    }
+
+    /// The rows from the first to the last that attends absorbed.
+    fn absorbed(&self, rows: usize) -> Range<usize> {
+        self.prompts.as_ref().map_or(0..rows, |prompts| prompts.absorbed(rows))
+    }
+
+    /// Where rows belong that attend absorbed; the others are idle.
+    fn absorbed_meta(&self) -> BatchMeta<'_> {
+        let meta = self.inputs.meta();
+        self.prompts.as_ref().map_or(meta, |prompts| BatchMeta { positions: prompts.positions(), ..meta })
+    }
+
+    /// Attention's values of the rows that attend absorbed, and of rows between them values without meaning.
+    fn attend_absorbed(
+        &self,
+        stream: &Stream,
+        (config, weights): (&MlaConfig, &MlaWeights),
+        (cache, values): (&Buffer<bf16>, &Buffer<bf16>),
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let absorbed = self.absorbed(rows);
+        if absorbed.is_empty() {
+            return Ok(());
+        }
+        let (ops, buffers) = (&self.ops, &self.buffers);
+        let MlaConfig { num_heads: heads, kv_lora_rank: latent, v_head_dim: v, .. } = *config;
+        let (rope, head) = (config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim);
+        let part = |data: &Buffer<bf16>, width: usize| {
+            data.slice(absorbed.start * heads * width..absorbed.end * heads * width)
+        };
+        let (query, up) = (part(&buffers.query, head), part(&buffers.absorbed, latent + rope));
+        let (attended, out) = (part(&buffers.attended, latent), part(values, v));
+        let view = |data, width| HeadsView { data, row_stride: heads * width, head_stride: width };
+        stream.label("W_UK");
+        let count = absorbed.len();
+        ops.gemm.heads(stream, &weights.key_up, view(&query, head), count, view(&up, latent + rope))?;
+        let AttentionKernel::Mla(kernel) = &self.attention else { unreachable!("latent attention") };
+        stream.label("MLA");
+        let (query, out_all, meta) = (&buffers.absorbed, &buffers.attended, self.absorbed_meta());
+        kernel.run(stream, &MlaArgs { rows, query, cache, meta, out: out_all })?;
+        stream.label("W_UV");
+        ops.gemm.heads(stream, &weights.value_up, view(&attended, latent), count, view(&out, v))
     }
 
     fn gqa(

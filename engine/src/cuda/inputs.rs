@@ -27,23 +27,27 @@ pub(super) struct InputSizes {
 
 /// One array of words: page-locked copies and the device's.
 #[derive(Debug)]
-struct Section {
+pub(super) struct Section {
     host: Vec<Pinned<u32>>,
     device: Buffer<u32>,
 }
 
 impl Section {
-    fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
+    pub(super) fn new(device: &Device, len: usize) -> Result<Self, CudaError> {
         let host = (0..STEPS_MAX).map(|_| device.pinned(len)).collect::<Result<_, _>>()?;
         Ok(Self { host, device: device.alloc(len)? })
     }
 
-    fn send(&self, stream: &Stream, copy: usize, words: &[u32]) -> Result<(), CudaError> {
+    pub(super) fn send(&self, stream: &Stream, copy: usize, words: &[u32]) -> Result<(), CudaError> {
         if words.is_empty() {
             return Ok(());
         }
         self.host[copy].write(0, words);
         self.device.copy_from_pinned(stream, &self.host[copy], words.len())
+    }
+
+    pub(super) fn device(&self) -> &Buffer<u32> {
+        &self.device
     }
 }
 

@@ -3,7 +3,8 @@
 use heliostat_kernels::cuda::Buffer;
 use heliostat_kernels::cuda::gemm::Matrix;
 
-use super::source::{LoadError, WeightSource};
+use super::source::{KeyValueUp, LoadError, WeightSource};
+use crate::batch::PrefillAttention;
 use crate::checkpoint::layer_tensor;
 use crate::config::{Attention, GqaConfig, MlaConfig, ModelConfig};
 
@@ -33,7 +34,17 @@ pub(super) struct MlaWeights {
     pub(super) key_up: Matrix,
     /// `[heads * v][kv_lora]`.
     pub(super) value_up: Matrix,
+    pub(super) expand: Option<Expand>,
     pub(super) output: Matrix,
+}
+
+/// What keys and values of all heads are made from latents by.
+#[derive(Debug)]
+pub(super) struct Expand {
+    /// `[heads * nope][kv_lora]`.
+    pub(super) keys: Matrix,
+    /// The weights of `value_up` once more, as one product.
+    pub(super) values: Matrix,
 }
 
 /// The query's projection to `[heads * (nope + rope)]`, from the hidden size or from what the first product made of it.
@@ -81,12 +92,13 @@ impl Layer {
         source: &mut WeightSource<'_, '_>,
         config: &ModelConfig,
         layer: usize,
+        prefill: PrefillAttention,
     ) -> Result<Self, LoadError> {
         let hidden = config.hidden_size;
         let name = |part: &str| layer_tensor(layer, part);
         let attention = match &config.attention {
             Attention::Mla(mla) => {
-                AttentionWeights::Mla(MlaWeights::load(source, config, mla, layer)?.into())
+                AttentionWeights::Mla(MlaWeights::load(source, (config, mla), layer, prefill)?.into())
             }
             Attention::Gqa(gqa) => {
                 AttentionWeights::Gqa(GqaWeights::load(source, config, gqa, layer)?.into())
@@ -111,9 +123,9 @@ impl Layer {
 impl MlaWeights {
     fn load(
         source: &mut WeightSource<'_, '_>,
-        config: &ModelConfig,
-        mla: &MlaConfig,
+        (config, mla): (&ModelConfig, &MlaConfig),
         layer: usize,
+        prefill: PrefillAttention,
     ) -> Result<Self, LoadError> {
         let name = |part: &str| layer_tensor(layer, &format!("self_attn.{part}"));
         let (hidden, latent, rope) = (config.hidden_size, mla.kv_lora_rank, mla.qk_rope_head_dim);
@@ -131,9 +143,9 @@ impl MlaWeights {
             }
         };
         let kv_a_norm = source.vector(name("kv_a_layernorm"), latent)?;
-        let (key_up, value_up) = source.key_value_up(name("kv_b_proj"), mla)?;
+        let KeyValueUp { key_up, value_up, expand } = source.key_value_up(name("kv_b_proj"), mla, prefill)?;
         let output = source.linear(&[(name("o_proj"), hidden)], mla.num_heads * mla.v_head_dim)?;
-        Ok(Self { first, query, kv_a_norm, key_up, value_up, output })
+        Ok(Self { first, query, kv_a_norm, key_up, value_up, expand, output })
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heliostat_kernels::cuda::activation::Activation;
-use heliostat_kernels::cuda::attention::{Gqa, GqaDims, Limits, Mla, MlaDims};
+use heliostat_kernels::cuda::attention::{Gqa, GqaDims, Limits, Mla, MlaDims, PromptLimits};
 use heliostat_kernels::cuda::exchange::{
     Exchange, ExchangeShape, RANKS_MAX, Roles, RowFormat, SEGMENT_ALIGN, SLOTS_MAX, Transport,
 };
@@ -19,11 +19,13 @@ use super::inputs::{InputSizes, Inputs};
 use super::layer::Layer;
 use super::model::{AttentionKernel, CudaModel, Dp, Ep, Kv, Ops, StepShape, angles, routing_rule};
 use super::pool::{ExpertPool, PoolShape};
+use super::prompts::Prompts;
 use super::rank::{CudaRank, Loads};
 use super::source::{LoadError, WeightSource};
 use super::tables::Tables;
+use crate::batch::PrefillAttention;
 use crate::checkpoint::{Checkpoint, Reader};
-use crate::config::{Attention, ModelConfig};
+use crate::config::{Attention, MlaConfig, ModelConfig};
 use crate::ep::Topology;
 use crate::eplb::map::MapShape;
 use crate::model::load_expert;
@@ -60,6 +62,8 @@ pub struct CudaOptions {
     pub seqs_max: usize,
     /// Tokens of one sequence, at most.
     pub max_model_len: usize,
+    /// How rows of prompts attend.
+    pub prefill_attention: PrefillAttention,
     /// Room for KV blocks.
     pub kv: KvRoom,
     /// Largest decode step that is recorded; 0: none is.
@@ -229,6 +233,14 @@ fn check_supported(config: &ModelConfig, options: &CudaOptions) -> Result<(), Lo
     if !config.hidden_size.is_multiple_of(16) {
         return refuse(format!("a hidden size of {} is not a multiple of 16", config.hidden_size));
     }
+    if let Err(why) = options.prefill_attention.check(config) {
+        return refuse(why.to_string());
+    }
+    if let (PrefillAttention::Expanded, Attention::Mla(mla)) = (options.prefill_attention, &config.attention)
+        && let Some(why) = super::prompts::dims(mla, mla_scale(config, mla)).unsupported()
+    {
+        return refuse(format!("{why}: set `prefill_attention` = \"absorbed\", or leave it out"));
+    }
     let Topology { dp, ep, .. } = options.topology;
     let (moe, router) = (&config.moe, &config.moe.router);
     let head_dim = match &config.attention {
@@ -330,7 +342,8 @@ fn load_dp(
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let tokens_max = exchange.shape().tokens_max;
     let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
-    let layers = (0..config.num_layers).map(|layer| Layer::load(&mut source, config, layer));
+    let layers = (0..config.num_layers)
+        .map(|layer| Layer::load(&mut source, config, layer, options.prefill_attention));
     let layers = layers.collect::<Result<Vec<_>, _>>()?;
     let norm = source.vector("model.norm.weight".to_owned(), hidden)?;
     let head = match config.tie_word_embeddings {
@@ -354,6 +367,7 @@ fn load_dp(
         ops: Ops::new(device)?,
         side: device.stream(Priority::High)?,
         attention: attention_kernel(device, config, options, tokens_max)?,
+        prompts: prompts(device, config, options, tokens_max)?,
         angles: angles(device, config, options.max_model_len)?,
         embedding: embedding.stack().data().cast(),
         layers,
@@ -379,10 +393,9 @@ fn attention_kernel(
     rows: usize,
 ) -> Result<AttentionKernel, CudaError> {
     let limits = Limits { rows, positions: options.max_model_len };
-    let root = |width: usize| (width as f64).powf(-0.5) as f32;
     Ok(match &config.attention {
         Attention::Mla(mla) => {
-            let scale = root(mla.qk_nope_head_dim + mla.qk_rope_head_dim) * config.rope.softmax_factor;
+            let scale = mla_scale(config, mla);
             let (heads, kv_lora, rope) = (mla.num_heads, mla.kv_lora_rank, mla.qk_rope_head_dim);
             AttentionKernel::Mla(Mla::new(device, MlaDims { heads, kv_lora, rope, scale }, limits)?)
         }
@@ -392,4 +405,28 @@ fn attention_kernel(
             AttentionKernel::Gqa(Gqa::new(device, dims, limits)?)
         }
     })
+}
+
+fn prompts(
+    device: &Device,
+    config: &ModelConfig,
+    options: &CudaOptions,
+    rows: usize,
+) -> Result<Option<Prompts>, CudaError> {
+    let limits = PromptLimits { rows, chunks: options.seqs_max, positions: options.max_model_len };
+    match (options.prefill_attention, &config.attention) {
+        (PrefillAttention::Expanded, Attention::Mla(mla)) => {
+            Prompts::new(device, super::prompts::dims(mla, mla_scale(config, mla)), limits).map(Some)
+        }
+        (PrefillAttention::Expanded, Attention::Gqa(_)) | (PrefillAttention::Absorbed, _) => Ok(None),
+    }
+}
+
+fn root(width: usize) -> f32 {
+    (width as f64).powf(-0.5) as f32
+}
+
+/// Factor of the scores of latent attention.
+fn mla_scale(config: &ModelConfig, mla: &MlaConfig) -> f32 {
+    root(mla.qk_nope_head_dim + mla.qk_rope_head_dim) * config.rope.softmax_factor
 }

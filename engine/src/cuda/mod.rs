@@ -14,6 +14,7 @@ mod load;
 mod made_up;
 mod model;
 mod pool;
+mod prompts;
 mod rank;
 mod source;
 mod tables;

@@ -20,6 +20,7 @@ use super::draws::Draws;
 use super::inputs::Inputs;
 use super::layer::{FeedForward, Layer};
 use super::pool::ExpertPool;
+use super::prompts::Prompts;
 use super::tables::Tables;
 use crate::config::{ModelConfig, MoeConfig};
 
@@ -71,6 +72,8 @@ pub(super) struct Dp {
     /// Runs beside the main stream, between marks in it.
     pub(super) side: Stream,
     pub(super) attention: AttentionKernel,
+    /// Where rows of prompts attend to expanded keys and values.
+    pub(super) prompts: Option<Prompts>,
     pub(super) angles: Angles,
     /// `[vocab][hidden]`.
     pub(super) embedding: Buffer<bf16>,

@@ -58,7 +58,10 @@ pub struct GroupStep {
 impl GroupStep {
     /// Of a rank alone.
     pub fn of(step: &Step) -> Self {
-        Self { rows: step.tokens.len(), decodes: step.seqs.iter().all(|seq| seq.len == 1) }
+        Self {
+            rows: step.tokens.len(),
+            decodes: step.seqs.iter().all(|seq| seq.len == 1 && seq.expanded == 0),
+        }
     }
 }
 
@@ -301,6 +304,9 @@ impl CudaRank {
         let (shape, graph) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&stream, copy, step, (shape.rows, shape.logit_rows))?;
+            if let Some(prompts) = &mut dp.prompts {
+                prompts.send(&stream, copy, step, shape.rows)?;
+            }
             dp.draws.send(&stream, copy, step, shape.logit_rows)?;
         }
         match graph.and_then(|rows| self.graphs.get(&rows)) {
@@ -330,6 +336,9 @@ impl CudaRank {
         let (shape, _) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
             dp.inputs.send(&self.stream, 0, step, (shape.rows, shape.logit_rows))?;
+            if let Some(prompts) = &mut dp.prompts {
+                prompts.send(&self.stream, 0, step, shape.rows)?;
+            }
             dp.draws.send(&self.stream, 0, step, shape.logit_rows)?;
         }
         self.stream.profile(|stream| self.model.step(stream, shape))

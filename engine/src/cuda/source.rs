@@ -5,9 +5,11 @@ use heliostat_kernels::cuda::synthetic::{Distribution, Synthetic};
 use heliostat_kernels::cuda::{Buffer, CudaError, Device, StoredAs, Stream, WeightStack};
 use heliostat_kernels::weight::Weight;
 
+use super::layer::Expand;
+use crate::batch::PrefillAttention;
 use crate::checkpoint::{CheckpointError, Reader};
 use crate::config::MlaConfig;
-use crate::model::split_kv_b;
+use crate::model::{key_rows, split_kv_b};
 
 /// Why weights did not come to a GPU.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +40,16 @@ enum From<'a, 'p> {
         fp8: bool,
         seed: u64,
     },
+}
+
+/// What becomes of the up-projections of keys and values.
+pub(super) struct KeyValueUp {
+    /// Of keys, transposed: `[heads * latent][nope]`.
+    pub(super) key_up: Matrix,
+    /// Of values: `[heads * v][latent]`.
+    pub(super) value_up: Matrix,
+    /// Where prompts attend to expanded keys and values.
+    pub(super) expand: Option<Expand>,
 }
 
 /// Standard deviation of made-up weights, as of a freshly initialised model.
@@ -98,34 +110,51 @@ impl<'a, 'p> WeightSource<'a, 'p> {
         Ok(self.device.upload(&values)?)
     }
 
-    /// Key up-projections, transposed, `[heads * latent][nope]`, and value up-projections `[heads * v][latent]`.
+    /// What becomes of `kv_b_proj`.
     pub(super) fn key_value_up(
         &mut self,
         name: String,
         mla: &MlaConfig,
-    ) -> Result<(Matrix, Matrix), LoadError> {
+        prefill: PrefillAttention,
+    ) -> Result<KeyValueUp, LoadError> {
         let (heads, latent) = (mla.num_heads, mla.kv_lora_rank);
         let kind = Kind::Heads(heads);
-        match &mut self.from {
+        let (nope, v) = (mla.qk_nope_head_dim, mla.v_head_dim);
+        let expands = prefill == PrefillAttention::Expanded;
+        let (key_up, value_up, keys) = match &mut self.from {
             From::Checkpoint(reader) => {
-                let rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim);
-                let (keys, values) = split_kv_b(&reader.linear(name, rows, latent)?, mla);
-                Ok((self.upload(&[&keys], kind)?, self.upload(&[&values], kind)?))
+                let kv_b = reader.linear(name, heads * (nope + v), latent)?;
+                let (key_up, values) = split_kv_b(&kv_b, mla);
+                let keys = expands.then(|| key_rows(&kv_b, mla));
+                let keys = keys.map(|keys| self.upload_as(StoredAs::Bf16, &[&keys], Kind::Dense));
+                (self.upload(&[&key_up], kind)?, self.upload(&[&values], kind)?, keys.transpose()?)
             }
-            From::Synthetic { .. } => Ok((
-                self.made_up(StoredAs::Bf16, (heads * latent, mla.qk_nope_head_dim), kind)?,
-                self.made_up(StoredAs::Bf16, (heads * mla.v_head_dim, latent), kind)?,
-            )),
-        }
+            From::Synthetic { .. } => {
+                let mut made_up = |shape, kind| self.made_up(StoredAs::Bf16, shape, kind);
+                let keys = expands.then(|| made_up((heads * nope, latent), Kind::Dense));
+                let keys = keys.transpose()?;
+                (made_up((heads * latent, nope), kind)?, made_up((heads * v, latent), kind)?, keys)
+            }
+        };
+        let expand = keys.map(|keys| {
+            let values = Matrix::new(&self.device, value_up.stack().clone(), Kind::Dense)?;
+            Ok::<_, CudaError>(Expand { keys, values })
+        });
+        let expand = expand.transpose()?;
+        Ok(KeyValueUp { key_up, value_up, expand })
     }
 
     fn upload(&self, parts: &[&Weight], kind: Kind) -> Result<Matrix, LoadError> {
-        let (rows, cols) = (parts.iter().map(|part| part.rows()).sum(), parts[0].cols());
         let stored = match kind {
             // A head may end within a block of scales.
             Kind::Heads(_) => StoredAs::Bf16,
             Kind::Dense | Kind::Pool => StoredAs::of(parts),
         };
+        self.upload_as(stored, parts, kind)
+    }
+
+    fn upload_as(&self, stored: StoredAs, parts: &[&Weight], kind: Kind) -> Result<Matrix, LoadError> {
+        let (rows, cols) = (parts.iter().map(|part| part.rows()).sum(), parts[0].cols());
         let stack = WeightStack::new(&self.device, stored, 1, (rows, cols))?;
         stack.write(&self.stream, 0, parts)?;
         Ok(Matrix::new(&self.device, stack, kind)?)

@@ -7,7 +7,7 @@ use super::KvPages;
 use super::gqa::GqaLayer;
 use super::mla::MlaLayer;
 use super::rope::RopeRows;
-use crate::batch::{Batch, BatchSeq};
+use crate::batch::{Batch, BatchSeq, PrefillAttention};
 use crate::checkpoint::{CheckpointError, Reader};
 use crate::config::{Attention, ModelConfig};
 
@@ -23,6 +23,9 @@ pub(super) struct AttentionStep<'a> {
     pub(super) cpu: &'a Cpu,
     /// The sequences of the batch.
     pub(super) spans: &'a [Span<'a>],
+    /// Their rows that attend to expanded keys and values, and those that do not.
+    pub(super) expanded: &'a [Span<'a>],
+    pub(super) absorbed: &'a [Span<'a>],
     pub(super) rope: &'a RopeRows,
     /// Decoder layer.
     pub(super) layer: usize,
@@ -55,9 +58,10 @@ impl AttentionLayer {
         reader: &mut Reader<'_, '_>,
         config: &ModelConfig,
         layer: usize,
+        prefill: PrefillAttention,
     ) -> Result<Self, CheckpointError> {
         match &config.attention {
-            Attention::Mla(mla) => Ok(Self::Mla(MlaLayer::load(reader, config, mla, layer)?)),
+            Attention::Mla(mla) => Ok(Self::Mla(MlaLayer::load(reader, (config, mla), layer, prefill)?)),
             Attention::Gqa(gqa) => Ok(Self::Gqa(GqaLayer::load(reader, config, gqa, layer)?)),
         }
     }
@@ -85,4 +89,16 @@ pub(super) fn spans<'a>(batch: &'a Batch) -> Vec<Span<'a>> {
         Span { start, len, context, block_table: &seq.block_table }
     };
     batch.seqs.iter().map(span).collect()
+}
+
+/// The rows of each sequence that attend to expanded keys and values, and those that do not.
+pub(super) fn parts<'a>(batch: &'a Batch) -> [Vec<Span<'a>>; 2] {
+    let part = |seq: &'a BatchSeq, from: usize, to: usize| {
+        let (start, context) = (seq.start + from, seq.context + from);
+        (from < to).then_some(Span { start, len: to - from, context, block_table: &seq.block_table })
+    };
+    [
+        batch.seqs.iter().filter_map(|seq| part(seq, 0, seq.expanded)).collect(),
+        batch.seqs.iter().filter_map(|seq| part(seq, seq.expanded, seq.len)).collect(),
+    ]
 }

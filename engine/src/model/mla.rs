@@ -1,7 +1,8 @@
 //! Multi-head latent attention (DeepSeek), absorbed: the cache holds one latent and one rotated key per position, all
-//! heads read it, and the up-projections of keys and values are applied to queries and results instead.
+//! heads read it, and the up-projections of keys and values are applied to queries and results instead. Rows of prompts
+//! may attend to expanded keys and values: the batch says which.
 
-use heliostat_kernels::cpu::attention::{MlaQuery, MlaShape};
+use heliostat_kernels::cpu::attention::{ExpandedShape, MlaQuery, MlaShape};
 use heliostat_kernels::cpu::rope::RopeLayout;
 use heliostat_kernels::dtype::{DType, f32_to_bf16};
 use heliostat_kernels::weight::Weight;
@@ -9,6 +10,7 @@ use heliostat_kernels::weight::Weight;
 use super::KvPages;
 use super::attention::{AttentionScratch, AttentionStep};
 use super::scratch::rows;
+use crate::batch::PrefillAttention;
 use crate::checkpoint::{CheckpointError, Reader, layer_tensor};
 use crate::config::{MlaConfig, ModelConfig};
 
@@ -27,6 +29,8 @@ pub(super) struct MlaLayer {
     key_up: Weight,
     /// Value up-projections: `[heads][v][kv_lora]`.
     value_up: Weight,
+    /// Both as in the checkpoint, `[heads][nope + v][kv_lora]`, where rows of prompts attend to expanded keys and values.
+    expand: Option<Weight>,
     output: Weight,
     softmax_scale: f32,
 }
@@ -41,9 +45,9 @@ impl MlaLayer {
     /// Reads decoder layer `layer`.
     pub(super) fn load(
         reader: &mut Reader<'_, '_>,
-        config: &ModelConfig,
-        mla: &MlaConfig,
+        (config, mla): (&ModelConfig, &MlaConfig),
         layer: usize,
+        prefill: PrefillAttention,
     ) -> Result<Self, CheckpointError> {
         let name = |part: &str| layer_tensor(layer, &format!("self_attn.{part}"));
         let hidden = config.hidden_size;
@@ -67,6 +71,7 @@ impl MlaLayer {
             kv_a_norm: reader.vector(name("kv_a_layernorm"), latent)?,
             key_up,
             value_up,
+            expand: (prefill == PrefillAttention::Expanded).then_some(kv_b),
             output: reader.linear(name("o_proj"), hidden, heads * mla.v_head_dim)?,
             softmax_scale: (head as f64).powf(-0.5) as f32 * config.rope.softmax_factor,
         })
@@ -83,6 +88,31 @@ impl MlaLayer {
     ) {
         self.write_cache(step, x, kv, scratch);
         self.queries(step, x, scratch);
+        if !step.absorbed.is_empty() {
+            self.attend_absorbed(step, x, kv, scratch);
+        }
+        let (cpu, tokens) = (step.cpu, x.len() / self.kv_a.cols());
+        let values = rows(&mut scratch.values, tokens * self.value_up.rows());
+        if !step.expanded.is_empty() {
+            let MlaConfig { num_heads: heads, kv_lora_rank: kv_lora, .. } = self.config;
+            let (nope, rope) = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim);
+            let v = self.config.v_head_dim;
+            let shape = ExpandedShape { heads, kv_lora, nope, rope, v, scale: self.softmax_scale };
+            let up = self.expand.as_ref().expect("the model was loaded for expanded attention");
+            let query = &scratch.query[..tokens * heads * (nope + rope)];
+            cpu.expanded_attention(shape, (query, up), kv.latents(step.layer), step.expanded, values);
+        }
+        cpu.matmul(values, &self.output, out);
+    }
+
+    /// Computes `scratch.values`. Those of rows that attend to expanded keys and values are to be overwritten.
+    fn attend_absorbed(
+        &self,
+        step: &AttentionStep<'_>,
+        x: &[f32],
+        kv: &KvPages,
+        scratch: &mut AttentionScratch,
+    ) {
         let (cpu, tokens) = (step.cpu, x.len() / self.kv_a.cols());
         let MlaConfig { num_heads: heads, kv_lora_rank: latent, qk_rope_head_dim: rope, .. } = self.config;
         let shape = MlaShape { heads, kv_lora: latent, rope, scale: self.softmax_scale };
@@ -91,10 +121,9 @@ impl MlaLayer {
             latent: &scratch.query_latent[..tokens * heads * latent],
             rope: &scratch.query_rope[..tokens * heads * rope],
         };
-        cpu.mla_attention(shape, query, kv.latents(step.layer), step.spans, attended);
+        cpu.mla_attention(shape, query, kv.latents(step.layer), step.absorbed, attended);
         let values = rows(&mut scratch.values, tokens * self.value_up.rows());
         cpu.matmul_heads(attended, heads, &self.value_up, values);
-        cpu.matmul(values, &self.output, out);
     }
 
     /// Computes latent and rotated key of every row and writes them to their places.
@@ -141,6 +170,9 @@ impl MlaLayer {
             to_nope.copy_from_slice(&query[..nope]);
             to_rope.copy_from_slice(&query[nope..]);
         }
+        if step.absorbed.is_empty() {
+            return;
+        }
         let query_latent = rows(&mut scratch.query_latent, tokens * self.key_up.rows());
         cpu.matmul_heads(query_nope, heads, &self.key_up, query_latent);
     }
@@ -165,11 +197,25 @@ pub(crate) fn split_kv_b(kv_b: &Weight, mla: &MlaConfig) -> (Weight, Weight) {
             values.extend_from_slice(&row);
         }
     }
-    let pack = |rows, cols, values: Vec<f32>| match kv_b.dtype() {
+    (pack(kv_b, nope, keys), pack(kv_b, latent, values))
+}
+
+/// The rows of `kv_b_proj` that make keys, `[heads][nope][kv_lora]`: those of the checkpoint, dequantised.
+pub(crate) fn key_rows(kv_b: &Weight, mla: &MlaConfig) -> Weight {
+    let (nope, v, latent) = (mla.qk_nope_head_dim, mla.v_head_dim, mla.kv_lora_rank);
+    let mut values = vec![0.0; mla.num_heads * nope * latent];
+    for (index, row) in values.chunks_exact_mut(latent).enumerate() {
+        kv_b.read_row(index / nope * (nope + v) + index % nope, row);
+    }
+    pack(kv_b, latent, values)
+}
+
+/// Values in rows of `cols`, in the storage type of the weight that they come from; FP8 becomes f32.
+fn pack(from: &Weight, cols: usize, values: Vec<f32>) -> Weight {
+    let rows = values.len() / cols;
+    let packed = match from.dtype() {
         DType::Bf16 => Weight::from_bf16(rows, cols, values.into_iter().map(f32_to_bf16).collect()),
         DType::F32 | DType::F8E4M3 => Weight::from_f32(rows, cols, values),
     };
-    let fits = "the lengths were computed from the shape";
-    let keys = pack(mla.num_heads * latent, nope, keys).expect(fits);
-    (keys, pack(mla.num_heads * v, latent, values).expect(fits))
+    packed.expect("the lengths were computed from the shape")
 }

@@ -19,10 +19,10 @@ use std::sync::Arc;
 use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::weight::Weight;
 
-use crate::batch::{Batch, LogitRows};
+use crate::batch::{Batch, LogitRows, PrefillAttention};
 use crate::checkpoint::{Checkpoint, CheckpointError, Reader, layer_tensor};
 use crate::config::ModelConfig;
-use attention::{AttentionLayer, AttentionStep, spans};
+use attention::{AttentionLayer, AttentionStep, parts, spans};
 use mlp::Mlp;
 use moe::MoeLayer;
 use scratch::{Scratch, rows};
@@ -30,7 +30,7 @@ use scratch::{Scratch, rows};
 pub use expert::{Expert, ExpertError, ExpertScratch, expert_bytes, load_expert};
 pub use kv::KvPages;
 pub use local::LocalExperts;
-pub(crate) use mla::{NORM_EPS, split_kv_b};
+pub(crate) use mla::{NORM_EPS, key_rows, split_kv_b};
 
 /// Why rows did not come back from the experts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -151,10 +151,28 @@ impl Model {
         cpu: Cpu,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, CheckpointError> {
+        Self::load_for(PrefillAttention::Absorbed, checkpoint, config, cpu, progress)
+    }
+
+    /// Like [`Model::load`], for batches in which rows of prompts attend in this way.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`].
+    ///
+    /// # Panics
+    /// If the model has no latents to expand: see [`PrefillAttention::check`].
+    pub fn load_for(
+        prefill: PrefillAttention,
+        checkpoint: &Checkpoint,
+        config: &Arc<ModelConfig>,
+        cpu: Cpu,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, CheckpointError> {
+        assert_eq!(prefill.check(config), Ok(()), "the caller checked");
         let mut reader = Reader::new(checkpoint, checkpoint.dense_bytes(config)?, progress);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = reader.matrix("model.embed_tokens.weight".to_owned(), vocab, hidden)?;
-        let layer = |layer| Layer::load(&mut reader, config, layer);
+        let layer = |layer| Layer::load(&mut reader, config, layer, prefill);
         let layers = (0..config.num_layers).map(layer).collect::<Result<_, _>>()?;
         let norm = reader.vector("model.norm.weight".to_owned(), hidden)?;
         let head = if config.tie_word_embeddings {
@@ -213,14 +231,21 @@ impl Model {
         let Scratch { residual, normed, branch, rope, attention, moe, mlp } = scratch;
         let (residual, normed, branch) = (rows(residual, len), rows(normed, len), rows(branch, len));
         rope.fill(&self.config.rope, &batch.positions);
-        let spans = spans(batch);
+        let (spans, [expanded, absorbed]) = (spans(batch), parts(batch));
         cpu.gather(&self.embedding, &batch.tokens, residual);
         for (number, layer) in self.layers.iter().enumerate() {
             match number {
                 0 => cpu.rms_norm(residual, &layer.input_norm, eps, normed),
                 _ => cpu.add_rms_norm(residual, branch, &layer.input_norm, eps, normed),
             }
-            let step = AttentionStep { cpu, spans: &spans, rope, layer: number };
+            let step = AttentionStep {
+                cpu,
+                spans: &spans,
+                expanded: &expanded,
+                absorbed: &absorbed,
+                rope,
+                layer: number,
+            };
             layer.attention.forward(&step, normed, kv, attention, branch);
             cpu.add_rms_norm(residual, branch, &layer.post_attention_norm, eps, normed);
             match &layer.feed_forward {
@@ -263,6 +288,7 @@ impl Layer {
         reader: &mut Reader<'_, '_>,
         config: &ModelConfig,
         layer: usize,
+        prefill: PrefillAttention,
     ) -> Result<Self, CheckpointError> {
         let hidden = config.hidden_size;
         let feed_forward = match config.moe_layer_of[layer] {
@@ -274,7 +300,7 @@ impl Layer {
         };
         Ok(Self {
             input_norm: reader.vector(layer_tensor(layer, "input_layernorm"), hidden)?,
-            attention: AttentionLayer::load(reader, config, layer)?,
+            attention: AttentionLayer::load(reader, config, layer, prefill)?,
             post_attention_norm: reader.vector(layer_tensor(layer, "post_attention_layernorm"), hidden)?,
             feed_forward,
         })

@@ -2,6 +2,7 @@
 
 use bincode::{Decode, Encode};
 
+use crate::batch::PrefillAttention;
 use crate::request::Request;
 use crate::sampler;
 
@@ -20,6 +21,8 @@ pub struct SchedulerConfig {
     pub max_model_len: usize,
     /// Whether sequences share the KV blocks of equal prefixes.
     pub enable_prefix_caching: bool,
+    /// How rows of prompts attend, as the model was loaded for.
+    pub prefill_attention: PrefillAttention,
     /// Sequences that wait, at most; preempted ones come on top.
     pub max_waiting: usize,
     /// Token ids are below this.

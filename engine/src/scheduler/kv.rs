@@ -8,26 +8,37 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use bincode::{Decode, Encode};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Names a full block by its tokens and all tokens before it. The same on every rank of the same block size.
+/// Names a full block by its tokens and all tokens before it, and by how their rows attended where that differs: by
+/// what its keys and values depend on. The same on every rank of the same block size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Encode, Decode)]
 pub struct BlockHash(pub u128);
 
-/// Appends to `hashes`, which cover a prefix of `tokens`, those of the further full blocks.
-pub(crate) fn extend_hashes(hashes: &mut Vec<BlockHash>, tokens: &[u32], block_size: usize) {
+/// Appends to `hashes`, which cover a prefix of `tokens`, those of the further full blocks. Rows from `absorbed_from` on
+/// attend otherwise than those before: blocks with such rows have names of their own (PA-2).
+pub(crate) fn extend_hashes(
+    hashes: &mut Vec<BlockHash>,
+    tokens: &[u32],
+    block_size: usize,
+    absorbed_from: Option<usize>,
+) {
     let mut bytes = Vec::with_capacity(16 + 4 * block_size);
     for block in tokens.chunks_exact(block_size).skip(hashes.len()) {
         bytes.clear();
         let parent = hashes.last().map_or(0, |hash| hash.0);
         bytes.extend_from_slice(&parent.to_le_bytes());
         bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
+        let start = hashes.len() * block_size;
+        if let Some(from) = absorbed_from.filter(|&from| from < start + block_size) {
+            bytes.extend((from.saturating_sub(start) as u64).to_le_bytes());
+        }
         hashes.push(BlockHash(xxh3_128(&bytes)));
     }
 }
 
-/// The hashes of the full blocks of `tokens`: what a router compares with the ranks' caches.
+/// The hashes of the full blocks of `tokens`, all of which attended in the way of prompts: what a router compares with the ranks' caches.
 pub fn block_hashes(tokens: &[u32], block_size: usize) -> Vec<BlockHash> {
     let mut hashes = Vec::with_capacity(tokens.len() / block_size);
-    extend_hashes(&mut hashes, tokens, block_size);
+    extend_hashes(&mut hashes, tokens, block_size, None);
     hashes
 }
 
@@ -209,6 +220,21 @@ mod tests {
         let b = block_hashes(&[9, 2, 3, 4], 2);
         assert_ne!(a[1], b[1]);
         assert_eq!(a[0], block_hashes(&[1, 2, 7], 2)[0]);
+    }
+
+    #[test]
+    fn a_block_with_rows_that_attended_otherwise_is_another_block() {
+        let tokens: Vec<u32> = (0..12).collect();
+        let named = |absorbed_from| {
+            let mut hashes = Vec::new();
+            extend_hashes(&mut hashes, &tokens, 4, absorbed_from);
+            hashes
+        };
+        let prompt = block_hashes(&tokens, 4);
+        assert_eq!(named(Some(12)), prompt, "a prompt has one name, whatever else a rank computes");
+        let answers: Vec<Vec<BlockHash>> = [4, 5, 8].map(|from| named(Some(from))).into();
+        assert!(answers.iter().all(|hashes| hashes[0] == prompt[0] && hashes[2] != prompt[2]));
+        assert!(answers[2][1] == prompt[1] && answers[0][1] != prompt[1] && answers[0][1] != answers[1][1]);
     }
 
     #[test]

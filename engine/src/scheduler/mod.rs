@@ -125,8 +125,8 @@ impl Scheduler {
         }
         let turn = Turn { priority: request.priority, arrival: self.arrivals };
         let sequence = match constraint {
-            None => Sequence::new(request),
-            Some(constraint) => Sequence::constrained(request, constraint)
+            None => Sequence::new(request, self.config.prefill_attention),
+            Some(constraint) => Sequence::constrained(request, constraint, self.config.prefill_attention)
                 .map_err(|request| Refused { request, reason: RefuseReason::OffGrammar })?,
         };
         self.arrivals += 1;

@@ -1,5 +1,6 @@
 //! One sequence: its tokens, its KV blocks and how far they are computed.
 
+use crate::batch::PrefillAttention;
 use crate::grammar::Constraint;
 use crate::request::{FinishReason, Request, RequestId, TokenLogprob};
 
@@ -29,13 +30,15 @@ pub(super) struct Sequence {
     pub(super) cached_tokens: Option<usize>,
     /// One entry for each prompt token but the first, as far as computed. `None` when not asked for or sent.
     pub(super) prompt_logprobs: Option<Vec<TokenLogprob>>,
+    /// Rows before this one attend to expanded keys and values; `None`: no row does.
+    absorbed_from: Option<usize>,
     /// How far its output is in its grammar.
     pub(super) constraint: Option<Constraint>,
 }
 
 impl Sequence {
     /// A sequence that waits. One that moved here with output has sent its prompt log-probabilities already.
-    pub(super) fn new(request: Request) -> Self {
+    pub(super) fn new(request: Request, prefill: PrefillAttention) -> Self {
         let mut tokens = request.prompt.clone();
         tokens.extend_from_slice(&request.generated);
         let wanted = request.prompt_logprobs.is_some() && request.generated.is_empty();
@@ -50,17 +53,25 @@ impl Sequence {
             hashes: Vec::new(),
             cached_tokens: None,
             prompt_logprobs: wanted.then(Vec::new),
+            absorbed_from: match prefill {
+                PrefillAttention::Absorbed => None,
+                PrefillAttention::Expanded => Some(request.prompt.len()),
+            },
             constraint: None,
             request,
         }
     }
 
     /// One that draws what a grammar allows. Hands the request back when what it has drawn elsewhere does not follow it.
-    pub(super) fn constrained(request: Request, mut constraint: Constraint) -> Result<Self, Box<Request>> {
+    pub(super) fn constrained(
+        request: Request,
+        mut constraint: Constraint,
+        prefill: PrefillAttention,
+    ) -> Result<Self, Box<Request>> {
         if request.generated.iter().any(|&token| constraint.accept(token).is_err()) {
             return Err(Box::new(request));
         }
-        Ok(Self { constraint: Some(constraint), ..Self::new(request) })
+        Ok(Self { constraint: Some(constraint), ..Self::new(request, prefill) })
     }
 
     pub(super) fn id(&self) -> RequestId {
@@ -70,6 +81,11 @@ impl Sequence {
     /// Output tokens so far, those drawn elsewhere included.
     pub(super) fn output(&self) -> &[u32] {
         &self.tokens[self.request.prompt.len()..]
+    }
+
+    /// How many of the rows from `context` on, `len` in number, attend to expanded keys and values.
+    pub(super) fn expanded(&self, context: usize, len: usize) -> usize {
+        self.absorbed_from.map_or(0, |from| from.saturating_sub(context).min(len))
     }
 
     /// Tokens, known or pending.
@@ -109,7 +125,7 @@ impl Sequence {
     /// Returns false, and takes nothing, when too few are idle.
     pub(super) fn admit(&mut self, pool: &mut BlockPool, block_size: usize, use_cache: bool) -> bool {
         let hits = if use_cache && !self.owes_prompt_logprobs() {
-            extend_hashes(&mut self.hashes, &self.tokens, block_size);
+            extend_hashes(&mut self.hashes, &self.tokens, block_size, self.absorbed_from);
             let usable = (self.tokens.len() - 1) / block_size;
             pool.find(&self.hashes[..usable])
         } else {
@@ -171,7 +187,7 @@ impl Sequence {
         if full == self.registered {
             return;
         }
-        extend_hashes(&mut self.hashes, &self.tokens, block_size);
+        extend_hashes(&mut self.hashes, &self.tokens, block_size, self.absorbed_from);
         for block in self.registered..full {
             pool.register(self.table[block], self.hashes[block]);
         }

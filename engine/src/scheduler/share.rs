@@ -63,7 +63,15 @@ impl StepBuilder {
             batch.tokens.push(PLACEHOLDER);
         }
         batch.positions.extend((context..end).map(|position| position as u32));
-        batch.seqs.push(BatchSeq { start, len, context, block_table: sequence.table.clone(), logits });
+        let expanded = sequence.expanded(context, len);
+        batch.seqs.push(BatchSeq {
+            start,
+            len,
+            context,
+            block_table: sequence.table.clone(),
+            logits,
+            expanded,
+        });
         let sampling = sampling(sequence, logits);
         self.step.sampling.push(sampling);
         sequence.scheduled = end;

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
+use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, PrefillAttention};
 use heliostat_engine::model::Logits;
 use heliostat_engine::request::{
     FinishReason, Output, Request, RequestId, SamplingParams, StopConditions, TokenLogprob,
@@ -150,6 +150,7 @@ pub(crate) fn config() -> impl Strategy<Value = SchedulerConfig> {
                 max_num_batched_tokens: max_num_seqs + more,
                 max_model_len,
                 enable_prefix_caching,
+                prefill_attention: PrefillAttention::Absorbed,
                 max_waiting,
                 vocab_size: VOCAB,
             }
@@ -218,6 +219,7 @@ pub(crate) fn roomy() -> SchedulerConfig {
         max_num_batched_tokens: 8,
         max_model_len: 64,
         enable_prefix_caching: true,
+        prefill_attention: PrefillAttention::Absorbed,
         max_waiting: 4,
         vocab_size: VOCAB,
     }

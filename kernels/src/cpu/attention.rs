@@ -9,6 +9,7 @@ use super::gemm::tile::{TILE_COLS, dot_stored, pack_rows};
 use super::output::Output;
 use super::simd::math::{exp_row, padded};
 use super::simd::{Kernel, Line, Simd};
+use crate::weight::Weight;
 
 /// A cache `[block][block_size][width]`: one row per position of a sequence, found through its block table.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,23 @@ pub struct MlaQuery<'a> {
     pub rope: &'a [f32],
 }
 
+/// Sizes of latent attention on expanded keys and values: every head has its own, made from the latents.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpandedShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Elements of a latent.
+    pub kv_lora: usize,
+    /// Elements of a key without position.
+    pub nope: usize,
+    /// Rotated elements, after the latent in a cache row; all heads share them.
+    pub rope: usize,
+    /// Elements of a value.
+    pub v: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
 /// Sizes of grouped-query attention: `heads / kv_heads` neighbouring heads share a key and value head.
 #[derive(Clone, Copy, Debug)]
 pub struct GqaShape {
@@ -118,6 +136,64 @@ impl Cpu {
         self.attend(group, query, KvPages { keys: cache, values: cache }, spans, out);
     }
 
+    /// `out[t][heads][v] = softmax(scale * q . (key, rotated key)) value`, causal, where `up`, `[heads][nope + v][kv_lora]`,
+    /// makes key and value of every head from a position's latent. `query`: `[t][heads][nope + rope]`.
+    ///
+    /// # Panics
+    /// If the lengths do not fit, or a block table does not reach the last position.
+    pub fn expanded_attention(
+        &self,
+        shape: ExpandedShape,
+        (query, up): (&[f32], &Weight),
+        cache: Pages<'_>,
+        spans: &[Span<'_>],
+        out: &mut [f32],
+    ) {
+        let ExpandedShape { heads, kv_lora, nope, rope, v, scale } = shape;
+        assert_eq!(cache.width, kv_lora + rope, "expanded_attention: width of the cache");
+        assert_eq!(
+            (up.rows(), up.cols()),
+            (heads * (nope + v), kv_lora),
+            "expanded_attention: up-projections"
+        );
+        assert_eq!(query.len() / (nope + rope) * v, out.len(), "expanded_attention: length of out");
+        let key = nope + rope;
+        let query = |at: usize, row: &mut Vec<f32>| row.extend_from_slice(&query[at * key..(at + 1) * key]);
+        let group = Heads { heads, kv_heads: heads, key_width: key, value_width: v, scale };
+        for span in spans {
+            let (keys, values) = self.expand(shape, up, cache, span);
+            let block_size = span.context + span.len;
+            let pages = |data, width| Pages { data, block_size, width };
+            let pages = KvPages { keys: pages(&keys, heads * key), values: pages(&values, heads * v) };
+            self.attend(group, query, pages, &[Span { block_table: &[0], ..*span }], out);
+        }
+    }
+
+    /// Keys `[position][heads][nope + rope]` and values `[position][heads][v]` of all positions of a span.
+    fn expand(
+        &self,
+        shape: ExpandedShape,
+        up: &Weight,
+        cache: Pages<'_>,
+        span: &Span<'_>,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let ExpandedShape { heads, kv_lora, nope, rope, v, .. } = shape;
+        let positions = rows(cache, span.block_table, span.context + span.len);
+        let latents: Vec<f32> = positions.iter().flat_map(|row| &row[..kv_lora]).copied().collect();
+        let mut expanded = vec![0.0; positions.len() * up.rows()];
+        self.matmul(&latents, up, &mut expanded);
+        let mut keys = Vec::with_capacity(positions.len() * heads * (nope + rope));
+        let mut values = Vec::with_capacity(positions.len() * heads * v);
+        for (row, expanded) in positions.iter().zip(expanded.chunks_exact(up.rows())) {
+            for head in expanded.chunks_exact(nope + v) {
+                keys.extend_from_slice(&head[..nope]);
+                keys.extend_from_slice(&row[kv_lora..]);
+                values.extend_from_slice(&head[nope..]);
+            }
+        }
+        (keys, values)
+    }
+
     /// `out[t][heads][head_dim] = softmax(scale * q . k) v`, causal.
     ///
     /// # Panics
@@ -146,7 +222,7 @@ impl Cpu {
     fn attend(
         &self,
         shape: Heads,
-        query: impl Fn(usize, &mut Vec<f32>) + Send + Sync,
+        query: impl Fn(usize, &mut Vec<f32>) + Copy + Send + Sync,
         cache: KvPages<'_>,
         spans: &[Span<'_>],
         out: &mut [f32],

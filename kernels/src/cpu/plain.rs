@@ -2,7 +2,7 @@
 //!
 //! [`Cpu`]: super::Cpu
 
-use super::attention::{GqaShape, KvPages, MlaQuery, MlaShape, Pages, Span};
+use super::attention::{ExpandedShape, GqaShape, KvPages, MlaQuery, MlaShape, Pages, Span};
 use super::rope::{RopeLayout, RopeStyle, RopeTable};
 use super::router::{GroupScore, Router, Scoring};
 use crate::weight::Weight;
@@ -153,6 +153,37 @@ pub fn mla_attention(
             |row: &&[f32]| f64::from(scale) * (dot(latent, &row[..kv_lora]) + dot(rope, &row[kv_lora..]));
         let p = softmax_f64(&rows.iter().map(score).collect::<Vec<_>>());
         weighted_sum(&p, rows.iter().map(|row| &row[..kv_lora]), &mut out[at * kv_lora..(at + 1) * kv_lora]);
+    }
+}
+
+/// See [`Cpu::expanded_attention`](super::Cpu::expanded_attention).
+pub fn expanded_attention(
+    shape: ExpandedShape,
+    (query, up): (&[f32], &Weight),
+    cache: Pages<'_>,
+    spans: &[Span<'_>],
+    out: &mut [f32],
+) {
+    let ExpandedShape { heads, kv_lora, nope, rope, v, scale } = shape;
+    let up = up.dequantized();
+    for (span, token, head) in queries(spans, heads) {
+        let at = (span.start + token) * heads + head;
+        let query = &query[at * (nope + rope)..(at + 1) * (nope + rope)];
+        let rows: Vec<&[f32]> =
+            (0..=span.context + token).map(|position| cache.row(span.block_table, position)).collect();
+        // Row `index` of the head's up-projections with a latent.
+        let expand = |row: &[f32], index: usize| {
+            let from = (head * (nope + v) + index) * kv_lora;
+            dot(&row[..kv_lora], &up[from..from + kv_lora])
+        };
+        let score = |row: &&[f32]| {
+            let own: f64 = (0..nope).map(|index| f64::from(query[index]) * expand(row, index)).sum();
+            f64::from(scale) * (own + dot(&query[nope..], &row[kv_lora..]))
+        };
+        let p = softmax_f64(&rows.iter().map(score).collect::<Vec<_>>());
+        for (index, out) in out[at * v..(at + 1) * v].iter_mut().enumerate() {
+            *out = p.iter().zip(&rows).map(|(p, row)| p * expand(row, nope + index)).sum::<f64>() as f32;
+        }
     }
 }
 

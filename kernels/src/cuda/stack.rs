@@ -1,5 +1,7 @@
 //! Matrices of one shape, one after the other in device memory, each of which can be replaced while others are in use.
 
+use std::ops::Range;
+
 use super::{Buffer, CudaError, Device, Stream};
 use crate::dtype::{DType, f32_to_bf16};
 use crate::weight::{Block, Elements, Weight};
@@ -122,6 +124,16 @@ impl WeightStack {
     /// Scales of all, `[count][ceil(rows / 128)][ceil(cols / 128)]`; FP8 only.
     pub fn scales(&self) -> Option<&Buffer<f32>> {
         self.scales.as_ref()
+    }
+
+    /// A run of the rows of a stack of one BF16 matrix.
+    ///
+    /// # Panics
+    /// If it holds anything else.
+    pub(super) fn part(&self, rows: Range<usize>) -> Self {
+        assert_eq!((self.stored, self.count), (StoredAs::Bf16, 1), "a part of a matrix");
+        let (bytes, _) = Self::sizes(self.stored, (1, self.cols));
+        Self { rows: rows.len(), data: self.data.slice(rows.start * bytes..rows.end * bytes), ..self.clone() }
     }
 
     fn data_of(&self, index: usize) -> Buffer<u8> {

@@ -24,7 +24,7 @@ fn library_dirs() -> Vec<PathBuf> {
     vec![PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/nvrtc/nvidia/cu13/lib")]
 }
 
-/// Compiles every source for the chip and fails on spills. Needs NVRTC but no GPU.
+/// Compiles every source for the chip and fails on spills and on warpgroup products that do not overlap. Needs NVRTC but no GPU.
 pub(crate) fn assert_compiles(sources: impl IntoIterator<Item = Source>) {
     let compiler = match Compiler::load("sm_90a", &library_dirs(), None) {
         Ok(compiler) => compiler,
@@ -40,6 +40,8 @@ pub(crate) fn assert_compiles(sources: impl IntoIterator<Item = Source>) {
         let spilled =
             log.lines().find(|line| line.contains("spill") && !line.contains("0 bytes spill stores"));
         assert!(spilled.is_none(), "{} {:?} spills:\n{log}", source.name, source.defines);
+        // Products that wait for each other.
+        assert!(!log.contains("serialized"), "{} {:?}:\n{log}", source.name, source.defines);
     }
 }
 

@@ -1,7 +1,10 @@
 //! Attention over pages: parity, and independence of blocks, chunks and neighbours.
 
-use heliostat_kernels::cpu::attention::{GqaShape, KvPages, MlaQuery, MlaShape, Pages, Span, slot};
+use heliostat_kernels::cpu::attention::{
+    ExpandedShape, GqaShape, KvPages, MlaQuery, MlaShape, Pages, Span, slot,
+};
 use heliostat_kernels::cpu::{Cpu, plain};
+use heliostat_kernels::weight::Weight;
 
 use crate::{assert_close, bits, devices, random};
 
@@ -75,6 +78,37 @@ fn mla_attention_agrees_and_its_bits_depend_on_nothing_else() {
         let cache = Cache::new(&rows, kv_lora + shape.rope, 16);
         let mut want = vec![f32::NAN; latent.len()];
         plain::mla_attention(shape, query, cache.pages(), &spans(&cache, 99), &mut want);
+        let first = run(&Cpu::single_threaded(), 16, 99);
+        assert_close(&first, &want, 1e-5, &format!("{shape:?}"));
+        for cpu in devices() {
+            for (block_size, chunk) in [(16, 99), (1, 1), (64, 3), (5, 7)] {
+                let got = run(&cpu, block_size, chunk);
+                assert!(
+                    bits(&got) == bits(&first),
+                    "{shape:?}, blocks of {block_size}, chunks of {chunk}, {cpu:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn expanded_attention_agrees_and_its_bits_depend_on_nothing_else() {
+    for [heads, kv_lora, nope, rope, v] in [[8, 64, 32, 16, 32], [1, 16, 8, 4, 8], [3, 100, 24, 10, 20]] {
+        let shape = ExpandedShape { heads, kv_lora, nope, rope, v, scale: 0.2 };
+        let rows = sequences(1, kv_lora + rope);
+        let query = random(20, QUERIES * heads * (nope + rope));
+        let up = Weight::from_f32(heads * (nope + v), kv_lora, random(21, heads * (nope + v) * kv_lora));
+        let up = up.expect("the shape is right");
+        let run = |cpu: &Cpu, block_size: usize, chunk: usize| {
+            let cache = Cache::new(&rows, kv_lora + rope, block_size);
+            let mut out = vec![f32::NAN; QUERIES * heads * v];
+            cpu.expanded_attention(shape, (&query, &up), cache.pages(), &spans(&cache, chunk), &mut out);
+            out
+        };
+        let cache = Cache::new(&rows, kv_lora + rope, 16);
+        let mut want = vec![f32::NAN; QUERIES * heads * v];
+        plain::expanded_attention(shape, (&query, &up), cache.pages(), &spans(&cache, 99), &mut want);
         let first = run(&Cpu::single_threaded(), 16, 99);
         assert_close(&first, &want, 1e-5, &format!("{shape:?}"));
         for cpu in devices() {

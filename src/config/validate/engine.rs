@@ -1,9 +1,11 @@
 //! One rank's engine: its bounds, whose defaults depend on the device, and its room for KV blocks.
 
-use super::super::raw::Raw;
+use heliostat_engine::batch::PrefillAttention;
+
+use super::super::raw::{PrefillAttention as Written, Raw};
 use super::super::section::ByteSize;
 use super::super::{Engine, KvCache, Model};
-use super::{Check, Kind};
+use super::{Check, Facts, Kind};
 
 /// Memory for KV blocks on CPU devices where the file says nothing.
 const KV_CACHE_BYTES_DEFAULT: ByteSize = ByteSize(128 << 20);
@@ -31,6 +33,10 @@ impl Check<'_> {
             max_num_seqs: written.max_num_seqs.unwrap_or(seqs),
             max_num_batched_tokens: written.max_num_batched_tokens.unwrap_or(tokens),
             enable_prefix_caching: written.enable_prefix_caching,
+            prefill_attention: match written.prefill_attention {
+                Written::Absorbed => PrefillAttention::Absorbed,
+                Written::Expanded => PrefillAttention::Expanded,
+            },
         };
         for (name, n) in [
             ("block_size", engine.block_size),
@@ -61,6 +67,17 @@ impl Check<'_> {
             format!("write {} or more", engine.max_num_seqs),
         );
         engine
+    }
+
+    /// Only latents can be expanded.
+    pub(super) fn prefill(&mut self, engine: &Engine, facts: &Facts) {
+        let Ok(model) = &facts.model else { return };
+        self.require(
+            engine.prefill_attention.check(model).is_ok(),
+            "engine.prefill_attention",
+            "`prefill_attention` = \"expanded\" needs a model with latent attention (MLA)",
+            "write \"absorbed\", or leave it out",
+        );
     }
 
     pub(super) fn kv_cache(&mut self, raw: &Raw, engine: &Engine, model: &Model, kind: Kind) -> KvCache {

@@ -1,6 +1,7 @@
-//! Attention over a paged cache: absorbed latent attention ([`Mla`]) and grouped-query attention ([`Gqa`]).
+//! Attention over a paged cache: absorbed latent attention ([`Mla`]), grouped-query attention ([`Gqa`]), and latent
+//! attention of prompts on expanded keys and values ([`Expanded`]).
 //!
-//! One path for prefill and decode: a query row is one token, and attends to positions `0..=position` of its own
+//! But for the last, one path for prefill and decode: a query row is one token, and attends to positions `0..=position` of its own
 //! sequence, all of which are in the cache. Specification: [`crate::cpu::plain::mla_attention`] and
 //! [`crate::cpu::plain::gqa_attention`], with probabilities rounded to bf16.
 //!
@@ -8,12 +9,16 @@
 //! by a rule of its length alone, and the chunks are added up in a fixed order. [`Mla::plan`] lists the chunks of all
 //! rows on the device, longest first, once per step and for all layers; so a recorded graph follows new lengths.
 
+mod expanded;
 mod gqa;
 mod mla;
 mod plan;
+mod prompts;
 
+pub use expanded::{Expanded, ExpandedArgs, ExpandedDims};
 pub use gqa::{Gqa, GqaArgs, GqaDims};
 pub use mla::{Mla, MlaArgs, MlaDims};
+pub use prompts::{Chunk, PromptLimits, PromptPlan};
 
 use super::{Buffer, Source};
 
@@ -76,6 +81,10 @@ fn plan_source() -> Source {
 
 fn mla_source() -> Source {
     source!("mla", "mla_ptx.cuh", "mla_tile.cuh", "mla_finish.cuh", "mla.cu")
+}
+
+fn expanded_source() -> Source {
+    source!("expanded", "expanded.cu")
 }
 
 fn gqa_source() -> Source {

@@ -1,5 +1,7 @@
 //! Weights as the products take them: the stack in device memory, how its product is cut up, and the kernels for that.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use crate::cuda::{
@@ -182,6 +184,25 @@ impl Matrix {
         };
         let plain = device.module(&plain_source(stored, kind))?.kernel("gemm_plain")?;
         Ok(Self { stack, kind, matrices, n, k, fast, plain })
+    }
+
+    /// A run of the rows of a dense BF16 matrix, by the same kernels: the product's columns of these numbers, to the bit.
+    ///
+    /// # Errors
+    /// The rows cannot be described to the copy engine.
+    ///
+    /// # Panics
+    /// If it is of another kind or has fewer rows.
+    pub fn part(&self, rows: Range<usize>) -> Result<Self, CudaError> {
+        assert_eq!((self.kind, self.stored()), (Kind::Dense, StoredAs::Bf16), "a part of a matrix");
+        let (n, stack) = (rows.len(), self.stack.part(rows));
+        let mut part = Self { stack, n, ..self.clone() };
+        if let Some(fast) = &mut part.fast {
+            for form in [&mut fast.in_cluster, &mut fast.in_registers] {
+                form.map = weight_map(&part.stack, (1, n, self.k), form.plan.columns)?;
+            }
+        }
+        Ok(part)
     }
 
     /// Columns of y, `N` (of one head).
