@@ -126,8 +126,17 @@ impl Rig {
         let reference = std::fs::read_to_string(dir.join("reference.json")).unwrap();
         let name = format!("{} {prefill:?}", dir.file_name().unwrap().to_string_lossy());
         let reference = serde_json::from_str(&reference).unwrap();
-        let mut rig =
-            Self { name, rank, slots, store, checkpoint, layout: layout.clone(), reference, epoch: 1 };
+        let mut rig = Self {
+            name,
+            prefill,
+            rank,
+            slots,
+            store,
+            checkpoint,
+            layout: layout.clone(),
+            reference,
+            epoch: 1,
+        };
         for moe_layer in 0..config.moe_layers() {
             rig.place(moe_layer, layout.layer(moe_layer).clone());
         }
