@@ -74,6 +74,7 @@ fn a_remap_is_planned_published_and_recorded() {
     assert_eq!((status.map_epoch, status.open, status.history.len()), (1, None, 1));
     let remap = &status.history[0];
     assert_eq!((remap.end, remap.duration_ms, remap.moved.nvlink.bytes), (Some(PlanEnd::Committed), 30, 20));
+    assert_eq!(status.totals, Totals { committed: 1, rolled_back: 0, moved: remap.moved });
     assert_eq!(status.layers[0].physical_to_logical, plan.layers[0].physical_to_logical);
     assert!(status.balancedness.avg > before && status.balancedness.avg > 0.9);
     assert_eq!(core.rebalance(8, at(60)), Err(RebalanceRefused::NothingToMove));

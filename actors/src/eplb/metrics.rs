@@ -81,3 +81,34 @@ impl EplbMetrics {
 fn set(counter: &Counter, count: u64) {
     counter.inner().store(count, Ordering::Relaxed);
 }
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::encoding::text::encode;
+
+    use super::*;
+    use crate::eplb::{Balancedness, Totals};
+    use crate::messages::{Carried, Moved};
+
+    #[test]
+    fn bytes_are_counted_by_their_way() {
+        let mut registry = Registry::default();
+        let metrics = EplbMetrics::new(&mut registry);
+        let moved = Moved { nvlink: Carried { experts: 2, bytes: 88 }, ..Moved::default() };
+        let totals = Totals { committed: 3, rolled_back: 1, moved };
+        let balancedness = Balancedness::of([0.5, 0.75]);
+        metrics.report(&EplbStatus { totals, balancedness, ..EplbStatus::default() });
+        let mut text = String::new();
+        encode(&mut text, &registry).unwrap();
+        for line in [
+            r#"heliostat:eplb_balancedness{layers="min"} 0.5"#,
+            r#"heliostat:eplb_remaps_total{end="committed"} 3"#,
+            r#"heliostat:eplb_remaps_total{end="rolled_back"} 1"#,
+            r#"heliostat:eplb_moved_experts_total{path="nvlink"} 2"#,
+            r#"heliostat:eplb_moved_bytes_total{path="nvlink"} 88"#,
+            r#"heliostat:eplb_moved_bytes_total{path="host"} 0"#,
+        ] {
+            assert!(text.contains(&format!("{line}\n")), "{line} is not in\n{text}");
+        }
+    }
+}

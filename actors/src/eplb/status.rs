@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::messages::{Moved, PlanEnd, StepTimes};
 
 /// The expert maps in force, the load on them and how they came to be.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EplbStatus {
     /// Epoch of the last remap of which a layer was committed; 0 for the initial layout.
     pub map_epoch: u64,

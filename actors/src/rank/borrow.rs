@@ -70,6 +70,12 @@ impl Drop for Loan {
 }
 
 impl Borrower {
+    /// Nobody to borrow from yet.
+    pub(super) fn new(system: &System, store: ExpertStore, link: Link) -> Self {
+        let (peers, given_up) = (Vec::new(), Vec::new());
+        Self { me: system.process(), system: system.clone(), peers, store, link, given_up }
+    }
+
     /// Whether experts of that rank can be copied from its GPU.
     pub(super) fn reaches(&self, rank: usize) -> bool {
         self.store.reaches(rank) && !self.given_up.contains(&rank)

@@ -7,7 +7,7 @@ use heliostat_engine::cuda::{CudaRank, GroupStep, StepResults};
 use heliostat_engine::ep::{EpGroup, ExpertStore};
 use heliostat_engine::model::{ExchangeError, KvPages, Model};
 use heliostat_kernels::cpu::Cpu;
-use heliostat_kernels::cuda::Stream;
+use heliostat_kernels::cuda::{CudaError, Stream};
 
 use super::attention::Attention;
 use super::outlet::Outlet;
@@ -40,11 +40,11 @@ impl Engine {
         }
     }
 
-    /// Where a GPU's steps run.
-    pub(super) fn stream(&self) -> Option<Stream> {
+    /// What tells whether a GPU still answers.
+    pub(super) fn probe(&self) -> Result<Option<Stream>, CudaError> {
         match self {
-            Self::Cpu(_) => None,
-            Self::Cuda { rank, .. } => Some(rank.stream().clone()),
+            Self::Cpu(_) => Ok(None),
+            Self::Cuda { rank, .. } => rank.probe().map(Some),
         }
     }
 

@@ -239,7 +239,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let role = args.topology.role(args.rank as usize);
     let me = cx.addr();
     let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), notices);
-    let (leases, stream) = (Leases::default(), loaded.engine.stream());
+    let (leases, probe) = (Leases::default(), loaded.engine.probe().map_err(CreateError::failed)?);
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
         loader: loaded.loader.clone(),
@@ -256,14 +256,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         outlet,
         view: None,
         stopping: false,
-        borrower: Borrower {
-            system: cx.system().clone(),
-            me: cx.system().process(),
-            peers: Vec::new(),
-            store: loaded.loader.store.clone(),
-            link: link.clone(),
-            given_up: Vec::new(),
-        },
+        borrower: Borrower::new(cx.system(), loaded.loader.store.clone(), link.clone()),
         leases: leases.clone(),
         runtime: tokio::runtime::Handle::current(),
         exchange: 0,
@@ -296,7 +289,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         staging: None,
         encoded: Arc::default(),
         leases,
-        stream,
+        probe,
         grammars: Arc::new(Grammars::new(args.model.clone())),
         args,
     })

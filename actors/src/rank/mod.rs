@@ -71,8 +71,8 @@ pub struct Rank {
     encoded: Arc<Mutex<Option<Encoded>>>,
     /// Experts that peers copy from this rank's GPU.
     leases: Leases,
-    /// Where its GPU's steps run.
-    stream: Option<Stream>,
+    /// Tells whether its GPU still answers.
+    probe: Option<Stream>,
     grammars: Arc<Grammars>,
 }
 
@@ -88,8 +88,8 @@ impl Actor for Rank {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         // Steps notice a lost GPU by themselves; a rank without work would not.
-        let Some(stream) = self.stream.clone() else { return };
-        ctx.run_interval(DEVICE_CHECK, move |this, _| match stream.check() {
+        let Some(probe) = self.probe.clone() else { return };
+        ctx.run_interval(DEVICE_CHECK, move |this, _| match probe.check() {
             Err(why) if why.is_fatal() => this.link.device_failed(why.to_string()),
             Ok(()) | Err(_) => {}
         });
@@ -178,12 +178,8 @@ impl Rank {
         self.link.send(Command::Open(Arc::clone(&plan)));
         let stager = Stager {
             borrower: Borrower {
-                system: self.cx.system().clone(),
-                me: self.cx.system().process(),
                 peers: self.peers.clone(),
-                store: self.loader.store.clone(),
-                link: self.link.clone(),
-                given_up: Vec::new(),
+                ..Borrower::new(self.cx.system(), self.loader.store.clone(), self.link.clone())
             },
             topology: self.args.topology.clone(),
             rank: self.args.rank as usize,

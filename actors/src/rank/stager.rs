@@ -1,7 +1,8 @@
 //! Brings the experts of a plan to this rank in the background, layer by layer, while the group steps on.
 //!
 //! An expert comes from this rank itself, from a peer that holds it under the map before the plan (from its GPU straight to
-//! this one, else through both hosts), or from the checkpoint. Nothing is put into a slot here: the step thread does that when all ranks have staged a layer.
+//! this one, else through both hosts), or from the checkpoint. Nothing is put into a slot here: the step thread does that
+//! when all ranks have staged a layer.
 
 use std::sync::Arc;
 

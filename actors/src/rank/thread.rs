@@ -166,6 +166,8 @@ impl StepThread {
         });
         self.attention.iter_mut().for_each(Attention::rewind);
         self.inbox.set_device(None);
+        // A failure that somebody else has noticed is told first: what follows may hang on it.
+        self.take_commands();
         let outcome = match (&mut self.engine, outcome) {
             // What hangs on a failed GPU is not waited for.
             (Engine::Cpu(_), outcome) | (Engine::Cuda { .. }, outcome @ Err(ExchangeError::Device(_))) => {

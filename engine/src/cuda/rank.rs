@@ -8,7 +8,7 @@ use std::time::Duration;
 use heliostat_kernels::cuda::exchange::{AbortHandle, ExchangeFailure, Member, Membership, Transport};
 use heliostat_kernels::cuda::heap::HeapHandle;
 use heliostat_kernels::cuda::nccl::{Nccl, NcclId};
-use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Stream};
+use heliostat_kernels::cuda::{CudaError, Event, Graph, KernelTime, Pinned, Priority, Stream};
 
 use super::inputs::STEPS_MAX;
 use super::lending::PoolOffer;
@@ -133,9 +133,13 @@ impl CudaRank {
         self.num_blocks
     }
 
-    /// Where its steps run, for others to see whether the device still answers.
-    pub fn stream(&self) -> &Stream {
-        &self.stream
+    /// A stream on which nothing runs, for others to see whether the device still answers. Not that of the steps: who
+    /// looks at one that is being recorded spoils the recording.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn probe(&self) -> Result<Stream, CudaError> {
+        self.stream.device().stream(Priority::Low)
     }
 
     /// Its expert weights, on a rank with experts.
