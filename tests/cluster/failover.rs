@@ -1,7 +1,7 @@
 //! Several heads on one etcd: whatever becomes of the leader, another takes over, and serving never stops.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,8 @@ struct Party {
     ports: [u16; 2],
     heads: [Child; 2],
     node: Option<Child>,
+    /// Directory of certificates, where they talk TLS.
+    tls: Option<PathBuf>,
     _etcd: Etcd,
 }
 
@@ -41,6 +43,11 @@ fn signal(process: &Child, signal: &str) {
 impl Party {
     /// `wire` is where the first head finds etcd, if that is not etcd itself.
     async fn start(etcd: Etcd, wire: Option<u16>) -> Self {
+        Self::start_with(etcd, wire, None).await
+    }
+
+    /// `tls` has the certificates of all processes.
+    async fn start_with(etcd: Etcd, wire: Option<u16>, tls: Option<PathBuf>) -> Self {
         let (cluster, ports) = (Cluster::by_hand().await, [free_port(), free_port()]);
         etcd.answers().await;
         let dir = cluster.dir.path().to_owned();
@@ -49,13 +56,14 @@ impl Party {
             let config = format!(
                 "[cluster]\nrun_dir = {:?}\n[head]\nbind = \"127.0.0.1:{}\"\npeers = [\"127.0.0.1:{}\"]\n\
                  [state]\nstore = \"etcd\"\nendpoints = [\"http://127.0.0.1:{}\"]\n[model]\npath = {:?}\n\
-                 [serve]\nport = {}\n[devices]\ndevice = \"cpu\"\ncpu = 4\nthreads = 1\n",
+                 [serve]\nport = {}\n[devices]\ndevice = \"cpu\"\ncpu = 4\nthreads = 1\n{}",
                 dir.join(["run", "run-b"][i]),
                 ports[i],
                 ports[1 - i],
                 wire.filter(|_| i == 0).unwrap_or(etcd.client),
                 bundled(),
                 cluster.http,
+                tls.iter().map(|dir| format!("[security]\ndir = {dir:?}\n")).collect::<String>(),
             );
             std::fs::write(file, config).unwrap();
         }
@@ -63,7 +71,7 @@ impl Party {
         let first = spawn(&dir, "head-0.log", &["head", files[0].to_str().unwrap()]);
         cluster.until("the first head leads", |cluster| cluster.status().map(drop)).await;
         let second = spawn(&dir, "head-1.log", &["head", files[1].to_str().unwrap()]);
-        let party = Self { cluster, ports, heads: [first, second], node: None, _etcd: etcd };
+        let party = Self { cluster, ports, heads: [first, second], node: None, tls, _etcd: etcd };
         party.stands_by(1, 0).await;
         party
     }
@@ -79,7 +87,9 @@ impl Party {
         let heads = self.address(0) + "," + &self.address(1);
         let args = ["node", "--join", &heads, "--name", "n", "--devices", "cpu=4", "--threads", "1"];
         let run_dir = self.cluster.dir.path().join("run/node");
-        let args = [&args[..], &["--run-dir", run_dir.to_str().unwrap()]].concat();
+        let tls = self.tls_args();
+        let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
+        let args = [&args[..], &["--run-dir", run_dir.to_str().unwrap()], &tls].concat();
         self.node = Some(spawn(self.cluster.dir.path(), "node.log", &args));
         self.cluster
             .until("the deployment", |cluster| {
@@ -87,6 +97,10 @@ impl Party {
             })
             .await;
         self.cluster.until_healed().await;
+    }
+
+    fn tls_args(&self) -> Vec<String> {
+        self.tls.iter().flat_map(|dir| ["--tls".to_owned(), dir.display().to_string()]).collect()
     }
 
     fn address(&self, head: usize) -> String {
@@ -102,7 +116,12 @@ impl Party {
         let told = format!("the head at {} stands by; {} leads", self.address(head), self.address(leader));
         self.cluster
             .until(&told, |_| {
-                text(&helio(&["status", "--address", &self.address(head)])).contains(&told).then_some(())
+                let (address, tls) = (self.address(head), self.tls_args());
+                let args: Vec<&str> = ["status", "--address", &address]
+                    .into_iter()
+                    .chain(tls.iter().map(String::as_str))
+                    .collect();
+                text(&helio(&args)).contains(&told).then_some(())
             })
             .await;
     }
@@ -212,6 +231,33 @@ async fn a_killed_leader_is_replaced_by_the_head_that_stands_by() {
     let down = party.cluster.helio(&["down"]);
     assert!(down.status.success(), "{}", text(&down));
     assert!(pids.iter().all(|(_, pid)| !is_alive(*pid)));
+}
+
+/// The same where every connection has certificates at both ends: heads with each other, node, ranks and commands.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_leader_is_replaced_under_tls() {
+    let certs = tempfile::tempdir().unwrap();
+    crate::security::certificates(certs.path());
+    let tls = Some(certs.path().join("head"));
+    let mut party = Party::start_with(Etcd::start(), None, tls).await;
+    party.join().await;
+    let expected = undisturbed(&party.cluster).await;
+    let before = party.cluster.pids();
+    let mut killed = Instant::now();
+    let leader = i64::from(party.heads[0].id());
+    let (got, pause) = disturbed(&party.cluster, async || {
+        kill(leader);
+        killed = Instant::now();
+    })
+    .await;
+    all_equal(got, &expected);
+    let (took, _) = party.taken_over(1, killed).await;
+    party.recovered().await;
+    assert_eq!(party.cluster.pids(), before, "no worker was restarted");
+    eprintln!(
+        "leader killed under TLS: the next one leads after {took:?}; longest pause of a stream {pause:?}"
+    );
+    party.heals("rank-1", &expected).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::rig::{Cluster, greedy, helio, kill, text};
 
 /// Makes a CA with a certificate for the cluster and one for a client.
-fn certificates(dir: &Path) {
+pub(crate) fn certificates(dir: &Path) {
     let dir = dir.display().to_string();
     for args in [&["ca"][..], &["node", "head"], &["client", "ada"]] {
         let made = helio(&[&["cert"], args, &["--dir", &dir]].concat());
