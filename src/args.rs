@@ -109,8 +109,9 @@ Examples:
   helio up
   helio up cluster.toml --detach && curl http://127.0.0.1:8000/v1/models
 
-Without a file: ./cluster.toml, or the default cluster where there is none (the bundled model,
-a rank on each GPU, or four on CPU devices where there is no GPU). Head and node agent are restarted when they die.
+Without a file: ./cluster.toml, or the default cluster where there is none (the bundled model, where
+./models/sundial-20m is there: a rank on each GPU, or four on CPU devices where there is no GPU).
+A file without [model] starts a cluster for actors and jobs. Head and node agent are restarted when they die.
 Ctrl-C, SIGTERM or `helio down` stop everything.")]
 pub(crate) struct Up {
     /// The cluster to start.

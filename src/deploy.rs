@@ -1,6 +1,6 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{All2All, Config, Count, Cuda, KvCache, PlacementStrategy, Policy, Token};
+use crate::config::{All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::{Deployment, INGRESS, jobs_spec};
 use heliostat_actors::eplb::EplbConfig;
@@ -20,8 +20,8 @@ const LOAD_REPORT_STEPS: u32 = 16;
 const STAGE_AHEAD: u32 = 2;
 
 /// The deployment that a configuration describes. Reads the model's config.json and the initial layout.
-fn deployment(config: &Config) -> Result<Deployment> {
-    let model = ModelConfig::from_dir(&config.model.path)?;
+fn deployment(config: &Config, served: &Model) -> Result<Deployment> {
+    let model = ModelConfig::from_dir(&served.path)?;
     let layout_file = config.eplb.initial_layout.as_deref();
     let initial_layout = layout_file
         .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
@@ -31,12 +31,12 @@ fn deployment(config: &Config) -> Result<Deployment> {
         PlacementStrategy::RoundRobin => Strategy::RoundRobin,
     };
     Ok(Deployment {
-        model: config.model.path.clone(),
-        model_name: config.model.name.clone(),
+        model: served.path.clone(),
+        model_name: served.name.clone(),
         redundant_experts: config.redundant_experts,
         initial_layout,
         strategy,
-        engine: engine(config),
+        engine: engine(config, served),
         links: LinkArgs {
             timeout: Duration::from_secs_f64(config.step_timeout_s),
             ring_bytes: config.ring_bytes,
@@ -69,7 +69,10 @@ fn door(config: &Config) -> HttpDoor {
 
 /// The actors that a configuration describes. Checks the model's files on this machine.
 pub(crate) fn specs(config: &Config) -> Result<Vec<ActorSpec>> {
-    let mut specs = deployment(config)?.specs()?;
+    let mut specs = match &config.model {
+        Some(model) => deployment(config, model)?.specs()?,
+        None => Vec::new(),
+    };
     if let (Some(node), Some(ingress)) = (&config.serve.node, specs.iter_mut().find(|s| s.name == INGRESS)) {
         ingress.placement = Placement::Node(node.clone());
     }
@@ -138,7 +141,7 @@ fn topology(config: &Config) -> Result<Topology> {
     Ok(Topology::new(p.dp as usize, p.ep as usize, p.colocate)?)
 }
 
-fn engine(config: &Config) -> EngineArgs {
+fn engine(config: &Config, served: &Model) -> EngineArgs {
     EngineArgs {
         block_size: config.engine.block_size,
         kv_cache: match config.kv_cache {
@@ -148,7 +151,7 @@ fn engine(config: &Config) -> EngineArgs {
         },
         max_num_seqs: config.engine.max_num_seqs,
         max_num_batched_tokens: config.engine.max_num_batched_tokens,
-        max_model_len: config.model.max_model_len,
+        max_model_len: served.max_model_len,
         enable_prefix_caching: config.engine.enable_prefix_caching,
         prefill_attention: config.engine.prefill_attention,
         max_waiting: config.serve.max_queued_requests,

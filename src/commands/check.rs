@@ -18,13 +18,22 @@ pub(crate) fn run(args: &Check) -> Result<()> {
     let found = found(&config)?;
     let layout = if p.colocate { "on the same devices" } else { "on devices of their own" };
     warn(&config);
+    let Some(model) = &config.model else {
+        return print(&format!(
+            "cluster {} is fine\n  model    none: it runs actors and jobs\n  devices  {found}; {} nodes, {devices} devices\n  \
+             actors   {}\n",
+            config.name,
+            config.nodes.len(),
+            specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", "),
+        ));
+    };
     print(&format!(
         "cluster {} is fine\n  model    {} ({})\n  ranks    dp = {}, ep = {} {layout}; {} nodes, {devices} devices\n  \
          devices  {found}\n  \
          experts  {} redundant slots per layer\n  actors   {}\n  serves   {}\n",
         config.name,
-        config.model.name,
-        config.model.path.display(),
+        model.name,
+        model.path.display(),
         p.dp,
         p.ep,
         config.nodes.len(),

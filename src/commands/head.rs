@@ -13,7 +13,6 @@ use heliostat_runtime::head::{self, Ending, HeadConfig, PackagesConfig, Patience
 use heliostat_runtime::spec::ActorSpec;
 use heliostat_runtime::state::StateConfig;
 use heliostat_runtime::system::Secret;
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
@@ -41,12 +40,7 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;
     run.set_tls(config.security.as_ref())?;
-    let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
-    let url = config
-        .dashboard
-        .enabled
-        .then(|| heliostat_actors::dashboard::url(dashboard, config.dashboard_tls.is_some()));
-    run.set_dashboard(url.as_deref(), config.dashboard_key.as_ref())?;
+    run.set_dashboard(config.dashboard_url().as_deref(), config.dashboard_key.as_ref())?;
     let mut role = head.role();
     let deployed = async {
         match role.wait_for(|role| matches!(role, Role::Leads { .. } | Role::Over(_))).await.as_deref() {
@@ -106,6 +100,7 @@ fn head_config(config: &Config, stood_down: bool) -> HeadConfig {
         heartbeat_timeout: Duration::from_millis(u64::from(s.heartbeat_ms) * 3),
         agent_grace: Duration::from_secs_f64(s.agent_grace_s),
         node_grace: Duration::from_secs_f64(s.node_grace_s),
+        gpu_grace: Duration::from_secs_f64(s.worker_grace_s),
         ..Patience::default()
     };
     head

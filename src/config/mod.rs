@@ -59,8 +59,8 @@ pub(crate) struct Config {
     pub(crate) state: State,
     /// At least one, with devices of one kind.
     pub(crate) nodes: Vec<Node>,
-    /// What is served.
-    pub(crate) model: Model,
+    /// What is served, if anything is.
+    pub(crate) model: Option<Model>,
     /// How ranks share it.
     pub(crate) parallel: Parallel,
     /// Slots beyond one per expert; experts plus these are divisible by ep.
@@ -285,6 +285,12 @@ impl Config {
         format!("{scheme}://{}", SocketAddr::new(self.serve.host, self.serve.port))
     }
 
+    /// Where the dashboard is, if there is one.
+    pub(crate) fn dashboard_url(&self) -> Option<String> {
+        let at = SocketAddr::new(self.dashboard.host, self.dashboard.port);
+        self.dashboard.enabled.then(|| heliostat_actors::dashboard::url(at, self.dashboard_tls.is_some()))
+    }
+
     /// What others on the network could read, and how to keep them from it.
     pub(crate) fn in_clear(&self) -> Vec<String> {
         let beyond = |ip: std::net::IpAddr| !ip.is_loopback();
@@ -295,7 +301,7 @@ impl Config {
                 "connections between processes ({bind}) are not encrypted; set [security] (`helio cert --help`)"
             ));
         }
-        if beyond(self.serve.host) && self.serve_tls.is_none() {
+        if self.model.is_some() && beyond(self.serve.host) && self.serve_tls.is_none() {
             let host = self.serve.host;
             said.push(format!(
                 "HTTP on {host} is not encrypted, API keys included; set `tls_cert` and `tls_key` in [serve], or put a \
@@ -358,7 +364,10 @@ impl Config {
             api_key_file: secret(&raw.serve.api_key_file),
             dashboard_key_file: secret(&raw.dashboard.api_key_file),
             tls: validate::tls_files(&raw, dir).map(|files| files.check().map_err(|e| e.to_string())),
-            model: ModelConfig::from_dir(&dir.join(&raw.model.path)).map_err(|e| e.to_string()),
+            model: raw
+                .model
+                .as_ref()
+                .map(|model| ModelConfig::from_dir(&dir.join(&model.path)).map_err(|e| e.to_string())),
         };
         validate::validate(raw, text, &facts).map_err(fail)
     }
@@ -381,7 +390,10 @@ impl Source {
             None => Some(here.join(DEFAULT_FILE)).filter(|path| path.is_file()),
         };
         let Some(path) = path else {
-            return Ok(Self { text: String::new(), shown: "the default cluster".into(), dir: here });
+            // The bundled model, in a directory that has it.
+            let model = here.join(raw::Model::default().path);
+            let text = if model.is_dir() { "[model]\n" } else { "" };
+            return Ok(Self { text: text.into(), shown: "the default cluster".into(), dir: here });
         };
         let text =
             std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -198,7 +198,8 @@ section! {
 }
 
 section! {
-    /// The model that is served.
+    /// The model that is served. Without this section none is: the cluster runs actors and jobs, and [parallel], [eplb],
+    /// [engine] and [serve] say nothing.
     Model = "model" {
         /// A Hugging Face checkpoint directory: config.json, safetensors, tokenizer.json. A relative path starts at the
         /// directory of cluster.toml.
@@ -398,8 +399,9 @@ section! {
         /// in seconds. `helio up` starts it again at once.
         agent_grace_s: f64 = 1.5,
         /// How long a node may be silent before its actors are lost, in seconds.
-        node_grace_s: f64 = 5.0,
-        /// How long a worker lives on without its node agent, in seconds.
+        node_grace_s: f64 = 3.0,
+        /// How long a worker lives on without its node agent, in seconds. For so long the head keeps the actors of a node
+        /// whose agent is gone, too, if one of them owns a GPU and still reports.
         worker_grace_s: f64 = 10.0,
         /// How often nodes report to the head, in milliseconds.
         heartbeat_ms: u32 = 500,
@@ -416,7 +418,8 @@ pub(crate) struct Raw {
     pub(crate) state: State,
     pub(crate) nodes: Vec<Node>,
     pub(crate) devices: Devices,
-    pub(crate) model: Model,
+    /// Without it nothing is served: the cluster runs actors and jobs.
+    pub(crate) model: Option<Model>,
     pub(crate) parallel: Parallel,
     pub(crate) eplb: Eplb,
     pub(crate) engine: Engine,

@@ -26,7 +26,9 @@ fn parse_with(text: &str, gpus: Option<Result<u32, String>>) -> Result<Config, S
     let dir = model_dir();
     fs::write(dir.path().join("token"), "0123456789abcdef0123\n").expect("write");
     fs::write(dir.path().join("short"), "abc\n").expect("write");
-    Config::parse(text, "c.toml", dir.path(), |_| gpus)
+    // At the end, where it moves no line that an error shows.
+    let serving = if text.contains("[model]") { text.to_owned() } else { format!("{text}\n[model]\n") };
+    Config::parse(&serving, "c.toml", dir.path(), |_| gpus)
         .map_err(|e| e.to_string().replace(&dir.path().display().to_string(), "DIR"))
 }
 
@@ -44,13 +46,14 @@ fn refused_with(text: &str, gpus: Option<Result<u32, String>>, expected: &str) {
 }
 
 #[test]
-fn an_empty_file_is_the_default_cluster() {
-    let config = parse("").expect("empty file");
+fn an_empty_model_section_is_the_default_cluster() {
+    let config = parse("[model]").expect("empty section");
     assert_eq!(config.parallel, Parallel { dp: 4, ep: 4, colocate: true });
     assert_eq!(config.nodes.len(), 1);
     assert_eq!((config.nodes[0].name.as_str(), config.nodes[0].devices.count()), ("node-0", 4));
     assert_eq!(config.bind.to_string(), "127.0.0.1:6379");
-    assert_eq!((config.model.name.as_str(), config.model.max_model_len), ("sundial-20m", 2048));
+    let model = config.model.expect("a model");
+    assert_eq!((model.name.as_str(), model.max_model_len), ("sundial-20m", 2048));
     assert_eq!(config.redundant_experts, 4);
     assert!(config.run_dir.is_absolute() && config.run_dir.ends_with("run"));
     assert!(matches!(&config.state, State::Embedded { dir } if dir.ends_with("run/state")));
@@ -396,6 +399,21 @@ fn the_effective_file_says_the_same_from_anywhere_and_holds_no_token() {
     assert_eq!(format!("{again:?}"), format!("{config:?}"));
 }
 
+/// Nothing of a model is asked for where none is named, and what a head reads again says so, too.
+#[test]
+fn without_a_model_there_is_a_cluster_for_actors_and_jobs() {
+    let dir = tempfile::tempdir().expect("directory");
+    let text = "[devices]\ndevice = \"cpu\"\ncpu = 1\n[parallel]\ndp = 7\n";
+    let config = Config::parse(text, "c.toml", dir.path(), |_| None).expect("valid");
+    assert_eq!(config.model, None);
+    let names: Vec<String> =
+        crate::deploy::specs(&config).expect("specs").into_iter().map(|spec| spec.name).collect();
+    assert_eq!(names, ["jobs"]);
+    let again =
+        Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_| None).expect(&config.effective);
+    assert_eq!(format!("{again:?}"), format!("{config:?}"));
+}
+
 /// `helio reference > docs/configuration.md` brings the page up to date.
 #[test]
 fn the_reference_page_is_up_to_date() {
@@ -413,6 +431,6 @@ fn the_example_says_the_defaults() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("cluster.toml")).expect("cluster.toml");
     let example = Config::parse(&text, "cluster.toml", root, |_| None).expect("the example is valid");
-    let default = Config::parse("", "empty", root, |_| None).expect("the default is valid");
+    let default = Config::parse("[model]", "empty", root, |_| None).expect("the default is valid");
     assert_eq!(format!("{example:?}"), format!("{default:?}"));
 }

@@ -38,8 +38,8 @@ pub(crate) struct Facts {
     pub(crate) api_key_file: Option<Result<String, String>>,
     /// Text of the file of the dashboard's key; None where none is named.
     pub(crate) dashboard_key_file: Option<Result<String, String>>,
-    /// The model's config.json, or why it cannot be read.
-    pub(crate) model: Result<ModelConfig, String>,
+    /// The model's config.json, or why it cannot be read; None where no model is named.
+    pub(crate) model: Option<Result<ModelConfig, String>>,
 }
 
 /// What all ranks of a cluster compute on.
@@ -72,7 +72,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     check.eplb(&raw, &facts.dir);
     let engine = check.engine(&raw, kind);
     check.prefill(&engine, facts);
-    let kv_cache = check.kv_cache(&raw, &engine, &model, kind);
+    let kv_cache = check.kv_cache(&raw, &engine, model.as_ref(), kind);
     let cuda = check.cuda(&raw, facts, kind);
     let state = check.state(&raw, &facts.dir);
     check.supervision(&raw);
@@ -127,7 +127,9 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
     if cluster.token.take().is_some() || cluster.token_file.is_some() {
         cluster.token_file = Some(cluster.run_dir.join("token"));
     }
-    raw.model.path = dir.join(&raw.model.path);
+    if let Some(model) = &mut raw.model {
+        model.path = dir.join(&model.path);
+    }
     raw.devices.library_dirs.iter_mut().for_each(|path| *path = dir.join(&*path));
     let others = [
         &mut raw.state.dir,
@@ -201,22 +203,29 @@ impl Check<'_> {
             (Kind::Cuda, Device::Auto) => "lower dp and ep, or write device = \"cpu\" in [devices]",
             (Kind::Cuda, Device::Cpu | Device::Cuda) => "lower dp and ep, or offer more GPUs",
         };
-        self.require(needed <= devices, path, format!("{what}, the nodes have {devices}"), fix);
+        self.require(
+            needed <= devices || raw.model.is_none(),
+            path,
+            format!("{what}, the nodes have {devices}"),
+            fix,
+        );
         self.positive("parallel.step_timeout_s", raw.parallel.step_timeout_s);
         Parallel { dp, ep, colocate }
     }
 
-    fn model(&mut self, raw: &Raw, facts: &Facts) -> Model {
-        let path = facts.dir.join(&raw.model.path);
-        let name = raw.model.name.clone().unwrap_or_else(|| directory_name(&path));
+    fn model(&mut self, raw: &Raw, facts: &Facts) -> Option<Model> {
+        let written = raw.model.as_ref()?;
+        let path = facts.dir.join(&written.path);
+        let name = written.name.clone().unwrap_or_else(|| directory_name(&path));
         let context = match &facts.model {
-            Ok(model) => to_u32(model.max_position_embeddings),
-            Err(e) => {
+            Some(Ok(model)) => to_u32(model.max_position_embeddings),
+            Some(Err(e)) => {
                 self.require(false, "model.path", e.clone(), "name a Hugging Face checkpoint directory");
                 u32::MAX
             }
+            None => u32::MAX,
         };
-        let max_model_len = raw.model.max_model_len.unwrap_or(context);
+        let max_model_len = written.max_model_len.unwrap_or(context);
         let key = "model.max_model_len";
         self.require(
             max_model_len > 0,
@@ -230,11 +239,11 @@ impl Check<'_> {
             format!("`max_model_len` = {max_model_len} is beyond the model's {context} positions"),
             format!("write {context} or less"),
         );
-        Model { path, name, max_model_len }
+        Some(Model { path, name, max_model_len })
     }
 
     fn redundant_experts(&mut self, raw: &Raw, facts: &Facts, ep: u32) -> u32 {
-        let Ok(model) = &facts.model else { return 0 };
+        let Some(Ok(model)) = &facts.model else { return 0 };
         let experts = to_u32(model.moe.num_experts);
         let ep = ep.max(1);
         let fill = (ep - experts % ep) % ep;

@@ -64,7 +64,8 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
     let mut family = Family::new(run.clone(), deploy::restart(config))?;
     let ready = Ready {
         cluster: config.name.clone(),
-        model: config.model.name.clone(),
+        model: config.model.as_ref().map(|model| model.name.clone()),
+        dashboard: config.dashboard_url(),
         url: config.serve_url(),
         head: config.bind.to_string(),
         run_dir: run.path().display().to_string(),
@@ -94,7 +95,8 @@ fn take(run: &RunDir) -> Result<Lock> {
 /// Refuses ports that others listen on, before anything is started.
 fn check_ports(config: &Config) -> Result<()> {
     let http = SocketAddr::new(config.serve.host, config.serve.port);
-    let mut ports = vec![(config.bind, "`bind` in [head]"), (http, "`port` in [serve]")];
+    let mut ports = vec![(config.bind, "`bind` in [head]")];
+    ports.extend(config.model.is_some().then_some((http, "`port` in [serve]")));
     let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
     ports.extend(config.dashboard.enabled.then_some((dashboard, "`port` in [dashboard]")));
     for (address, key) in ports {
@@ -156,7 +158,9 @@ impl Supervisor<'_> {
             Startup::Stopped => return Ok(()),
             Startup::Ready => {}
         }
-        heard_of_ranks(&ready.url).await;
+        if ready.model.is_some() {
+            heard_of_ranks(&ready.url).await;
+        }
         ready.took_ms = started.elapsed().as_millis() as u64;
         self.display.show(&Report::Ready(ready.clone()))?;
         if self.daemon {

@@ -76,8 +76,10 @@ pub(crate) enum RowState {
 pub(crate) struct Ready {
     /// Name of the cluster.
     pub(crate) cluster: String,
-    /// Name of the model.
-    pub(crate) model: String,
+    /// Name of the model, if one is served.
+    pub(crate) model: Option<String>,
+    /// Base URL of the dashboard, if there is one.
+    pub(crate) dashboard: Option<String>,
     /// Base URL of the HTTP server.
     pub(crate) url: String,
     /// Address of the head.
@@ -243,9 +245,24 @@ impl Lines {
 
 /// What stands on the terminal once the cluster serves.
 pub(crate) fn welcome(ready: &Ready, detached: bool) -> String {
-    let Ready { cluster, model, url, head, run_dir, took_ms } = ready;
+    let Ready { cluster, model, dashboard, url, head, run_dir, took_ms } = ready;
     let seconds = *took_ms as f64 / 1000.0;
     let stop = if detached { "helio down" } else { "Ctrl-C, or helio down" };
+    let Some(model) = model else {
+        let dashboard = dashboard.as_deref().unwrap_or("none ([dashboard])");
+        return format!(
+            "
+{cluster} runs after {seconds:.1} s; no model is served ([model])
+
+  head       {head} (helio status)
+  dashboard  {dashboard}
+  logs       {run_dir} (helio logs ACTOR -f)
+
+Try:   helio submit PROGRAM, or helio job submit -- COMMAND
+Stop:  {stop}
+"
+        );
+    };
     format!(
         "
 {cluster} serves {model} after {seconds:.1} s

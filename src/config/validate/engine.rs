@@ -71,7 +71,7 @@ impl Check<'_> {
 
     /// Only latents can be expanded.
     pub(super) fn prefill(&mut self, engine: &Engine, facts: &Facts) {
-        let Ok(model) = &facts.model else { return };
+        let Some(Ok(model)) = &facts.model else { return };
         self.require(
             engine.prefill_attention.check(model).is_ok(),
             "engine.prefill_attention",
@@ -80,7 +80,13 @@ impl Check<'_> {
         );
     }
 
-    pub(super) fn kv_cache(&mut self, raw: &Raw, engine: &Engine, model: &Model, kind: Kind) -> KvCache {
+    pub(super) fn kv_cache(
+        &mut self,
+        raw: &Raw,
+        engine: &Engine,
+        model: Option<&Model>,
+        kind: Kind,
+    ) -> KvCache {
         let written = &raw.engine;
         let rooms = [
             ("num_gpu_blocks_override", written.num_gpu_blocks_override.is_some()),
@@ -94,12 +100,13 @@ impl Check<'_> {
         }
         if let Some(blocks) = written.num_gpu_blocks_override {
             let tokens = u64::from(blocks) * u64::from(engine.block_size);
+            let longest = model.map_or(0, |model| model.max_model_len);
             self.require(
-                set.len() > 1 || tokens >= u64::from(model.max_model_len),
+                set.len() > 1 || tokens >= u64::from(longest),
                 "engine.num_gpu_blocks_override",
                 format!(
                     "{blocks} blocks of {} tokens hold {tokens} tokens, one sequence may have {}",
-                    engine.block_size, model.max_model_len
+                    engine.block_size, longest
                 ),
                 "raise it, or lower `max_model_len` in [model]",
             );
