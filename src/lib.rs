@@ -36,7 +36,7 @@ pub mod prelude {
     pub use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
     pub use bincode::{Decode, Encode};
     pub use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
-    pub use heliostat_runtime::cluster::{Cluster, Named};
+    pub use heliostat_runtime::cluster::{Cluster, Idempotent, Named};
     pub use heliostat_runtime::function::{FunctionPool, PoolOptions, RemoteFunction};
     pub use heliostat_runtime::handle::Handle;
     pub use heliostat_runtime::spec::{ActorSpec, Lifetime};

@@ -17,7 +17,7 @@ use crate::function::{FunctionActor, FunctionTable};
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::mesh::MeshSeat;
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
-use crate::system::{SpawnError, SpawnOptions, System};
+use crate::system::{Panic, SpawnError, SpawnOptions, System};
 use crate::wire::from_bytes;
 
 pub use self::accepts::{Accepts, Fallible};
@@ -74,7 +74,7 @@ pub enum CreateError {
     Failed(String),
     /// `Spawn::create` panicked.
     #[error("panicked: {0}")]
-    Panicked(String),
+    Panicked(Panic),
     /// The actor could not be registered.
     #[error(transparent)]
     Spawn(#[from] SpawnError),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use actix::Handler;
 
-pub use self::named::{Named, NamedError, NamedJson};
+pub use self::named::{Idempotent, Named, NamedError, NamedJson};
 pub use self::placement_group::PlacementGroup;
 pub use self::spawn::{PackageError, SpawnFailed};
 use self::status::ClusterStatus;
@@ -21,10 +21,11 @@ use crate::actor::{RemoteActor, WireMessage};
 use crate::backoff::Backoff;
 use crate::handle::{ActorAddr, ActorId, AskError, Handle, Refusal, Refused};
 use crate::head::HeadActor;
+use crate::head::core::Manner;
 use crate::head::finder::Heads;
 pub use crate::head::messages::{Applied, LogChunk};
 use crate::head::messages::{
-    ApplyError, ApplyMode, Control, ControlAction, FindLog, Lookup, ReadLog, Shutdown, Watch,
+    ApplyError, ApplyMode, Control, ControlAction, FindLog, Located, Lookup, ReadLog, Shutdown, Watch,
 };
 use crate::node::NodeActor;
 use crate::package::PackageId;
@@ -111,7 +112,7 @@ pub struct Cluster {
     /// A head that stood by, and the leader that it named.
     stood_by: Arc<Mutex<Option<(String, String)>>>,
     /// Addresses that were looked up.
-    known: Arc<Mutex<HashMap<String, ActorAddr>>>,
+    known: Arc<Mutex<HashMap<String, Located>>>,
     /// Where names are looked for that say no namespace.
     namespace: Arc<str>,
     /// What actors belong to that do not say how long they are there.
@@ -255,10 +256,10 @@ impl Cluster {
         let found = self.ask(Lookup { actor: actor.clone() }).await?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match &found {
-            Some(addr) => known.insert(actor, addr.clone()),
+            Some(located) => known.insert(actor, located.clone()),
             None => known.remove(&actor),
         };
-        Ok(found)
+        Ok(found.map(|located| located.addr))
     }
 
     /// A handle to the present incarnation of an actor, from memory if it was looked up before.
@@ -268,11 +269,18 @@ impl Cluster {
 
     /// The address of the present incarnation, from memory if it was looked up before.
     async fn addr(&self, actor: &str) -> Result<ActorAddr, ClusterError> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&self.full(actor)).cloned();
-        match known {
-            Some(addr) => Ok(addr),
-            None => self.lookup(actor).await?.ok_or_else(|| ClusterError::NotReady(actor.to_owned())),
+        Ok(self.locate(actor).await?.addr)
+    }
+
+    /// The same with what the actor's spec says of calls.
+    async fn locate(&self, actor: &str) -> Result<Located, ClusterError> {
+        let remembered =
+            || self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&self.full(actor)).cloned();
+        if let Some(known) = remembered() {
+            return Ok(known);
         }
+        self.lookup(actor).await?;
+        remembered().ok_or_else(|| ClusterError::NotReady(actor.to_owned()))
     }
 
     /// Forgets a looked-up address; the next `handle` asks the head.
@@ -300,7 +308,18 @@ impl Cluster {
 
     /// Ends an actor; it stays dead until it is applied again or restarted.
     pub async fn stop_actor(&self, actor: &str) -> Result<(), ClusterError> {
-        self.control(actor, ControlAction::Stop).await
+        self.control(actor, ControlAction::Stop(Manner::Graceful)).await
+    }
+
+    /// Ends an actor that may handle first what it has, for at most `grace`: messages that wait, and calls that have no
+    /// answer yet. It takes nothing new, and stays dead.
+    pub async fn finish_actor(&self, actor: &str, grace: Duration) -> Result<(), ClusterError> {
+        self.control(actor, ControlAction::Stop(Manner::Finish(grace))).await
+    }
+
+    /// Ends an actor's process at once, by SIGKILL. It stays dead.
+    pub async fn kill_actor(&self, actor: &str) -> Result<(), ClusterError> {
+        self.control(actor, ControlAction::Stop(Manner::Kill)).await
     }
 
     /// Ends an actor, if it lives, and starts a new incarnation; a dead one is revived.

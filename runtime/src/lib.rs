@@ -13,6 +13,7 @@ mod mailbox;
 pub mod mesh;
 pub mod node;
 pub mod package;
+mod panics;
 pub mod process;
 pub mod spec;
 pub mod state;

@@ -14,9 +14,10 @@ mod stream;
 mod table;
 
 use std::any::{Any, TypeId};
+use std::panic::resume_unwind;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
 use crate::mesh::MeshTable;
+use crate::panics::Panic;
 use crate::wire::answer::RemoteAnswer;
 use crate::wire::frame::Want;
 use crate::wire::{from_bytes, name_hash};
@@ -39,7 +41,6 @@ pub(crate) use lanes::Limit;
 use queue::Mailbox;
 pub(crate) use registry::Registry;
 pub(crate) use returned::ReturnTo;
-pub(crate) use run::panic_message;
 pub(crate) use stream::Consumer;
 use table::NotTaken;
 pub(crate) use table::{JSON_CALL, JsonFrame, JsonText, Table, deliver_json, deliver_json_result};
@@ -52,8 +53,8 @@ const DELIVERIES_PER_POLL: usize = 64;
 pub enum ActorEnd {
     /// It stopped by itself or was told to.
     Stopped,
-    /// It panicked, with this message.
-    Panicked(String),
+    /// It panicked.
+    Panicked(Panic),
 }
 
 /// A message that was not queued, with whoever waits for its answer.
@@ -71,6 +72,8 @@ pub(crate) struct Entry {
     mailbox: Box<dyn Any + Send + Sync>,
     table: Arc<Table>,
     lifetime: Arc<Lifetime>,
+    /// The thread that is its own, if it has one.
+    thread: OnceLock<actix::ArbiterHandle>,
 }
 
 /// When and how an actor ends; outlives its entry.
@@ -79,7 +82,35 @@ struct Lifetime {
     ended: AtomicBool,
     end: watch::Sender<Option<ActorEnd>>,
     stop: AtomicBool,
+    /// Nothing more is accepted, and it stops when nothing is left to do.
+    finishing: AtomicBool,
+    /// Calls whose handlers have returned and whose answers are yet to come.
+    at_work: AtomicUsize,
     pump: AtomicWaker,
+    /// A panic of work beside the context, which is to go on in it.
+    raised: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Wire id of the message that the handler has now; 0 for none.
+    handling: AtomicU64,
+}
+
+/// A call has its answer yet to come, until this drops.
+struct Work(Arc<Lifetime>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if self.0.at_work.fetch_sub(1, Ordering::AcqRel) == 1 && self.0.finishing.load(Ordering::Acquire) {
+            self.0.pump.wake();
+        }
+    }
+}
+
+/// A handler runs, until this drops.
+struct Handling<'a>(&'a Lifetime);
+
+impl Drop for Handling<'_> {
+    fn drop(&mut self) {
+        self.0.handling.store(0, Ordering::Relaxed);
+    }
 }
 
 impl Lifetime {
@@ -93,6 +124,29 @@ impl Lifetime {
         });
     }
 
+    /// Has a panic go on in the actor's context, which ends it.
+    fn raise(&self, panic: Box<dyn Any + Send>) {
+        *self.raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        self.pump.wake();
+    }
+
+    /// Whether it was to finish, and has.
+    fn is_finished(&self) -> bool {
+        self.finishing.load(Ordering::Acquire) && self.at_work.load(Ordering::Acquire) == 0
+    }
+
+    /// A call has its answer yet to come, until what is returned drops.
+    fn begin_work(self: &Arc<Self>) -> Work {
+        self.at_work.fetch_add(1, Ordering::AcqRel);
+        Work(self.clone())
+    }
+
+    /// Notes the message that a handler is given now.
+    fn handling(&self, message: u64) -> Handling<'_> {
+        self.handling.store(message, Ordering::Relaxed);
+        Handling(self)
+    }
+
     /// Waits until the actor has ended.
     async fn ended(&self) {
         // The sender lives as long as this.
@@ -103,7 +157,7 @@ impl Lifetime {
         match &*self.end.borrow() {
             None => Failure::NoReply,
             Some(ActorEnd::Stopped) => Failure::Stopped,
-            Some(ActorEnd::Panicked(message)) => Failure::Panicked(message.clone()),
+            Some(ActorEnd::Panicked(panic)) => Failure::Panicked(panic.message.clone()),
         }
     }
 }
@@ -120,7 +174,11 @@ impl Entry {
             ended: AtomicBool::new(false),
             end: watch::Sender::new(None),
             stop: AtomicBool::new(false),
+            finishing: AtomicBool::new(false),
+            at_work: AtomicUsize::new(0),
             pump: AtomicWaker::new(),
+            raised: Mutex::default(),
+            handling: AtomicU64::new(0),
         });
         let table = registry.table(TypeId::of::<A>(), Accepts::<A>::table);
         let mailbox = Arc::new(Mailbox::<A>::new(&table.limits(), capacity, lifetime.clone()));
@@ -131,6 +189,7 @@ impl Entry {
             mailbox: Box::new(mailbox.clone()),
             table,
             lifetime: lifetime.clone(),
+            thread: OnceLock::new(),
         });
         let pump = Pump { mailbox, lifetime, id, registry: Arc::downgrade(registry) };
         (entry, pump)
@@ -145,6 +204,21 @@ impl Entry {
         self.lifetime.ended.load(Ordering::Acquire)
     }
 
+    /// Notes that the actor lives on this thread and no other does.
+    pub(crate) fn settle_on(&self, thread: actix::ArbiterHandle) {
+        let _ = self.thread.set(thread);
+    }
+
+    /// The thread that is its own, if it has one.
+    pub(crate) fn thread(&self) -> Option<&actix::ArbiterHandle> {
+        self.thread.get()
+    }
+
+    /// Name of the message that its handler has at this moment.
+    pub(crate) fn handling(&self) -> Option<&'static str> {
+        self.table.name(self.lifetime.handling.load(Ordering::Relaxed))
+    }
+
     pub(crate) fn record_end(&self, how: ActorEnd) {
         self.lifetime.end(how);
     }
@@ -156,6 +230,12 @@ impl Entry {
     /// Asks the actor to stop; what waits in its mailbox is dropped.
     pub(crate) fn stop(&self) {
         self.lifetime.stop.store(true, Ordering::Release);
+        self.lifetime.pump.wake();
+    }
+
+    /// Asks the actor to take nothing new and to stop when it has handled what it has.
+    pub(crate) fn finish(&self) {
+        self.lifetime.finishing.store(true, Ordering::Release);
         self.lifetime.pump.wake();
     }
 
@@ -299,6 +379,10 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
     ) -> Poll<()> {
         let this = self.get_mut();
         this.lifetime.pump.register(task.waker());
+        let raised = this.lifetime.raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = raised {
+            resume_unwind(panic);
+        }
         let mut left = DELIVERIES_PER_POLL;
         // `waiting` is also true once the actor stops.
         while !ctx.waiting() {
@@ -314,7 +398,12 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
             left -= 1;
             match this.mailbox.pop() {
                 Some((delivery, slot)) => delivery.deliver(actor, ctx, slot),
-                None => return Poll::Pending,
+                None => {
+                    if this.lifetime.is_finished() {
+                        ctx.stop();
+                    }
+                    return Poll::Pending;
+                }
             }
         }
         Poll::Pending
@@ -324,7 +413,7 @@ impl<A: RemoteActor> ActorFuture<A> for Pump<A> {
 impl<A: RemoteActor> Drop for Pump<A> {
     fn drop(&mut self) {
         let how = match std::thread::panicking() {
-            true => ActorEnd::Panicked("a panic outside the message handlers".to_owned()),
+            true => ActorEnd::Panicked("a panic outside the message handlers".into()),
             false => ActorEnd::Stopped,
         };
         // Before the queue empties, so that the askers in it hear the cause.

@@ -56,6 +56,14 @@ pub struct ActorSpec {
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
     pub mailbox_capacity: u32,
+    /// How long its thread may be kept from taking messages, by a handler that blocks or computes; then it hangs, and
+    /// ends. `None`: for ever. What a handler awaits does not count, nor does `Spawn::create`.
+    pub hang_timeout: Option<Duration>,
+    /// Calls of one handle by name that may be under way; one more is refused. `None`: no limit.
+    pub max_pending_calls: Option<u32>,
+    /// How often a message that may be handled twice (`Idempotent`) is sent again by a handle by name after the process
+    /// that had it was lost.
+    pub max_task_retries: u32,
     /// How long it is there.
     pub lifetime: Lifetime,
     /// Its place below a supervisor, which then decides what follows from its death, and not `restart`.
@@ -68,6 +76,8 @@ pub struct ActorSpec {
 impl ActorSpec {
     /// Messages that wait at most, unless the spec says otherwise.
     pub const MAILBOX_CAPACITY: u32 = 1024;
+    /// How long an actor's thread may be kept from taking messages, unless the spec says otherwise.
+    pub const HANG_TIMEOUT: Duration = Duration::from_secs(10);
 
     /// A spec with defaults: no device, anywhere, restarted, in no group.
     pub fn new(name: impl Into<String>, type_name: impl Into<String>, args: Vec<u8>) -> Self {
@@ -84,6 +94,9 @@ impl ActorSpec {
             mesh: None,
             subscribe: Vec::new(),
             mailbox_capacity: Self::MAILBOX_CAPACITY,
+            hang_timeout: Some(Self::HANG_TIMEOUT),
+            max_pending_calls: None,
+            max_task_retries: 0,
             lifetime: Lifetime::Caller,
             seat: None,
             in_set: false,
@@ -107,6 +120,12 @@ impl ActorSpec {
                 "it asks for {} devices, a worker owns at most one",
                 self.resources.devices
             ));
+        }
+        if self.hang_timeout.is_some_and(|limit| limit < Duration::from_millis(100)) {
+            return fail("hang_timeout is less than 100 ms: a busy machine alone would exceed it".into());
+        }
+        if self.max_pending_calls == Some(0) {
+            return fail("max_pending_calls is 0: no call could ever be made".into());
         }
         self.resources.validate().or_else(fail)?;
         self.selector.validate().or_else(fail)?;

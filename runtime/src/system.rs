@@ -25,8 +25,10 @@ use tokio_util::task::TaskTracker;
 use crate::actor::{CreateError, RemoteActor};
 use crate::handle::{ActorAddr, ActorId, Handle, Incarnation, JsonHandle, ProcessId};
 pub use crate::mailbox::ActorEnd;
-use crate::mailbox::{Entry, Pump, Registry, panic_message};
+use crate::mailbox::{Entry, Pump, Registry};
 use crate::mesh::Meshes;
+use crate::panics;
+pub use crate::panics::Panic;
 use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
@@ -208,7 +210,7 @@ impl System {
                 let made = std::panic::catch_unwind(AssertUnwindSafe(actor));
                 match made {
                     Ok(actor) => run_actor(entry, pump, actor).await,
-                    Err(panic) => entry.record_end(ActorEnd::Panicked(panic_message(&*panic))),
+                    Err(panic) => entry.record_end(ActorEnd::Panicked(panics::caught(&*panic))),
                 }
             });
         });
@@ -232,13 +234,14 @@ impl System {
                 let made = AssertUnwindSafe(async { create().await }).catch_unwind().await;
                 let made = match made {
                     Ok(made) => made,
-                    Err(panic) => Err(CreateError::Panicked(panic_message(&*panic))),
+                    Err(panic) => Err(CreateError::Panicked(panics::caught(&*panic))),
                 };
                 let registered = made.and_then(|actor| {
                     Ok((actor, system.register::<A>(options).map_err(CreateError::Spawn)?))
                 });
                 match registered {
                     Ok((actor, (entry, pump))) => {
+                        entry.settle_on(Arbiter::current());
                         let _ = created.send(Ok(system.addr(&entry)));
                         run_actor(entry, pump, actor).await;
                     }
@@ -264,6 +267,12 @@ impl System {
     /// Asks a local actor to stop; what waits in its mailbox is dropped. False if it is not here.
     pub fn stop_actor(&self, id: ActorId, incarnation: Incarnation) -> bool {
         self.shared.registry.find(id, incarnation).map(|entry| entry.stop()).is_ok()
+    }
+
+    /// Asks a local actor to take nothing new and to stop when it has handled what it has: messages that wait, and calls
+    /// that have no answer yet. False if it is not here.
+    pub fn finish_actor(&self, id: ActorId, incarnation: Incarnation) -> bool {
+        self.shared.registry.find(id, incarnation).map(|entry| entry.finish()).is_ok()
     }
 
     /// Waits for the end of a local actor and says how it ended. `None` if it is not here (any more).
@@ -378,9 +387,10 @@ async fn run_actor<A: RemoteActor>(entry: Arc<Entry>, pump: Pump<A>, actor: A) {
     let running: ContextFut<A, Context<A>> = ctx.into_future(actor);
     let mut running = Box::pin(AssertUnwindSafe(running).catch_unwind());
     if let Err(panic) = running.as_mut().await {
-        let message = panic_message(&*panic);
-        tracing::error!(actor = %entry.id, incarnation = %entry.incarnation, kind = entry.type_name, message, "actor panicked");
-        entry.record_end(ActorEnd::Panicked(message));
+        let panic = panics::caught(&*panic);
+        tracing::error!(actor = %entry.id, incarnation = %entry.incarnation, kind = entry.type_name, %panic, "actor panicked");
+        // Unless its handler did: then more is known already.
+        entry.record_end(ActorEnd::Panicked(panic));
     }
 }
 

@@ -3,6 +3,7 @@
 //! It stands on its own: it serves while the head or the node agent is away, and reports when they are back. Only when
 //! no agent has turned up for the grace period does it end, so that nothing is left behind.
 
+mod hang;
 mod host;
 mod links;
 mod views;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) use self::host::WorkerActor;
@@ -22,6 +24,9 @@ use crate::handle::{ActorId, Incarnation};
 use crate::node::files::{self, RunDir, WorkerRecord};
 use crate::spec::DeathCause;
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError};
+
+/// Has a worker end when its actor has handled what it has. SIGTERM does not wait for that.
+pub(crate) const FINISH: Signal = Signal::USR1;
 
 /// How long the head is given to hear of the actor's end, and then peers to take their last answers.
 const LAST_WORD: Duration = Duration::from_millis(500);
@@ -112,6 +117,7 @@ impl Ended {
 /// Runs a worker to its end. The caller then exits with `Ended::code`, by `std::process::exit`: threads that the
 /// actor left behind do not matter any more.
 pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, WorkerError> {
+    crate::panics::watch();
     let (record, dir, token) = read(&config)?;
     let mut settings = SystemConfig::new(SocketAddr::new(record.bind, 0));
     settings.advertise.clone_from(&record.advertise);
@@ -127,6 +133,7 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
     let hosted = host.clone();
     system.spawn(SpawnOptions::well_known(ActorId::WORKER), move || WorkerActor::new(hosted))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(WorkerError::Signals)?;
+    let mut finish = signal(SignalKind::user_defined1()).map_err(WorkerError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(WorkerError::Signals)?;
     let head = links::to_head(host.clone());
     let node = links::to_node(host.clone(), dir);
@@ -137,6 +144,7 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
         ending = host.over() => ending,
         _ = terminate.recv() => Ending::Terminated,
         _ = interrupt.recv() => Ending::Terminated,
+        _ = finish.recv() => Ending::Finishing,
     };
     let cause = match ending {
         Ending::Actor(cause) => {
@@ -147,6 +155,16 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
                 () = tokio::time::sleep(LAST_WORD) => {}
             }
             cause
+        }
+        Ending::Finishing => {
+            tokio::select! {
+                () = host.finish_actor() => {}
+                _ = terminate.recv() => host.stop_actor().await,
+                // It is still heard of meanwhile.
+                () = &mut head => {}
+                _ = &mut node => {}
+            }
+            DeathCause::stopped("it was to finish")
         }
         Ending::Terminated => {
             host.stop_actor().await;

@@ -12,7 +12,7 @@ use heliostat_actors::deployment::JOBS;
 use heliostat_actors::jobs::{JobsActor, ListJobs};
 use heliostat_actors::state::query::{self, Filter, Row};
 use heliostat_runtime::cluster::status::{
-    ActorStatus, ClusterStatus, GroupStatus, NodeStatus, PlacementGroupStatus, WorkerStatus,
+    ActorState, ActorStatus, ClusterStatus, GroupStatus, NodeStatus, PlacementGroupStatus, WorkerStatus,
 };
 use serde::Serialize;
 use serde_json::Value as Json;
@@ -34,7 +34,24 @@ pub(crate) async fn get(args: &Get) -> Result<()> {
         let why = format!("there is no {id} {:?} among the {kind}; see helio list {kind}", args.name);
         return Err(Failure::error(FAILED, why));
     };
-    if args.json { print_json(row) } else { print(&show::record(row)) }
+    if args.json {
+        return print_json(row);
+    }
+    print(&show::record(row))?;
+    match &found.things {
+        Things::Actors(actors, _) => print(&died(actors, &args.name)),
+        _ => Ok(()),
+    }
+}
+
+/// How the actor, or the incarnation before this one, ended, in a sentence; nothing if none did.
+fn died(actors: &[ActorStatus], name: &str) -> String {
+    let actor = actors.iter().find(|actor| actor.name == name);
+    let cause = actor.and_then(|actor| match &actor.state {
+        ActorState::Dead { cause } => Some(cause),
+        _ => actor.last_death.as_ref(),
+    });
+    cause.map_or(String::new(), |cause| format!("\nit died: {cause}\n"))
 }
 
 /// Counts things by their states.

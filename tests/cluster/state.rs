@@ -75,6 +75,9 @@ async fn what_is_there_can_be_listed_filtered_and_counted() {
     let died =
         ["list", "actors", "-f", "last_death=killed", "-f", "last_death.signal=9", "-f", "state=ready"];
     cluster.until("the death is listed", |cluster| (listed(cluster, &died).len() == 1).then_some(())).await;
+    let got = text(&cluster.helio(&["get", "actors", "jobs"]));
+    assert!(got.contains("it died: worker process killed by signal 9 (SIGKILL"), "{got}");
+    assert!(got.contains("last_words"), "{got}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

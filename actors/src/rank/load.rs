@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -17,7 +18,7 @@ use heliostat_kernels::cuda::{Device, DeviceOptions};
 use heliostat_kernels::fabric::FabricListener;
 use heliostat_runtime::actor::{ActorCx, CreateError};
 use heliostat_runtime::spec::{DeviceKind, Progress};
-use heliostat_runtime::system::PeerEvent;
+use heliostat_runtime::system::{Panic, PeerEvent};
 
 use super::args::{ExchangeBackend, KvCacheArgs, RankArgs};
 use super::attention::Attention;
@@ -28,7 +29,7 @@ use super::grammars::Grammars;
 use super::join::ExpertLoader;
 use super::leases::Leases;
 use super::outlet::Outlet;
-use super::suspect::heed;
+use super::suspect::{Notice, heed};
 use super::thread::StepThread;
 use super::{Rank, join, link};
 use crate::deployment::rank_name;
@@ -238,7 +239,8 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     let (notices, heard) = tokio::sync::mpsc::unbounded_channel();
     let role = args.topology.role(args.rank as usize);
     let me = cx.addr();
-    let outlet = Outlet::new(cx.system().clone(), me, (args.rank, role.dp.map(|dp| dp as u32)), notices);
+    let place = (args.rank, role.dp.map(|dp| dp as u32));
+    let outlet = Outlet::new(cx.system().clone(), me, place, notices.clone());
     let (leases, probe) = (Leases::default(), loaded.engine.probe().map_err(CreateError::failed)?);
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
@@ -265,7 +267,12 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     };
     std::thread::Builder::new()
         .name(format!("step-{}", args.rank))
-        .spawn(move || thread.run())
+        .spawn(move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| thread.run())) {
+                // Without a receiver nobody is left to tell.
+                let _ = notices.send(Notice::Panicked(Panic::caught(&*panic)));
+            }
+        })
         .map_err(CreateError::failed)?;
     let stopping = link.clone();
     tokio::spawn(heed(cx.clone(), heard, move || stopping.is_stopped()));

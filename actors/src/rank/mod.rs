@@ -122,7 +122,7 @@ impl Spawn for Rank {
         let experts = load::Experts::of(&args, &cx).await;
         let loaded = tokio::task::spawn_blocking(move || load::load(&wanted, &loading, experts))
             .await
-            .map_err(|why| CreateError::Panicked(why.to_string()))??;
+            .map_err(|why| CreateError::Panicked(why.to_string().into()))??;
         load::start(args, cx, loaded)
     }
 }

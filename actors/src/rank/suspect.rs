@@ -8,6 +8,7 @@ use std::time::Duration;
 use heliostat_runtime::actor::ActorCx;
 use heliostat_runtime::handle::{ActorAddr, AskError};
 use heliostat_runtime::spec::DeathCause;
+use heliostat_runtime::system::Panic;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::Rank;
@@ -23,6 +24,8 @@ pub(super) enum Notice {
     Failed(String),
     /// Its GPU is lost to this process, as the driver says.
     DeviceFailed(String),
+    /// The step thread panicked.
+    Panicked(Panic),
     /// This rank said nothing for too long.
     Silent(u32, ActorAddr),
 }
@@ -33,11 +36,12 @@ pub(super) async fn heed(cx: ActorCx, mut notices: UnboundedReceiver<Notice>, ex
         match notice {
             Notice::Failed(message) => return cx.exit(DeathCause::Failed { message }),
             Notice::DeviceFailed(message) => return cx.exit(DeathCause::GpuFault { message }),
+            Notice::Panicked(panic) => return cx.exit(DeathCause::panicked(panic)),
             Notice::Silent(rank, addr) => probe(&cx, rank, addr).await,
         }
     }
     if !expected() {
-        let message = "the step thread panicked; its log has the message".to_owned();
+        let message = "the step thread ended; its log says more".to_owned();
         cx.exit(DeathCause::Failed { message });
     }
 }

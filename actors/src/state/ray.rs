@@ -198,10 +198,14 @@ fn death_cause(actor: &ActorStatus, cause: &DeathCause) -> Json {
         | DeathCause::StartFailed { .. }
         | DeathCause::Failed { .. } => "WORKER_DIED",
     };
+    let message = match &actor.last_words {
+        Some(words) => format!("{cause}\nThe last lines that its process wrote:\n{words}"),
+        None => cause.to_string(),
+    };
     json!({
         "actor_died_error_context": {
             "reason": reason,
-            "error_message": cause.to_string(),
+            "error_message": message,
             "actor_id": actor.name,
             "name": actor.name,
             "class_name": actor.type_name,

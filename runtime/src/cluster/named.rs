@@ -3,19 +3,21 @@
 //! A message that was certainly not seen goes to the incarnation that is there now, once. Nothing else is repeated.
 
 use std::marker::PhantomData;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use actix::Handler;
 use serde_json::Value;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{Cluster, ClusterError};
+use super::{Cluster, ClusterError, Located, SpawnFailed};
 use crate::actor::{RemoteActor, WireMessage};
-use crate::handle::{AskError, JsonMessage, Refusal};
+use crate::handle::{AskError, JsonMessage, Refusal, Refused};
 
 impl Cluster {
     /// A handle by name, which follows the actor from incarnation to incarnation.
     pub fn named<A>(&self, actor: impl Into<String>) -> Named<A> {
-        Named { cluster: self.clone(), actor: actor.into(), kind: PhantomData }
+        Named { cluster: self.clone(), actor: actor.into(), pending: Arc::default(), kind: PhantomData }
     }
 
     /// The same for a caller that speaks JSON and need not know the type of the actor.
@@ -38,12 +40,26 @@ impl Cluster {
 pub struct Named<A> {
     cluster: Cluster,
     actor: String,
+    /// Calls under way, of this handle and its clones; without a limit `None`. Known with the actor's place.
+    pending: Arc<OnceLock<Option<Pending>>>,
     kind: PhantomData<fn() -> A>,
+}
+
+/// A message that does no harm when it is handled twice, by one actor or by two incarnations of it.
+pub trait Idempotent: WireMessage + Clone {}
+
+/// How long an actor whose process was lost may take to be back, for a message that is sent again.
+const BACK_PATIENCE: Duration = Duration::from_secs(120);
+
+struct Pending {
+    places: Semaphore,
+    max: u32,
 }
 
 impl<A> Clone for Named<A> {
     fn clone(&self) -> Self {
-        Self { cluster: self.cluster.clone(), actor: self.actor.clone(), kind: PhantomData }
+        let (cluster, actor, pending) = (self.cluster.clone(), self.actor.clone(), self.pending.clone());
+        Self { cluster, actor, pending, kind: PhantomData }
     }
 }
 
@@ -73,6 +89,10 @@ impl<A: RemoteActor> Named<A> {
         M: WireMessage,
     {
         let Self { cluster, actor, .. } = self;
+        let _place = match self.begin(&cluster.locate(actor).await?) {
+            Ok(place) => place,
+            Err(reason) => return Err(NamedError::Ask(AskError::Refused(Refused { message, reason }))),
+        };
         let asked = cluster.handle::<A>(actor).await?.ask(message).await;
         match cluster.settle(actor, asked) {
             Settled::Done(outcome) => outcome.map_err(NamedError::Ask),
@@ -80,6 +100,78 @@ impl<A: RemoteActor> Named<A> {
                 cluster.handle::<A>(actor).await?.ask(message).await.map_err(NamedError::Ask)
             }
         }
+    }
+
+    /// Asks a message that may be handled twice. When the process that had it is lost, or ends before it answers, the
+    /// message goes to the next incarnation, as often as the actor's spec allows (`max_task_retries`); that one is
+    /// waited for. After a panic it does not: it may be what every incarnation dies of.
+    pub async fn ask_again<M>(&self, message: M) -> Result<M::Result, NamedError<M>>
+    where
+        A: Handler<M>,
+        M: Idempotent,
+    {
+        let mut retries = None;
+        loop {
+            let error = match self.ask(message.clone()).await {
+                Err(error) if is_lost(&error) => error,
+                outcome => return outcome,
+            };
+            self.back().await?;
+            let allowed = self.cluster.locate(&self.actor).await?.max_task_retries;
+            let left = retries.get_or_insert(allowed);
+            if *left == 0 {
+                return Err(error);
+            }
+            *left -= 1;
+        }
+    }
+
+    /// Waits until there is an incarnation again.
+    async fn back(&self) -> Result<(), ClusterError> {
+        self.cluster.forget(&self.actor);
+        match self.cluster.ready(&self.actor, BACK_PATIENCE).await {
+            Ok(()) => Ok(()),
+            Err(SpawnFailed::Cluster(error)) => Err(error),
+            Err(SpawnFailed::Dead { actor, cause }) => Err(ClusterError::Dead { actor, cause }),
+            Err(late @ SpawnFailed::Late { .. }) => Err(ClusterError::Refused(late.to_string())),
+        }
+    }
+
+    /// Takes a place among the calls that may be under way.
+    fn begin(&self, located: &Located) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
+        let limit = || {
+            let max = located.max_pending_calls?;
+            Some(Pending { places: Semaphore::new(max as usize), max })
+        };
+        let Some(pending) = self.pending.get_or_init(limit) else { return Ok(None) };
+        pending.places.try_acquire().map(Some).map_err(|_| Refusal::TooManyPending(pending.max.into()))
+    }
+}
+
+impl<A> Named<A> {
+    /// Name of the actor.
+    pub fn name(&self) -> &str {
+        &self.actor
+    }
+
+    /// Ends the actor when it has handled what it has, or after `grace`; see `Cluster::finish_actor`.
+    pub async fn stop(&self, grace: Duration) -> Result<(), ClusterError> {
+        self.cluster.finish_actor(&self.actor, grace).await
+    }
+
+    /// Ends the actor's process at once.
+    pub async fn kill(&self) -> Result<(), ClusterError> {
+        self.cluster.kill_actor(&self.actor).await
+    }
+}
+
+/// Whether the actor may or may not have handled the message, and lives no more.
+fn is_lost<M>(error: &NamedError<M>) -> bool {
+    match error {
+        NamedError::Ask(AskError::PeerLost(_) | AskError::Stopped) => true,
+        NamedError::Ask(AskError::Refused(refused)) => is_gone(&refused.reason),
+        NamedError::Cluster(ClusterError::NotReady(_)) => true,
+        NamedError::Ask(_) | NamedError::Cluster(_) => false,
     }
 }
 

@@ -171,6 +171,8 @@ pub struct ActorStatus {
     pub restarts: u64,
     /// Why the incarnation before this one ended.
     pub last_death: Option<DeathCause>,
+    /// The last lines that the process of that incarnation wrote.
+    pub last_words: Option<String>,
     /// Its last incarnation; 0 before the first.
     pub incarnation: Incarnation,
     /// Its group.
@@ -200,6 +202,7 @@ impl ActorStatus {
             state,
             restarts: 0,
             last_death: None,
+            last_words: None,
             incarnation: Incarnation(0),
             group: None,
             rank: None,
@@ -209,6 +212,28 @@ impl ActorStatus {
             endpoint: None,
             lifetime: Lifetime::Detached,
             seat: None,
+        }
+    }
+}
+
+impl ActorStatus {
+    /// Keeps backtraces and last words if they fit into what is `left`, which they then take.
+    pub(crate) fn keep_details(&mut self, left: &mut usize) {
+        let words = self.last_words.as_ref().map_or(0, String::len);
+        let last = self.last_death.as_ref().map_or(0, DeathCause::detail_bytes);
+        let wanted = match &self.state {
+            ActorState::Dead { cause } => words + last + cause.detail_bytes(),
+            _ => words + last,
+        };
+        match left.checked_sub(wanted) {
+            Some(rest) => *left = rest,
+            None => {
+                self.last_words = None;
+                self.last_death = self.last_death.take().map(DeathCause::brief);
+                if let ActorState::Dead { cause } = &mut self.state {
+                    *cause = cause.clone().brief();
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use bincode::{Decode, Encode};
 
 use super::{FunctionError, FunctionTable};
 use crate::actor::{Accepts, RemoteActor, WireMessage};
-use crate::mailbox::panic_message;
+use crate::panics;
 
 /// Its type in a program's table.
 pub const FUNCTIONS: &str = "heliostat.functions";
@@ -91,7 +91,7 @@ impl Handler<CallFunction> for FunctionActor {
                 Ok(result) => result,
                 Err(failed) => {
                     let message = match failed.try_into_panic() {
-                        Ok(panic) => panic_message(&*panic),
+                        Ok(panic) => panics::message(&*panic),
                         Err(cancelled) => cancelled.to_string(),
                     };
                     Err(FunctionError::Panicked { name, message })

@@ -4,7 +4,7 @@ mod drivers;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix::{
     Actor, AsyncContext, Context, Handler, MessageResult, ResponseFuture, SpawnHandle, StreamHandler,
@@ -13,13 +13,14 @@ use futures_util::stream;
 use tokio::sync::watch;
 
 use super::authority::Authority;
+use super::clock::Clock;
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::messages::{
     Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, DriverBye,
-    DriverHello, Find, FindLog, Found, HeadSeen, Lookup, MakePlacementGroup, NodeReport, NodeVerdict,
-    ProcessStatus, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker, UndrainNode, Watch,
-    WatchPlacementGroup, WorkerReport,
+    DriverHello, Find, FindLog, Found, HeadSeen, Located, Lookup, MakePlacementGroup, NodeReport,
+    NodeVerdict, ProcessStatus, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker,
+    UndrainNode, Watch, WatchPlacementGroup, WorkerReport,
 };
 use super::packages::HeadPackages;
 use super::tenure::Superseded;
@@ -52,7 +53,7 @@ pub(crate) struct HeadActor {
     pub(super) authority: Arc<Authority>,
     /// Where heads that stand by may be, beside this one.
     heads: Vec<String>,
-    started: Instant,
+    clock: Clock,
     pub(super) nodes: HashMap<String, NodeLink>,
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
     pub(super) version: watch::Sender<u64>,
@@ -74,8 +75,8 @@ pub(super) struct Parts {
     pub(super) authority: Arc<Authority>,
     /// Where heads may be, this one included.
     pub(super) heads: Vec<String>,
-    /// The moment that the core's time counts from.
-    pub(super) started: Instant,
+    /// The core's time.
+    pub(super) clock: Clock,
     pub(super) closed: watch::Sender<bool>,
     /// The directory of packages and its bound.
     pub(super) packages: Option<(Arc<PackageStore>, u64)>,
@@ -83,7 +84,7 @@ pub(super) struct Parts {
 
 impl HeadActor {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { core, system, keeper, authority, heads, started, closed, packages } = parts;
+        let Parts { core, system, keeper, authority, heads, clock, closed, packages } = parts;
         let packages = packages.map(|(store, max)| HeadPackages::new(store, max, core.known_packages()));
         Self {
             version: watch::Sender::new(core.version()),
@@ -93,7 +94,7 @@ impl HeadActor {
             keeper,
             authority,
             heads,
-            started,
+            clock,
             nodes: HashMap::new(),
             workers: HashMap::new(),
             closed,
@@ -102,7 +103,7 @@ impl HeadActor {
     }
 
     pub(super) fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.clock.now()
     }
 
     pub(super) fn feed(&mut self, event: Event, ctx: &mut Context<Self>) {
@@ -260,7 +261,7 @@ impl HeadActor {
         let head = HeadStatus {
             endpoint: self.system.endpoint().to_owned(),
             pid: std::process::id(),
-            uptime_s: self.now().as_secs(),
+            uptime_s: self.clock.started().elapsed().as_secs(),
             closing: false,
             recovering: false,
             term: self.core.term(),
@@ -510,7 +511,9 @@ impl Handler<Control> for HeadActor {
     fn handle(&mut self, control: Control, ctx: &mut Context<Self>) -> Self::Result {
         let (now, name, by) = (self.now(), &control.actor, &control.by);
         let commands = match control.action {
-            ControlAction::Stop => self.core.stop_actor(now, name, by).map_err(|e| e.to_string()),
+            ControlAction::Stop(manner) => {
+                self.core.stop_actor(now, name, by, manner).map_err(|e| e.to_string())
+            }
             ControlAction::Restart => self.core.restart_actor(now, name, by).map_err(|e| e.to_string()),
             ControlAction::Remove => self.core.remove_actor(now, name, by).map_err(|e| e.to_string()),
             ControlAction::RemoveSupervisor => self.core.remove_supervisor(now, name, by),
@@ -542,10 +545,10 @@ impl Handler<Watch> for HeadActor {
 }
 
 impl Handler<Lookup> for HeadActor {
-    type Result = Option<ActorAddr>;
+    type Result = Option<Located>;
 
     fn handle(&mut self, lookup: Lookup, _: &mut Context<Self>) -> Self::Result {
-        self.core.lookup(&lookup.actor).cloned()
+        self.core.lookup(&lookup.actor)
     }
 }
 

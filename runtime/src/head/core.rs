@@ -46,13 +46,16 @@ use crate::supervisor::ChildDied;
 /// How patient the head is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// A node that is silent for this long counts as unreachable. Default 3 s.
+    /// A node that is silent for this long counts as unreachable. Default 1.5 s.
     pub heartbeat_timeout: Duration,
     /// A node whose agent closed its connection, and that does not come back for this long, is lost with its actors, if
     /// another node is there: the agent has ended, as far as one can tell. Default 1.5 s.
     pub agent_grace: Duration,
-    /// A node that is silent for this long is lost, with its actors. Default 5 s.
+    /// A node that is silent for this long is lost, with its actors. Default 3 s.
     pub node_grace: Duration,
+    /// A node whose agent is gone keeps its actors for so long, if one of them owns a GPU and its worker still reports:
+    /// what it holds is not given up for the want of an agent. Default 10 s, the time that workers wait for an agent.
+    pub gpu_grace: Duration,
     /// A driver whose connection broke and that does not come back for so long is gone, with what it owns. Default 3 s.
     pub driver_grace: Duration,
 }
@@ -60,9 +63,10 @@ pub struct Patience {
 impl Default for Patience {
     fn default() -> Self {
         Self {
-            heartbeat_timeout: Duration::from_secs(3),
+            heartbeat_timeout: Duration::from_millis(1500),
             agent_grace: Duration::from_millis(1500),
-            node_grace: Duration::from_secs(5),
+            node_grace: Duration::from_secs(3),
+            gpu_grace: Duration::from_secs(10),
             driver_grace: Duration::from_secs(3),
         }
     }
@@ -217,6 +221,8 @@ pub enum Command {
 pub enum Manner {
     /// SIGTERM, then SIGKILL after the node's grace.
     Graceful,
+    /// The actor is told to take nothing new and to end when it has handled what it has; SIGKILL after so long.
+    Finish(Duration),
     /// SIGKILL at once.
     Kill,
 }

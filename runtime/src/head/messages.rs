@@ -3,6 +3,8 @@
 //! Nodes and workers report their whole state, which is small, again and again: a lost or repeated report does no
 //! harm, and a restarted head knows everything after one round.
 
+use std::time::Duration;
+
 use actix::Message;
 use bincode::{Decode, Encode};
 
@@ -39,7 +41,7 @@ wire! {
     Apply = "head.apply" -> Result<Applied, ApplyError>;
     Control = "head.control" -> Result<(), String>;
     Watch = "head.watch" -> ClusterStatus;
-    Lookup = "head.lookup" -> Option<ActorAddr>;
+    Lookup = "head.lookup" -> Option<Located>;
     Find = "head.find" -> Option<Found>;
     DriverHello = "head.driver" -> Result<HeadSeen, String>;
     DriverBye = "head.driver_bye" -> ();
@@ -126,7 +128,19 @@ pub enum ProcessStatus {
     /// It does.
     Running,
     /// It ended.
-    Exited(DeathCause),
+    Exited {
+        /// Why.
+        cause: DeathCause,
+        /// The last lines that it wrote.
+        last_words: Option<String>,
+    },
+}
+
+impl ProcessStatus {
+    /// One that ended without a word.
+    pub fn exited(cause: DeathCause) -> Self {
+        Self::Exited { cause, last_words: None }
+    }
 }
 
 /// The head's answer to a node.
@@ -276,7 +290,7 @@ pub struct Control {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub enum ControlAction {
     /// End it; it stays dead.
-    Stop,
+    Stop(Manner),
     /// End it and start it again.
     Restart,
     /// End it and forget its spec.
@@ -382,6 +396,17 @@ pub struct Lookup {
     pub actor: String,
 }
 
+/// Where a ready actor is, and what its spec says of calls.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Located {
+    /// Its address.
+    pub addr: ActorAddr,
+    /// `ActorSpec::max_pending_calls`.
+    pub max_pending_calls: Option<u32>,
+    /// `ActorSpec::max_task_retries`.
+    pub max_task_retries: u32,
+}
+
 /// Asks for the node agent that keeps an actor's log.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct FindLog {
@@ -404,6 +429,8 @@ pub struct StartWorker {
     pub device: Option<Device>,
     /// The package that it runs, and where it is.
     pub package: Option<PackageOrder>,
+    /// How long its process may be silent; `None` for ever.
+    pub hang_timeout: Option<Duration>,
     /// `NodeReport::seq` of the last report that the head had seen. A node refuses an order that is older than its
     /// last registration: the head has read from that that the worker does not exist.
     pub report_seq: u64,

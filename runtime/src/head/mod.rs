@@ -4,6 +4,7 @@
 
 mod actor;
 mod authority;
+mod clock;
 pub mod core;
 mod election;
 pub(crate) mod finder;

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -10,6 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::actor::{HeadActor, Parts};
 use super::authority::Authority;
+use super::clock::Clock;
 use super::core::{Command, HeadState, Patience, Record};
 use super::election::{self, Candidate, Elected, Outcome, STORE_PAUSE};
 use super::keeper::{Keeper, LoadError};
@@ -152,8 +153,7 @@ struct Shared {
     store: StateStore,
     packages: Option<(Arc<PackageStore>, u64)>,
     own: Candidate,
-    /// The moment that all times here count from.
-    started: Instant,
+    clock: Clock,
     role: watch::Sender<Role>,
     led: Mutex<Option<Led>>,
 }
@@ -188,7 +188,7 @@ pub async fn run(config: HeadConfig) -> Result<HeadHandle, HeadError> {
         store,
         packages,
         own,
-        started: Instant::now(),
+        clock: Clock::start(),
         role: watch::Sender::new(Role::Starting),
         led: Mutex::default(),
     });
@@ -244,7 +244,7 @@ impl Shared {
             self.system.registry().redirect(ActorId::HEAD, leader.to_owned());
             self.role.send_replace(Role::StandsBy { leader: leader.to_owned() });
         };
-        let time = (self.config.lease, self.started);
+        let time = (self.config.lease, self.clock.started());
         let outcome = election::elect(&self.store, &self.own, time, stands_by).await;
         let ending = match outcome {
             Ok(Outcome::Elected(elected)) => match self.lead(elected).await {
@@ -264,7 +264,7 @@ impl Shared {
             Some(_) => Tenure::leased(term, self.config.lease, strict, elected.asked),
             None => Tenure::sole(term),
         };
-        let authority = Authority::new(tenure, self.started);
+        let authority = Authority::new(tenure, self.clock.started());
         if let Some(lease) = elected.lease {
             tokio::spawn(authority.clone().renew(self.store.clone(), lease));
         }
@@ -284,7 +284,7 @@ impl Shared {
         *self.led.lock().unwrap_or_else(PoisonError::into_inner) = Some(led);
         let recovered = records.len();
         let succeeds = elected.succeeds && records.iter().any(|record| matches!(record, Record::Spec(_)));
-        let (core, commands) = HeadState::recover(self.config.patience, self.started.elapsed(), records);
+        let (core, commands) = HeadState::recover(self.config.patience, self.clock.now(), records);
         for command in commands {
             if let Command::Persist(write) = command {
                 keeper.write(&write);
@@ -307,12 +307,12 @@ impl Shared {
         authority: Arc<Authority>,
     ) -> Result<(), HeadError> {
         let (closed, mut watched) = watch::channel(false);
-        let (system, started) = (self.system.clone(), self.started);
+        let (system, clock) = (self.system.clone(), self.clock);
         let mut heads = vec![self.own.endpoint.clone()];
         heads.extend(self.config.peers.iter().filter(|peer| **peer != self.own.endpoint).cloned());
         let packages = self.packages.clone();
         let parts =
-            Parts { core, system, keeper, authority: authority.clone(), heads, started, closed, packages };
+            Parts { core, system, keeper, authority: authority.clone(), heads, clock, closed, packages };
         self.system.spawn(SpawnOptions::well_known(ActorId::HEAD), move || HeadActor::new(parts))?;
         let shared = self.clone();
         tokio::spawn(async move {

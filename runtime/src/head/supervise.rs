@@ -5,10 +5,12 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use bincode::{Decode, Encode};
+
 use crate::spec::{DeathCause, RestartPolicy};
 
 /// Recent restarts of one actor.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct History {
     /// SV-1: oldest first, never longer than `max_restarts`.
     restarted_at: VecDeque<Duration>,
@@ -29,6 +31,12 @@ pub enum Action {
 }
 
 impl History {
+    /// After a restart of the head, whose clock may be behind that of the one before it.
+    pub(super) fn recovered(mut self, now: Duration) -> Self {
+        self.restarted_at.iter_mut().for_each(|at| *at = (*at).min(now));
+        self
+    }
+
     /// Records that the actor ended at `now` and returns the decision.
     pub fn died(&mut self, policy: &RestartPolicy, cause: &DeathCause, now: Duration) -> Action {
         if cause.is_intended() {

@@ -4,11 +4,15 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
+use futures_util::FutureExt;
+
 use super::answer::{Asker, Failure};
 use super::queue::Slot;
-use super::run::{RunFn, Running, Watch, panic_message};
+use super::run::{RunFn, Running, Watch};
 use super::{ActorEnd, Lifetime};
 use crate::actor::{RemoteActor, WireMessage};
+use crate::panics;
+use crate::wire::name_hash;
 
 /// A message of any type for an actor.
 pub(super) trait Deliver<A: RemoteActor>: Send {
@@ -37,7 +41,11 @@ impl<A: RemoteActor, M: WireMessage> Deliver<A> for Envelope<A, M> {
         }
         let asker = asker.receipt();
         let watch = Watch::of(asker.waits() || slot.is_some());
-        match catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, watch))) {
+        let ran = {
+            let _handling = asker.lifetime.handling(const { name_hash(M::NAME) });
+            catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, watch)))
+        };
+        match ran {
             Ok(running) => settle(running, asker, slot),
             Err(panic) => {
                 let lifetime = asker.lifetime.clone();
@@ -61,27 +69,38 @@ where
         Running::Done(outcome) => asker.send(outcome),
         // If there is no value, dropping the asker says why.
         Running::Replying(replied) => {
+            let held = (slot, asker.lifetime.begin_work());
             actix::spawn(async move {
-                let _slot = slot;
+                let _held = held;
                 if let Ok(value) = replied.await {
                     asker.send(Ok(value));
                 }
             });
         }
         Running::ReplyingCancellable(replied) => {
+            let held = (slot, asker.lifetime.begin_work());
             actix::spawn(async move {
-                let _slot = slot;
+                let _held = held;
                 tokio::select! {
                     replied = replied => if let Ok(value) = replied { asker.send(Ok(value)) },
                     () = asker.cancelled() => drop(asker.into_answer()),
                 }
             });
         }
-        Running::Cancellable(work) => {
+        Running::Working(work) => {
+            let held = (slot, asker.lifetime.begin_work());
             actix::spawn(async move {
-                let _slot = slot;
+                let _held = held;
+                let worked = AssertUnwindSafe(work).catch_unwind().await;
+                finish(worked, asker);
+            });
+        }
+        Running::Cancellable(work) => {
+            let held = (slot, asker.lifetime.begin_work());
+            actix::spawn(async move {
+                let _held = held;
                 tokio::select! {
-                    value = work => asker.send(Ok(value)),
+                    worked = AssertUnwindSafe(work).catch_unwind() => finish(worked, asker),
                     () = asker.cancelled() => drop(asker.into_answer()),
                 }
             });
@@ -89,11 +108,36 @@ where
     }
 }
 
+/// The work of a handler is over, by its reply or by a panic.
+fn finish<T: bincode::Encode>(worked: Result<T, Box<dyn Any + Send>>, asker: Asker<T>) {
+    match worked {
+        Ok(value) => asker.send(Ok(value)),
+        Err(panic) => {
+            let lifetime = asker.lifetime.clone();
+            end_by_panic_of_work(&lifetime, panic, |failure| asker.send(Err(failure)));
+        }
+    }
+}
+
 /// A handler has panicked: the asker is told with the cause, then the panic goes on and ends the actor.
 pub(super) fn end_by_panic(lifetime: &Lifetime, panic: Box<dyn Any + Send>, tell: impl FnOnce(Failure)) -> ! {
-    let message = panic_message(&*panic);
-    // Before the end is known: a worker may exit as soon as it is.
-    tell(Failure::Panicked(message.clone()));
-    lifetime.end(ActorEnd::Panicked(message));
+    note_panic(lifetime, &*panic, tell);
     resume_unwind(panic);
+}
+
+/// The same for work beside the actor's context, in which the panic then goes on.
+pub(super) fn end_by_panic_of_work(
+    lifetime: &Lifetime,
+    panic: Box<dyn Any + Send>,
+    tell: impl FnOnce(Failure),
+) {
+    note_panic(lifetime, &*panic, tell);
+    lifetime.raise(panic);
+}
+
+fn note_panic(lifetime: &Lifetime, panic: &(dyn Any + Send), tell: impl FnOnce(Failure)) {
+    let panic = panics::caught(panic);
+    // Before the end is known: a worker may exit as soon as it is.
+    tell(Failure::Panicked(panic.message.clone()));
+    lifetime.end(ActorEnd::Panicked(panic));
 }

@@ -73,7 +73,7 @@ impl<A: RemoteActor> Mailbox<A> {
     }
 
     fn refused(&self, lanes: &Lanes<Box<dyn Deliver<A>>>, lane: usize) -> Option<Refusal> {
-        if self.lifetime.ended.load(Ordering::Acquire) {
+        if self.lifetime.ended.load(Ordering::Acquire) || self.lifetime.finishing.load(Ordering::Acquire) {
             Some(Refusal::NoSuchActor)
         } else if lanes.waiting(lane) >= self.capacity {
             Some(Refusal::MailboxFull)

@@ -30,7 +30,7 @@ impl Watch {
 
 /// A handler that has returned.
 pub(crate) enum Running<T> {
-    /// Nobody wants to know.
+    /// Nobody wants to know, and the work that is left is the context's.
     Unwatched,
     /// There is a reply, or there will certainly be none.
     Done(Result<T, Failure>),
@@ -38,6 +38,8 @@ pub(crate) enum Running<T> {
     Replying(oneshot::Receiver<T>),
     /// The reply comes later; dropping the receiver ends the work.
     ReplyingCancellable(oneshot::Receiver<T>),
+    /// The reply is that of this future, which goes on even if nobody waits for it.
+    Working(ResponseFuture<T>),
     /// The reply comes later; dropping the future ends the work.
     Cancellable(ResponseFuture<T>),
 }
@@ -49,9 +51,12 @@ pub(crate) type RunFn<A, M> = fn(&mut A, M, &mut Context<A>, Watch) -> Running<<
 pub(super) fn run<A, M>(actor: &mut A, message: M, ctx: &mut Context<A>, watch: Watch) -> Running<M::Result>
 where
     A: Actor<Context = Context<A>> + Handler<M>,
-    M: Message,
+    M: Message + 'static,
 {
-    let reply = actor.handle(message, ctx);
+    let reply = match as_future(actor.handle(message, ctx)) {
+        Ok(work) => return Running::Working(work),
+        Err(reply) => reply,
+    };
     match watch {
         Watch::Nothing => {
             reply.handle(ctx, None);
@@ -69,6 +74,17 @@ where
     }
 }
 
+/// The reply as the future that it is, if it is one. actix would run it where nobody hears of its panic.
+fn as_future<R: 'static, T: 'static>(reply: R) -> Result<ResponseFuture<T>, R> {
+    let mut reply = Some(reply);
+    let work = (&mut reply as &mut dyn Any).downcast_mut::<Option<ResponseFuture<T>>>();
+    match (work.and_then(Option::take), reply) {
+        (Some(work), _) => Ok(work),
+        (None, Some(reply)) => Err(reply),
+        (None, None) => unreachable!("what was not taken is there"),
+    }
+}
+
 /// A handler whose work is a future that may be dropped.
 pub(super) fn run_cancellable<A, M>(
     actor: &mut A,
@@ -82,10 +98,7 @@ where
 {
     let work = actor.handle(message, ctx);
     match watch {
-        Watch::Nothing => {
-            actix::spawn(work);
-            Running::Unwatched
-        }
+        Watch::Nothing => Running::Working(work),
         Watch::Reply => Running::Cancellable(work),
     }
 }
@@ -142,13 +155,4 @@ impl<A: Actor, T> ActorFuture<A> for UntilCancelled<A, T> {
             Poll::Pending => Poll::Pending,
         }
     }
-}
-
-/// The text of a panic.
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".to_owned())
 }

@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use actix::Handler;
 use bincode::Encode;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 
 use super::answer::{Failure, remote_failure};
-use super::envelope::{Deliver, end_by_panic};
+use super::envelope::{Deliver, end_by_panic, end_by_panic_of_work};
 use super::queue::Slot;
 use super::run::{RunFn, Running, Watch};
 use super::{Entry, Lifetime, RemoteAnswer, refuse};
@@ -122,10 +122,14 @@ impl<A: RemoteActor, M: StreamMessage> Deliver<A> for StreamEnvelope<A, M> {
         if expires_at.is_some_and(|at| Instant::now() >= at) {
             return outlet.end(Err(Failure::Expired));
         }
-        match catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, Watch::Reply))) {
+        let lifetime = outlet.lifetime.clone();
+        let ran = {
+            let _handling = lifetime.handling(const { name_hash(M::NAME) });
+            catch_unwind(AssertUnwindSafe(|| run(actor, message, ctx, Watch::Reply)))
+        };
+        match ran {
             Ok(running) => drop(actix::spawn(produce(running, outlet, slot))),
             Err(panic) => {
-                let lifetime = outlet.lifetime.clone();
                 end_by_panic(&lifetime, panic, |failure| outlet.end(Err(failure)));
             }
         }
@@ -143,14 +147,15 @@ async fn produce<T: Encode + 'static>(running: Running<Items<T>>, mut outlet: Ou
     let lifetime = outlet.lifetime.clone();
     let outcome = tokio::select! {
         biased;
-        () = outlet.gone() => None,
+        () = outlet.gone() => Ok(None),
         // The outlet's drop says how.
         () = lifetime.ended() => return,
-        outcome = send_all(running, &outlet) => outcome,
+        outcome = AssertUnwindSafe(send_all(running, &outlet)).catch_unwind() => outcome,
     };
     match outcome {
-        Some(outcome) => outlet.end(outcome),
-        None => drop(outlet.into_consumer()),
+        Ok(Some(outcome)) => outlet.end(outcome),
+        Ok(None) => drop(outlet.into_consumer()),
+        Err(panic) => end_by_panic_of_work(&lifetime, panic, |failure| outlet.end(Err(failure))),
     }
 }
 
@@ -164,7 +169,7 @@ async fn send_all<T: Encode + 'static>(
         Running::Replying(items) | Running::ReplyingCancellable(items) => {
             items.await.map_err(|_| Failure::NoReply)
         }
-        Running::Cancellable(work) => Ok(work.await),
+        Running::Working(work) | Running::Cancellable(work) => Ok(work.await),
         Running::Unwatched => Err(Failure::NoReply),
     };
     let mut items = match items {

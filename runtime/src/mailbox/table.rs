@@ -61,6 +61,8 @@ pub(crate) struct Table {
 
 /// A message that an actor accepts.
 pub(crate) struct Accepted {
+    /// `WireMessage::NAME`.
+    name: &'static str,
     /// Delivers one that came over the wire.
     deliver: DeliverFn,
     /// The `RunFn` of actor and message.
@@ -80,7 +82,10 @@ impl Table {
     {
         let (deliver, run) =
             (super::deliver_frame::<A, M> as DeliverFn, const { &(run::<A, M> as RunFn<A, M>) });
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
+        self.insert(
+            const { name_hash(M::NAME) },
+            Accepted { name: M::NAME, deliver, run, streams: false, lane },
+        )
     }
 
     /// Adds a message whose handler's work may be dropped.
@@ -91,7 +96,10 @@ impl Table {
     {
         let run = const { &(run_cancellable::<A, M> as RunFn<A, M>) };
         let deliver = super::deliver_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
+        self.insert(
+            const { name_hash(M::NAME) },
+            Accepted { name: M::NAME, deliver, run, streams: false, lane },
+        )
     }
 
     /// The same for work that needs the actor.
@@ -102,7 +110,10 @@ impl Table {
     {
         let run = const { &(run_cancellable_act::<A, M> as RunFn<A, M>) };
         let deliver = super::deliver_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: false, lane })
+        self.insert(
+            const { name_hash(M::NAME) },
+            Accepted { name: M::NAME, deliver, run, streams: false, lane },
+        )
     }
 
     /// Adds a message that is answered by a stream.
@@ -113,7 +124,10 @@ impl Table {
     {
         let run = const { &(run::<A, M> as RunFn<A, M>) };
         let deliver = deliver_stream_frame::<A, M>;
-        self.insert(const { name_hash(M::NAME) }, Accepted { deliver, run, streams: true, lane })
+        self.insert(
+            const { name_hash(M::NAME) },
+            Accepted { name: M::NAME, deliver, run, streams: true, lane },
+        )
     }
 
     fn insert(&mut self, id: u64, accepted: Accepted) -> bool {
@@ -133,6 +147,11 @@ impl Table {
     {
         let accepted = self.messages.get(&id)?;
         Some((*accepted.run.downcast_ref()?, accepted.lane))
+    }
+
+    /// The name of a message that is accepted.
+    pub(super) fn name(&self, id: u64) -> Option<&'static str> {
+        self.messages.get(&id).map(|accepted| accepted.name)
     }
 
     /// The lane of a message that is accepted.

@@ -15,7 +15,7 @@ use crate::backoff::Backoff;
 use crate::cluster::status::{ActorState, ClusterStatus};
 use crate::cluster::{Cluster, ClusterError};
 use crate::group::GroupView;
-use crate::spec::{ActorSpec, GroupMember};
+use crate::spec::{ActorSpec, GroupMember, Placement, Seat, SupervisorSpec, SupervisorStrategy};
 use crate::wire::to_bytes;
 
 /// How long the head lets a follower wait before it answers with what is known already.
@@ -30,23 +30,72 @@ pub struct MeshSpec {
     pub dims: Dims,
     /// What all ranks have in common: resources, placement, restarts, mailbox. Name and group are filled in.
     pub rank: ActorSpec,
+    /// What follows from the death of a rank: then the mesh is supervised as one, with `rank.restart` as the limit, by a
+    /// supervisor of its name. Without it each rank is restarted by itself.
+    pub strategy: Option<SupervisorStrategy>,
+    /// The placement group that it is spread over, if it is.
+    pub over: Option<Over>,
+}
+
+/// A placement group that carries the ranks of a mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Over {
+    /// Its name.
+    pub group: String,
+    /// Ranks in each bundle, in rank order: bundle 0 has the first of them.
+    pub ranks_per_bundle: u32,
 }
 
 impl MeshSpec {
     /// Ranks of type `A`, all with the same arguments; each learns its own place by `ActorCx::mesh`.
     pub fn new<A: Spawn>(name: &str, dims: Dims, args: &A::Args) -> Result<Self, MeshError> {
         let args = to_bytes(args).map_err(|error| MeshError::Codec(error.to_string()))?;
-        Ok(Self { name: name.to_owned(), dims, rank: ActorSpec::new(name, A::TYPE, args) })
+        let rank = ActorSpec::new(name, A::TYPE, args);
+        Ok(Self { name: name.to_owned(), dims, rank, strategy: None, over: None })
+    }
+
+    /// The same, supervised as one.
+    pub fn supervised(self, strategy: SupervisorStrategy) -> Self {
+        Self { strategy: Some(strategy), ..self }
+    }
+
+    /// The same, over the bundles of that placement group: `ranks_per_bundle` ranks in each.
+    pub fn over(self, group: impl Into<String>, ranks_per_bundle: u32) -> Self {
+        Self { over: Some(Over { group: group.into(), ranks_per_bundle }), ..self }
+    }
+
+    /// The supervisor of the ranks, if they are supervised as one.
+    pub fn supervisor(&self) -> Option<SupervisorSpec> {
+        let strategy = self.strategy.clone()?;
+        Some(SupervisorSpec {
+            restart: self.rank.restart,
+            lifetime: self.rank.lifetime.clone(),
+            seat: self.rank.seat.clone(),
+            ..SupervisorSpec::new(&self.name, strategy)
+        })
     }
 
     /// The specs of the ranks, in order. Apply them with others for a deployment that is more than a mesh.
     pub fn ranks(&self) -> Result<Vec<ActorSpec>, ShapeError> {
         self.dims.validate()?;
         let size = self.dims.ranks();
+        let place = |rank: u32| match &self.over {
+            Some(over) => Placement::Bundle {
+                group: over.group.clone(),
+                index: Some(rank / over.ranks_per_bundle.max(1)),
+            },
+            None => self.rank.placement.clone(),
+        };
         let spec = |rank| ActorSpec {
             name: format!("{}-{rank}", self.name),
             group: Some(GroupMember { group: self.name.clone(), rank, size }),
             mesh: Some(self.dims.clone()),
+            placement: place(rank),
+            // In a mesh that is supervised as one the supervisor has the seat that the ranks were to have.
+            seat: match &self.strategy {
+                Some(_) => Some(Seat::new(&self.name, rank)),
+                None => self.rank.seat.clone(),
+            },
             ..self.rank.clone()
         };
         Ok((0..size).map(spec).collect())
@@ -60,7 +109,7 @@ impl Cluster {
     pub async fn spawn_mesh<A: Spawn>(&self, spec: &MeshSpec, limit: Duration) -> Result<Mesh<A>, MeshError> {
         let specs = spec.ranks()?;
         let ranks = specs.len();
-        let applied = match self.apply(specs).await {
+        let applied = match self.apply_tree(specs, spec.supervisor().into_iter().collect()).await {
             Ok(applied) => applied,
             Err(error) => return Err(self.refused(spec, error).await),
         };

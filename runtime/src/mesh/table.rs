@@ -13,7 +13,7 @@ use super::error::RankError;
 use super::tree::{Fold, Part};
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorAddr, Handle};
-use crate::mailbox::panic_message;
+use crate::panics;
 use crate::system::System;
 use crate::wire::{from_bytes, name_hash, to_bytes};
 
@@ -118,6 +118,6 @@ fn fold<M: Reduce>(count: u32, parts: Vec<Part<Vec<u8>>>) -> Result<Vec<Part<Vec
     // User code: its panic is an answer, not the end of the process.
     let folded = catch_unwind(AssertUnwindSafe(|| Fold::new(count, decoded, M::reduce).into_parts()));
     let folded = folded
-        .map_err(|panic| RankError::Panicked(format!("in Reduce::reduce: {}", panic_message(&*panic))))?;
+        .map_err(|panic| RankError::Panicked(format!("in Reduce::reduce: {}", panics::message(&*panic))))?;
     folded.into_iter().map(|part| part.try_map(|value| to_bytes(&value).map_err(codec))).collect()
 }

@@ -8,6 +8,7 @@ use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
 use tokio::sync::Notify;
 
 use super::files::{self, RunDir, WorkerRecord};
+use super::oom::OomWatch;
 use super::packages::NodePackages;
 use super::process::{self, Process};
 use super::{NodeConfig, logs};
@@ -26,6 +27,8 @@ use crate::system::System;
 
 /// Most bytes of a log in one answer.
 const LOG_CHUNK_MAX: u32 = 1 << 20;
+/// Silence of a process that is always borne: a busy machine alone makes some.
+const SILENCE_MIN: Duration = Duration::from_secs(3);
 
 /// The agent. Its state is small and behind a lock; nothing waits while it is held.
 pub(super) struct Agent {
@@ -37,6 +40,7 @@ pub(super) struct Agent {
     state: Mutex<State>,
     heads: Mutex<Heads>,
     packages: NodePackages,
+    oom: OomWatch,
     /// Something is to be reported.
     pub(super) news: Notify,
 }
@@ -59,6 +63,23 @@ struct State {
 struct Worker {
     record: WorkerRecord,
     status: Status,
+    pulse: Pulse,
+}
+
+/// Whether a worker's process is heard of.
+enum Pulse {
+    /// It has not said anything yet: its program is being loaded.
+    Unborn,
+    /// Looks in a row at which nothing had been heard.
+    Beating { missed: u32 },
+    /// It was silent for too long, and was killed for that.
+    Hung(DeathCause),
+}
+
+impl Worker {
+    fn new(record: WorkerRecord, status: Status) -> Self {
+        Self { record, status, pulse: Pulse::Unborn }
+    }
 }
 
 enum Status {
@@ -69,6 +90,7 @@ enum Status {
     Ended {
         pid: u32,
         cause: DeathCause,
+        last_words: Option<String>,
     },
 }
 
@@ -83,6 +105,7 @@ impl Agent {
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
             packages,
+            oom: OomWatch::default(),
             news: Notify::new(),
         }
     }
@@ -103,6 +126,7 @@ impl Agent {
 
     /// Takes over the workers of an earlier agent.
     pub(super) fn adopt_workers(self: &Arc<Self>) -> std::io::Result<()> {
+        self.oom.count();
         for record in self.dir.worker_records()? {
             let incarnation = record.incarnation;
             let found = match record.process {
@@ -120,10 +144,16 @@ impl Agent {
                 }
                 None => {
                     let why = "it ended while no node agent was there".to_owned();
-                    Status::Ended { pid, cause: DeathCause::Vanished { why } }
+                    Status::Ended {
+                        pid,
+                        cause: DeathCause::Vanished { why },
+                        last_words: self.last_words(&record),
+                    }
                 }
             };
-            state.workers.insert(incarnation, Worker { record, status });
+            // It knows where to say that it is there.
+            let pulse = Pulse::Beating { missed: 0 };
+            state.workers.insert(incarnation, Worker { pulse, ..Worker::new(record, status) });
         }
         Ok(())
     }
@@ -133,16 +163,57 @@ impl Agent {
         let agent = self.clone();
         self.runtime.spawn(async move {
             let cause = process.ended().await;
-            agent.ended(incarnation, process.record.pid, cause);
+            agent.ended(incarnation, &process, cause);
         });
     }
 
-    fn ended(&self, incarnation: Incarnation, pid: u32, cause: DeathCause) {
+    fn ended(&self, incarnation: Incarnation, process: &Process, cause: DeathCause) {
+        let pid = process.record.pid;
+        let cause = match cause {
+            DeathCause::Killed { signal: 9 } if !process.was_killed() => {
+                self.oom.explains_a_kill().map_or(cause, |scope| DeathCause::OutOfMemory { scope })
+            }
+            cause => cause,
+        };
         if let Some(worker) = self.lock().workers.get_mut(&incarnation) {
+            let cause = match std::mem::replace(&mut worker.pulse, Pulse::Unborn) {
+                Pulse::Hung(why) => why,
+                Pulse::Unborn | Pulse::Beating { .. } => cause,
+            };
             tracing::info!(actor = worker.record.actor, %incarnation, pid, %cause, "worker ended");
-            worker.status = Status::Ended { pid, cause };
+            let last_words = self.last_words(&worker.record);
+            worker.status = Status::Ended { pid, cause, last_words };
         }
         self.news.notify_one();
+    }
+
+    fn last_words(&self, record: &WorkerRecord) -> Option<String> {
+        logs::last_words(&self.dir.log(&record.actor), record.incarnation)
+    }
+
+    /// Ends workers whose processes run and say nothing: frozen, or out of threads that run. Called once in a while
+    /// (`look`); looks are counted and not time, so that an agent that was frozen itself blames nobody.
+    pub(super) fn check_pulses(&self, look: Duration) {
+        for worker in self.lock().workers.values_mut() {
+            let (Status::Running(process), Pulse::Beating { missed }) = (&worker.status, &mut worker.pulse)
+            else {
+                continue;
+            };
+            *missed += 1;
+            let limit = worker.record.hang_timeout_ms.map(|ms| Duration::from_millis(ms).max(SILENCE_MIN));
+            if limit.is_some_and(|limit| look * *missed > limit) {
+                let waited_ms = u64::try_from((look * *missed).as_millis()).unwrap_or(u64::MAX);
+                let what = format!("process {} says nothing; {}", process.record.pid, process.state());
+                tracing::warn!(
+                    actor = worker.record.actor,
+                    pid = process.record.pid,
+                    waited_ms,
+                    "worker hangs"
+                );
+                process.kill();
+                worker.pulse = Pulse::Hung(DeathCause::Hung { waited_ms, what });
+            }
+        }
     }
 
     /// Takes an order to start a worker; `None` if that very worker was started before. Called in the order of the
@@ -161,7 +232,7 @@ impl Agent {
             return Err("the order is outdated".into());
         }
         state.ordered = incarnation;
-        state.workers.insert(incarnation, Worker { record: record.clone(), status: Status::Starting });
+        state.workers.insert(incarnation, Worker::new(record.clone(), Status::Starting));
         Ok(Some(record))
     }
 
@@ -223,7 +294,7 @@ impl Agent {
             Ok(process) => {
                 let status = Status::Running(process.clone());
                 let record = WorkerRecord { process: Some(process.record), ..record };
-                state.workers.insert(incarnation, Worker { record, status });
+                state.workers.insert(incarnation, Worker::new(record, status));
                 self.watch(incarnation, process);
                 let leaving = state.leaving;
                 drop(state);
@@ -255,11 +326,15 @@ impl Agent {
             token_file: self.config.token.as_ref().map(|_| self.dir.token()),
             tls: self.config.tls.clone(),
             agent_grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+            hang_timeout_ms: order
+                .hang_timeout
+                .map(|limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             process: None,
         }
     }
 
     fn spawn(&self, program: &[String], record: &WorkerRecord) -> std::io::Result<Process> {
+        self.oom.count();
         let path = self.dir.worker(record.incarnation);
         files::write(&path, record)?;
         let log = self.dir.log(&record.actor);
@@ -284,9 +359,17 @@ impl Agent {
         };
         match manner {
             Manner::Kill => process.kill(),
-            Manner::Graceful => {
-                process.terminate();
-                let grace = self.config.timing.stop_grace;
+            Manner::Graceful | Manner::Finish(_) => {
+                let grace = match manner {
+                    Manner::Finish(grace) => {
+                        process.finish();
+                        grace
+                    }
+                    Manner::Graceful | Manner::Kill => {
+                        process.terminate();
+                        self.config.timing.stop_grace
+                    }
+                };
                 // By pidfd: harmless if the process has ended by then.
                 self.runtime.spawn(async move {
                     tokio::time::sleep(grace).await;
@@ -374,9 +457,14 @@ impl Agent {
     }
 
     fn hello(&self, hello: &WorkerHello) -> HelloReply {
-        let state = self.lock();
-        let known = state.workers.get(&hello.incarnation).is_some_and(|worker| match &worker.status {
-            Status::Starting | Status::Running(_) => true,
+        let mut state = self.lock();
+        let known = state.workers.get_mut(&hello.incarnation).is_some_and(|worker| match &worker.status {
+            Status::Starting | Status::Running(_) => {
+                if !matches!(worker.pulse, Pulse::Hung(_)) {
+                    worker.pulse = Pulse::Beating { missed: 0 };
+                }
+                true
+            }
             Status::Ended { .. } => false,
         });
         HelloReply { known, node: self.system.process() }
@@ -389,7 +477,10 @@ impl Worker {
         let (pid, status) = match &self.status {
             Status::Starting => return None,
             Status::Running(process) => (process.record.pid, ProcessStatus::Running),
-            Status::Ended { pid, cause } => (*pid, ProcessStatus::Exited(cause.clone())),
+            Status::Ended { pid, cause, last_words } => {
+                let (cause, last_words) = (cause.clone(), last_words.clone());
+                (*pid, ProcessStatus::Exited { cause, last_words })
+            }
         };
         Some(WorkerProcess {
             actor: self.record.actor.clone(),

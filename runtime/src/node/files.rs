@@ -37,6 +37,9 @@ pub(crate) struct WorkerRecord {
     pub(crate) tls: Option<TlsFiles>,
     /// How long it lives on without a node agent.
     pub(crate) agent_grace_ms: u64,
+    /// How long it may be silent; `None` for ever.
+    #[serde(default)]
+    pub(crate) hang_timeout_ms: Option<u64>,
     pub(crate) process: Option<ProcessRecord>,
 }
 

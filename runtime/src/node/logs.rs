@@ -14,6 +14,11 @@ use crate::handle::Incarnation;
 use crate::head::messages::LogChunk;
 use crate::process::watch_fd;
 
+/// How much of the end of a log is looked at for last words, and how much of these is kept.
+const LAST_BYTES: u32 = 8192;
+const LAST_LINES: usize = 12;
+const LAST_WORDS_BYTES: usize = 1200;
+
 /// Opens the log for one more incarnation, after a header line.
 pub(super) fn open(
     path: &Path,
@@ -38,6 +43,24 @@ pub(super) fn rotate(path: &Path, bytes_max: u64) -> std::io::Result<()> {
         OpenOptions::new().write(true).open(path)?.set_len(0)?;
     }
     Ok(())
+}
+
+/// The last lines that an incarnation wrote, as far as they are worth keeping; `None` if it wrote nothing.
+pub(super) fn last_words(path: &Path, incarnation: Incarnation) -> Option<String> {
+    let chunk = read_now(path, u64::MAX, LAST_BYTES).ok()?;
+    let text = String::from_utf8_lossy(&chunk.bytes);
+    // What stands before its header is of others.
+    let header = format!(", incarnation {incarnation}, ");
+    let at = text.rfind("\n=== ").map_or(0, |at| at + 1);
+    let own = match text[at..].strip_prefix("=== ") {
+        Some(rest) => rest.split_once('\n').filter(|(first, _)| first.contains(&header))?.1,
+        None => &text,
+    };
+    let lines: Vec<&str> = own.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    let mut last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
+    let surplus = last.len().saturating_sub(LAST_WORDS_BYTES);
+    last.drain(..last.ceil_char_boundary(surplus));
+    (!last.is_empty()).then_some(last)
 }
 
 fn rotated(path: &Path) -> PathBuf {
@@ -118,6 +141,23 @@ mod tests {
         assert_eq!(utc(0), "1970-01-01T00:00:00Z");
         assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(utc(1_795_430_771), "2026-11-23T10:46:11Z");
+    }
+
+    #[test]
+    fn last_words_are_those_of_the_incarnation_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.log");
+        let mut log = open(&path, "a", Incarnation(3), 1 << 20).unwrap();
+        assert_eq!(last_words(&path, Incarnation(3)), None);
+        log.write_all(b"one\n\ntwo\n").unwrap();
+        assert_eq!(last_words(&path, Incarnation(3)).unwrap(), "one\ntwo");
+        let mut log = open(&path, "a", Incarnation(4), 1 << 20).unwrap();
+        assert_eq!(last_words(&path, Incarnation(4)), None, "what the one before said is its own");
+        for n in 0..1000 {
+            writeln!(log, "line {n} {}", "é".repeat(150)).unwrap();
+        }
+        let words = last_words(&path, Incarnation(4)).unwrap();
+        assert!(words.len() <= LAST_WORDS_BYTES && words.contains("line 999 "), "{words}");
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ mod agent;
 pub(crate) mod files;
 mod logs;
 mod machine;
+mod oom;
 mod packages;
 mod process;
 mod report;
@@ -71,7 +72,7 @@ pub struct NodeConfig {
 /// How patient a node agent is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NodeTiming {
-    /// It reports to the head at least this often. Default 1 s.
+    /// It reports to the head at least this often. Default 0.5 s.
     pub heartbeat: Duration,
     /// A report that is not answered for so long is repeated on a new connection. Default 3 s.
     pub report_timeout: Duration,
@@ -86,7 +87,7 @@ pub struct NodeTiming {
 impl Default for NodeTiming {
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_secs(1),
+            heartbeat: Duration::from_millis(500),
             report_timeout: Duration::from_secs(3),
             stop_grace: Duration::from_secs(5),
             agent_grace: Duration::from_secs(10),
@@ -216,6 +217,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
         tokio::select! {
             () = report::report(&reporting) => {}
             () = report::check_logs(&reporting) => {}
+            () = report::check_pulses(&reporting) => {}
         }
         let _ = over.send(true);
     });

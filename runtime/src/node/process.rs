@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -21,6 +23,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(2);
 pub(super) struct Process {
     pub(super) record: ProcessRecord,
     watched: Watched,
+    /// This agent has killed it.
+    killed: Arc<AtomicBool>,
 }
 
 /// Starts a process with its output appended to `log`, in a process group of its own, so that a Ctrl-C at the
@@ -59,7 +63,7 @@ pub(super) fn adopt(record: ProcessRecord) -> std::io::Result<Option<Process>> {
 fn open(pid: u32, expected: Option<u64>) -> std::io::Result<Option<Process>> {
     let process = |watched: Watched| {
         let record = ProcessRecord { pid: watched.pid(), start_time: watched.start_time() };
-        Process { record, watched }
+        Process { record, watched, killed: Arc::default() }
     };
     Ok(Watched::open(pid, expected)?.map(process))
 }
@@ -87,6 +91,11 @@ impl Process {
         }
     }
 
+    /// Asks the worker to end when its actor has handled what it has.
+    pub(super) fn finish(&self) {
+        self.signal(crate::worker::FINISH);
+    }
+
     /// Asks the process to end.
     pub(super) fn terminate(&self) {
         self.signal(Signal::TERM);
@@ -94,7 +103,26 @@ impl Process {
 
     /// Ends the process.
     pub(super) fn kill(&self) {
+        self.killed.store(true, Ordering::Relaxed);
         self.signal(Signal::KILL);
+    }
+
+    /// What the kernel says of it, for the cause of its end.
+    pub(super) fn state(&self) -> &'static str {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.record.pid)).unwrap_or_default();
+        let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().next());
+        match state {
+            Some("T" | "t") => "it is stopped (SIGSTOP, or a debugger)",
+            Some("D") => "it waits for a device",
+            Some("R") => "it computes",
+            Some(_) => "it waits in the kernel",
+            None => "its state cannot be read",
+        }
+    }
+
+    /// Whether this agent has ended it by force.
+    pub(super) fn was_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
     }
 
     fn signal(&self, signal: Signal) {

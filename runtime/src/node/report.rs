@@ -1,5 +1,7 @@
 //! The agent's side of the connection to the head: reports when there is news, as a heartbeat, and after every loss.
 
+use std::time::Duration;
+
 use super::agent::Agent;
 use super::logs;
 use crate::backoff::Backoff;
@@ -8,6 +10,8 @@ use crate::head::HeadActor;
 use crate::head::messages::{HeadSeen, NodeReport, NodeStage, NodeVerdict};
 use crate::system::{PeerEvent, PeerEvents};
 
+/// How often it is looked whether workers were heard of.
+const PULSE_LOOK: Duration = Duration::from_millis(500);
 /// Attempts to tell the head goodbye.
 const GOODBYES: u32 = 5;
 
@@ -105,6 +109,14 @@ async fn wait(agent: &Agent, peers: &mut PeerEvents, head: ProcessId) -> bool {
                 None => return true,
             },
         }
+    }
+}
+
+/// Has workers that say nothing ended.
+pub(super) async fn check_pulses(agent: &Agent) {
+    loop {
+        tokio::time::sleep(PULSE_LOOK).await;
+        agent.check_pulses(PULSE_LOOK);
     }
 }
 

@@ -5,6 +5,8 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use crate::system::Panic;
+
 /// Why an incarnation of an actor ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode, Serialize, Deserialize)]
 #[serde(tag = "cause", rename_all = "snake_case")]
@@ -146,14 +148,31 @@ impl DeathCause {
         }
     }
 
+    /// The same without its backtrace, for where it stands beside many others.
+    pub fn brief(mut self) -> Self {
+        if let DeathCause::Panicked { backtrace, .. } = &mut self {
+            *backtrace = None;
+        }
+        self
+    }
+
+    /// Bytes of its backtrace.
+    pub(crate) fn detail_bytes(&self) -> usize {
+        match self {
+            DeathCause::Panicked { backtrace: Some(frames), .. } => frames.len(),
+            _ => 0,
+        }
+    }
+
     /// Whether somebody meant it to end: no failure, and no reason to start it again.
     pub fn is_intended(&self) -> bool {
         matches!(self, DeathCause::Finished | DeathCause::Stopped { .. } | DeathCause::OwnerGone { .. })
     }
 
-    /// A panic of which only the message is known.
-    pub fn panicked(message: impl Into<String>) -> Self {
-        DeathCause::Panicked { message: message.into(), location: None, backtrace: None }
+    /// A panic.
+    pub fn panicked(panic: impl Into<Panic>) -> Self {
+        let Panic { message, location, backtrace } = panic.into();
+        DeathCause::Panicked { message, location, backtrace }
     }
 
     /// A stop that nobody in particular asked for.

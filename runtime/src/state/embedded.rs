@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Entry, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
-use crate::mailbox::panic_message;
+use crate::panics;
 use crate::wire::to_bytes;
 pub(super) use watch::EmbeddedWatch;
 
@@ -158,7 +158,7 @@ impl Inner {
         let database = match opened {
             Ok(Ok(database)) => database,
             Ok(Err(error)) => return Err(damaged(error.to_string())),
-            Err(panic) => return Err(damaged(panic_message(&*panic))),
+            Err(panic) => return Err(damaged(panics::message(&*panic))),
         };
         let (revision, leases) = prepare(&database).map_err(damaged)?;
         let ends_at = |ttl| Instant::now() + ttl;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler};
 use tokio::sync::{Notify, watch};
 
+use super::hang;
 use super::views::Views;
 use crate::actor::{Accepts, ActorCx, ActorTypes, CreateError, CxParts, RemoteActor, Reports};
 use crate::cluster::Cluster;
@@ -27,6 +28,8 @@ pub(super) enum Ending {
     Actor(DeathCause),
     /// It was asked to by a signal; the actor is stopped first.
     Terminated,
+    /// The same, but the actor handles first what it has.
+    Finishing,
     /// It has been replaced or abandoned and must not be heard of again.
     Fenced(String),
 }
@@ -136,7 +139,7 @@ impl Host {
             group: spec.group,
             reports,
         });
-        let is_rank = mesh.is_some();
+        let (is_rank, hang_timeout) = (mesh.is_some(), spec.hang_timeout);
         let cx = cx.in_cluster(self.on_behalf()).in_mesh(mesh);
         let capacity = spec.mailbox_capacity as usize;
         match self.types.create(&spec.type_name, spec.args, capacity, cx).await {
@@ -152,15 +155,26 @@ impl Host {
                 }
                 self.views.open();
                 self.news.notify_one();
-                match ended.await {
-                    Some(ActorEnd::Panicked(message)) => DeathCause::panicked(message),
-                    Some(ActorEnd::Stopped) | None => {
-                        DeathCause::Failed { message: "the actor stopped without a cause".into() }
-                    }
+                tokio::select! {
+                    ended = ended => match ended {
+                        Some(ActorEnd::Panicked(panic)) => DeathCause::panicked(panic),
+                        Some(ActorEnd::Stopped) | None => {
+                            DeathCause::Failed { message: "the actor stopped without a cause".into() }
+                        }
+                    },
+                    hung = self.hung(hang_timeout) => hung,
                 }
             }
-            Err(CreateError::Panicked(message)) => DeathCause::panicked(message),
+            Err(CreateError::Panicked(panic)) => DeathCause::panicked(panic),
             Err(error) => DeathCause::CreateFailed { message: error.to_string() },
+        }
+    }
+
+    /// Returns when the actor hangs, if that is to be noticed.
+    async fn hung(&self, limit: Option<Duration>) -> DeathCause {
+        match (limit, self.system.registry().find(self.actor(), self.record.incarnation)) {
+            (Some(limit), Ok(entry)) => hang::hung(entry, limit).await,
+            (None, _) | (_, Err(_)) => std::future::pending().await,
         }
     }
 
@@ -236,6 +250,13 @@ impl Host {
     pub(super) async fn stop_actor(&self) {
         let ended = self.system.watch_local(self.actor(), self.record.incarnation);
         self.system.stop_actor(self.actor(), self.record.incarnation);
+        ended.await;
+    }
+
+    /// Lets the actor handle what it has, and nothing more.
+    pub(super) async fn finish_actor(&self) {
+        let ended = self.system.watch_local(self.actor(), self.record.incarnation);
+        self.system.finish_actor(self.actor(), self.record.incarnation);
         ended.await;
     }
 

@@ -89,7 +89,8 @@ pub(super) async fn to_node(host: Arc<Host>, dir: RunDir) -> Ending {
         match hello(&host, &dir).await {
             Ok(reply) if reply.known => {
                 backoff.reset();
-                lost(&mut peers, reply.node).await;
+                // The next hello says that this process still runs.
+                let _ = tokio::time::timeout(HEARTBEAT, lost(&mut peers, reply.node)).await;
                 alone_since = Instant::now();
             }
             Ok(_) => return Ending::Fenced("the node agent does not know this worker".into()),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper that fails should fail its test")]
 
 mod cancel;
+mod ends;
 mod groups;
 mod json;
 mod stream;

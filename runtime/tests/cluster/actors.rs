@@ -10,6 +10,7 @@ use heliostat_runtime::spec::{ActorSpec, GroupMember, Progress, Resources};
 use heliostat_runtime::supervisor::{ChildDied, Verdict};
 use heliostat_runtime::wire::to_bytes;
 
+use crate::causes::Sufferer;
 use crate::mesh::MeshRank;
 
 /// Counts, and remembers the views it was sent.
@@ -135,7 +136,7 @@ impl Handler<GroupView> for Counter {
 }
 
 pub(crate) fn types() -> ActorTypes {
-    ActorTypes::new().with::<Counter>().with::<MeshRank>().with::<Boss>().with::<Other>()
+    ActorTypes::new().with::<Counter>().with::<MeshRank>().with::<Boss>().with::<Other>().with::<Sufferer>()
 }
 
 /// Spawns counters that end with it, and decides what follows from the death of children.

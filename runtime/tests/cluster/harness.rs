@@ -46,7 +46,8 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     };
     let mut config = HeadConfig::new(bind, state);
     config.token = Some(Secret::new(TOKEN));
-    config.patience.agent_grace = GRACE;
+    config.patience.agent_grace = Duration::from_secs(1);
+    config.patience.gpu_grace = 2 * GRACE;
     config.patience.node_grace = GRACE;
     config.patience.heartbeat_timeout = Duration::from_millis(1500);
     serve(async {
@@ -56,12 +57,16 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     })
 }
 
-/// `node NAME HEAD RUN_DIR DEVICES`.
+/// `node NAME HEAD RUN_DIR DEVICES`, where the devices are a number of CPU devices or `gpus=N`.
 pub(crate) fn node(mut args: impl Iterator<Item = String>) -> ExitCode {
     let mut next = || args.next().unwrap();
     let mut config = NodeConfig::new(next(), next(), next());
-    let devices: u32 = next().parse().unwrap();
-    config.devices = (0..devices).map(|index| Device::cpu(index, 1)).collect();
+    let devices = next();
+    // GPUs by name only: nobody opens them.
+    config.devices = match devices.strip_prefix("gpus=") {
+        Some(gpus) => (0..gpus.parse().unwrap()).map(|index| Device::cuda(index, index)).collect(),
+        None => (0..devices.parse().unwrap()).map(|index| Device::cpu(index, 1)).collect(),
+    };
     config.token = Some(Secret::new(TOKEN));
     config.timing.agent_grace = GRACE;
     config.timing.stop_grace = Duration::from_secs(1);
@@ -183,9 +188,13 @@ impl TestCluster {
     }
 
     pub(crate) fn start_node(&mut self, name: &str, devices: u32) {
+        self.start_node_with(name, &devices.to_string());
+    }
+
+    pub(crate) fn start_node_with(&mut self, name: &str, devices: &str) {
         let program = std::env::current_exe().unwrap();
         let run_dir = self.dir.path().join(name);
-        let args = ["node", name, &self.endpoint, &run_dir.to_string_lossy(), &devices.to_string()];
+        let args = ["node", name, &self.endpoint, &run_dir.to_string_lossy(), devices];
         self.nodes.push((name.to_owned(), Proc::start(&program, &args, &self.log(name))));
     }
 

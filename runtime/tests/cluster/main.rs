@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that prints what it measured")]
 
 mod actors;
+mod causes;
 mod harness;
 mod mesh;
 mod placement;
@@ -19,8 +20,13 @@ type Scenario = fn() -> futures_util::future::BoxFuture<'static, ()>;
 const SCENARIOS: &[(&str, Scenario)] = &[
     ("worker_killed", || Box::pin(scenarios::worker_killed())),
     ("actor_panics", || Box::pin(scenarios::actor_panics())),
+    ("causes", || Box::pin(causes::causes())),
+    ("ends_by_request", || Box::pin(causes::ends_by_request())),
+    ("calls_of_a_spec", || Box::pin(causes::calls_of_a_spec())),
+    ("out_of_memory", || Box::pin(causes::out_of_memory())),
     ("agent_killed", || Box::pin(scenarios::agent_killed())),
     ("agent_gone", || Box::pin(scenarios::agent_gone())),
+    ("agent_gone_gpu_kept", || Box::pin(causes::agent_gone_gpu_kept())),
     ("head_killed", || Box::pin(scenarios::head_killed())),
     ("restart_limit", || Box::pin(scenarios::restart_limit())),
     ("node_lost", || Box::pin(scenarios::node_lost())),
@@ -31,6 +37,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("logs", || Box::pin(scenarios::logs())),
     ("mesh_rounds", || Box::pin(mesh::mesh_rounds())),
     ("mesh_inner_killed", || Box::pin(mesh::mesh_inner_killed())),
+    ("mesh_strategies", || Box::pin(mesh::mesh_strategies())),
     ("mesh_spawn_fails", || Box::pin(mesh::mesh_spawn_fails())),
     ("namespaces", || Box::pin(tree::namespaces())),
     ("drivers", || Box::pin(tree::drivers())),

@@ -8,7 +8,9 @@ use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus};
 use heliostat_runtime::handle::{ActorAddr, AskError};
 use heliostat_runtime::mesh::{Dims, Mesh, MeshError, MeshSpec, RankError, Reduce};
-use heliostat_runtime::spec::RestartPolicy;
+use heliostat_runtime::spec::{
+    DeathCause, PlacementGroupSpec, Quantity, Resources, RestartPolicy, Strategy, SupervisorStrategy,
+};
 use rustix::process::Signal;
 
 use crate::harness::{TestCluster, is_alive, signal};
@@ -251,6 +253,60 @@ pub(crate) async fn mesh_inner_killed() {
     let refused = old.ask(Holds()).await.unwrap_err();
     assert!(matches!(refused, AskError::Refused(_)), "{refused}");
     cluster.all_ready(8).await;
+    cluster.end().await;
+}
+
+/// A mesh over a placement group, supervised as one: who is new after the death of rank 2, for each strategy.
+pub(crate) async fn mesh_strategies() {
+    let cluster = TestCluster::start(&[0, 0]).await;
+    cluster.until("both nodes", |status| status.nodes.len() == 2).await;
+    let bundles = PlacementGroupSpec::new("pg", 2, Resources::cpus(Quantity::milli(200)));
+    let group = cluster.cluster.placement_group(bundles.strategy(Strategy::StrictSpread)).await.unwrap();
+    group.ready(PATIENCE).await.unwrap();
+    let strategies = [
+        (SupervisorStrategy::OneForOne, Some(vec![2])),
+        (SupervisorStrategy::RestForOne, Some(vec![2, 3])),
+        (SupervisorStrategy::OneForAll, Some(vec![0, 1, 2, 3])),
+        (SupervisorStrategy::Escalate, None),
+    ];
+    for (strategy, replaced) in strategies {
+        let dims = Dims::new([("bundles", 2), ("ranks", 2)]).unwrap();
+        let spec = MeshSpec::new::<MeshRank>("m", dims, &RankArgs { fails: None }).unwrap();
+        let spec = spec.supervised(strategy.clone()).over("pg", 2);
+        let mesh: Mesh<MeshRank> = cluster.cluster.spawn_mesh(&spec, PATIENCE).await.unwrap();
+        let status = cluster.all_ready(4).await;
+        let nodes: Vec<_> = (0..4).map(|rank| status.actors[rank].node.clone().unwrap()).collect();
+        assert!(nodes[0] == nodes[1] && nodes[2] == nodes[3] && nodes[0] != nodes[2], "{nodes:?}");
+        let before = mesh.reduce(Pids()).await.unwrap();
+        let start = Instant::now();
+        signal(before[2].1, Signal::KILL);
+        let Some(replaced) = replaced else {
+            let down = |status: &ClusterStatus| {
+                let escalated = |state: &ActorState| match state {
+                    ActorState::Dead { cause } => *cause.root() == DeathCause::Killed { signal: 9 },
+                    _ => false,
+                };
+                status.actors.iter().all(|actor| escalated(&actor.state))
+            };
+            cluster.until("all went down with it", down).await;
+            println!("  {strategy:?}: all down after {:?}", start.elapsed());
+            cluster.cluster.remove_mesh("m").await.unwrap();
+            break;
+        };
+        let renewed = |status: &ClusterStatus| {
+            let is_new = |rank: &usize| status.actors[*rank].pid != Some(before[*rank].1);
+            replaced.iter().all(is_new) && status.actors.iter().all(|actor| actor.state == ActorState::Ready)
+        };
+        cluster.until("those that are restarted are new", renewed).await;
+        mesh.ready(PATIENCE).await.unwrap();
+        let now = mesh.reduce(Pids()).await.unwrap();
+        println!("  {strategy:?}: whole again after {:?}", start.elapsed());
+        let others: Vec<usize> = (0..4).filter(|rank| now[*rank] != before[*rank]).collect();
+        assert_eq!(others, replaced, "{strategy:?}");
+        cluster.cluster.remove_mesh("m").await.unwrap();
+        let gone = |status: &ClusterStatus| status.actors.is_empty() && status.supervisors.is_empty();
+        cluster.until("the mesh is gone with its supervisor", gone).await;
+    }
     cluster.end().await;
 }
 

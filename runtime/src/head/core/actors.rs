@@ -27,6 +27,10 @@ pub(super) struct Actor {
     pub(super) slot: Option<Slot>,
     pub(super) restarts: u64,
     pub(super) last_death: Option<DeathCause>,
+    /// What the process wrote last whose end was that death.
+    pub(super) last_words: Option<String>,
+    /// The same of a process of which it was just heard that it ended.
+    words: Option<String>,
     pub(super) history: History,
     /// The round of restarts that it waits to take part in.
     pub(super) round: Option<u64>,
@@ -80,6 +84,8 @@ pub(super) struct Live {
     pub(super) worker: Option<(ProcessId, String)>,
     /// It waits to hear what to create.
     pub(super) waiting: bool,
+    /// When the worker itself last reported.
+    pub(super) heard: Option<Duration>,
     seq: u64,
     /// Highest epoch sent, by group.
     pub(super) sent: BTreeMap<String, u64>,
@@ -103,6 +109,7 @@ impl Live {
             announced: None,
             worker: None,
             waiting: false,
+            heard: None,
             seq: 0,
             sent: BTreeMap::new(),
         }
@@ -118,6 +125,8 @@ impl Actor {
             slot: None,
             restarts: 0,
             last_death: None,
+            last_words: None,
+            words: None,
             history: History::default(),
             round: None,
         }
@@ -202,6 +211,7 @@ impl HeadState {
             return;
         }
         live.seq = report.seq;
+        live.heard = Some(self.now);
         if report.registering {
             live.sent.clear();
         }
@@ -275,7 +285,14 @@ impl HeadState {
                     self.persist_actor(name);
                 }
             }
-            Life::Stopping { live, cause, .. } => actor.life = Life::Stopping { live, cause, then },
+            Life::Stopping { live, cause, .. } => {
+                let (node, incarnation) = (live.slot.node.clone(), live.incarnation);
+                actor.life = Life::Stopping { live, cause, then };
+                // One that is taking its time may be killed.
+                if manner == Manner::Kill {
+                    self.out.push(Command::StopWorker { node, incarnation, manner });
+                }
+            }
             Life::Pending { .. } | Life::Backoff { .. } | Life::Judged { .. } | Life::Dead { .. } => {
                 self.follow(name, cause, then);
             }
@@ -289,6 +306,15 @@ impl HeadState {
             self.forget(Key::Actor(name.to_owned()));
         }
         self.stop(name, cause, then, Manner::Graceful);
+    }
+
+    /// What the incarnation's process wrote last, before its end is followed up.
+    pub(super) fn note_last_words(&mut self, name: &str, incarnation: Incarnation, words: Option<&str>) {
+        if let Some(actor) = self.actors.get_mut(name)
+            && actor.process_mut(incarnation).is_some()
+        {
+            actor.words = words.map(str::to_owned);
+        }
     }
 
     /// A process ended.
@@ -321,6 +347,7 @@ impl HeadState {
         }
         if actor.incarnation.0 > 0 {
             actor.last_death = Some(cause.clone());
+            actor.last_words = actor.words.take();
         }
         let action = match then {
             Then::Supervise => match actor.spec.seat.clone() {
@@ -465,8 +492,9 @@ impl HeadState {
         let device = slot.device.and_then(|index| self.nodes.get(&slot.node)?.device(index).cloned());
         let report_seq = self.nodes.get(&slot.node).map_or(0, Node::seq);
         let package = self.actors.get(name).and_then(|actor| self.package_order(&actor.spec, incarnation.0));
+        let hang_timeout = self.actors.get(name).and_then(|actor| actor.spec.hang_timeout);
         let (actor, term) = (name.to_owned(), self.term);
-        let order = StartWorker { actor, incarnation, device, package, report_seq, term };
+        let order = StartWorker { actor, incarnation, device, package, hang_timeout, report_seq, term };
         self.out.push(Command::StartWorker { node: slot.node, order });
         self.persist_actor(name);
     }

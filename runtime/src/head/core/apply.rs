@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::actors::{Actor, Life, Then};
 use super::owners::Thing;
 use super::supervisors::Supervisor;
-use super::{Command, HeadState, Record};
+use super::{Command, HeadState, Manner, Record};
 use crate::head::messages::{Applied, Apply, ApplyMode};
 use crate::head::supervise::History;
 use crate::spec::{ActorSpec, DeathCause, InvalidSpec, SupervisorSpec, SupervisorStrategy, split_name};
@@ -72,8 +72,9 @@ impl HeadState {
         let thing = Thing::Supervisor(spec.name.clone());
         self.owned.note(thing, before.as_ref().map(|it| &it.lifetime), Some(&spec.lifetime));
         self.changed = true;
-        self.persist(Record::Supervisor(spec.clone()));
-        self.supervisors.insert(spec.name.clone(), Supervisor::new(spec));
+        let name = spec.name.clone();
+        self.supervisors.insert(name.clone(), Supervisor::new(spec));
+        self.persist_supervisor(&name);
     }
 
     fn apply_one(&mut self, spec: ActorSpec, by: &str, applied: &mut Applied) {
@@ -192,10 +193,15 @@ impl HeadState {
         now: std::time::Duration,
         name: &str,
         by: &str,
+        manner: Manner,
     ) -> Result<Vec<Command>, NoSuchActor> {
         self.now = now;
         self.known(name)?;
-        self.retire(name, stopped("by request", by), Then::StayDead);
+        let why = match manner {
+            Manner::Graceful | Manner::Finish(_) => "by request",
+            Manner::Kill => "killed by request",
+        };
+        self.stop(name, stopped(why, by), Then::StayDead, manner);
         Ok(self.finish())
     }
 

@@ -6,7 +6,7 @@ use super::actors::{Actor, Life, Phase, Then};
 use super::{Command, HeadState};
 use crate::handle::{ActorAddr, ActorId};
 use crate::mesh::MeshNow;
-use crate::spec::Progress;
+use crate::spec::{Progress, split_name};
 
 /// How a rank looks to one that is to be created.
 enum Peer {
@@ -54,9 +54,15 @@ impl HeadState {
         self.now = now;
         self.mesh(name)?;
         let ranks: Vec<String> = self.groups[name].members().values().cloned().collect();
-        for rank in ranks {
-            let cause = crate::spec::DeathCause::stopped("its mesh was removed");
-            self.retire(&rank, cause, Then::Forget);
+        let cause = crate::spec::DeathCause::stopped("its mesh was removed");
+        // The supervisor of a mesh that is supervised as one has its name, in the namespace of its ranks.
+        let seat = |rank: &String| self.actors.get(rank)?.spec.seat.clone();
+        let own = ranks.first().and_then(seat).map(|seat| seat.supervisor);
+        for rank in &ranks {
+            self.retire(rank, cause.clone(), Then::Forget);
+        }
+        if let Some(own) = own.filter(|own| split_name(own).1 == name) {
+            self.remove_subtree(&own, &cause);
         }
         Ok(self.finish())
     }

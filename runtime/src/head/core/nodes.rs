@@ -9,7 +9,10 @@ use crate::handle::Incarnation;
 use crate::head::messages::{NodeReport, NodeStage, ProcessStatus, WorkerProcess};
 use crate::head::placement::Offer;
 use crate::package::Digest;
-use crate::spec::{DeathCause, Device};
+use crate::spec::{DeathCause, Device, DeviceKind};
+
+/// How often a node without an agent is looked at again, at least.
+const SPARE_LOOK: Duration = Duration::from_millis(1500);
 
 /// One node.
 #[derive(Debug)]
@@ -173,7 +176,8 @@ impl HeadState {
         for process in &report.workers {
             match &process.status {
                 ProcessStatus::Running => self.worker_runs(&name, process),
-                ProcessStatus::Exited(cause) => {
+                ProcessStatus::Exited { cause, last_words } => {
+                    self.note_last_words(&process.actor, process.incarnation, last_words.as_deref());
                     self.exited(&process.actor, process.incarnation, cause.clone());
                 }
             }
@@ -316,8 +320,37 @@ impl HeadState {
                 Reach::Lost { .. } => {}
             }
         }
+        lost.retain(|name| !self.spares_gpus(name));
         silent.iter().for_each(|name| self.node_silent(name));
         lost.iter().for_each(|name| self.lose_node(name));
+    }
+
+    /// Whether the node is given more time, because a worker on it that owns a GPU still reports: its agent is gone, and
+    /// the machine is not.
+    fn spares_gpus(&mut self, name: &str) -> bool {
+        let look = self.patience.agent_grace.max(SPARE_LOOK);
+        let recent = self.now.saturating_sub(look);
+        let is_gpu = |index: u32| {
+            let device = self.nodes.get(name).and_then(|node| node.device(index));
+            device.is_some_and(|device| matches!(device.kind, DeviceKind::Cuda { .. }))
+        };
+        let speaks = |actor: &String| {
+            let live = self.actors.get(actor).and_then(|actor| actor.process());
+            live.is_some_and(|live| {
+                live.slot.device.is_some_and(is_gpu) && live.heard.is_some_and(|at| at > recent)
+            })
+        };
+        let on_node = self.actors.on_node(name);
+        let spared = on_node.iter().any(speaks);
+        let end = self.now + look;
+        match self.nodes.get_mut(name).map(|node| &mut node.reach) {
+            Some(Reach::Unreachable { since, until, .. }) if spared => {
+                let last = *since + self.patience.gpu_grace;
+                *until = end.min(last);
+                last > self.now
+            }
+            _ => false,
+        }
     }
 
     fn lose_node(&mut self, name: &str) {

@@ -15,6 +15,7 @@ use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
 use crate::head::placement::{Places, Slot};
+use crate::head::supervise::History;
 use crate::package::{Digest, PackageInfo};
 use crate::spec::{
     ActorSpec, Capacity, DeathCause, Device, DriverId, Labels, PlacementGroupSpec, Progress, SupervisorSpec,
@@ -37,7 +38,7 @@ pub enum Record {
     /// No incarnation above this was ever issued.
     Incarnations(u64),
     /// A supervisor.
-    Supervisor(SupervisorSpec),
+    Supervisor(SupervisorRecord),
     /// A driver that is there, and its name.
     Driver(DriverId, String),
     /// A registered package.
@@ -57,8 +58,23 @@ pub struct ActorRecord {
     pub life: LifeRecord,
     /// Restarts so far.
     pub restarts: u64,
+    /// The recent ones, which count against its limit.
+    pub history: History,
     /// Why the incarnation before the last ended.
     pub last_death: Option<DeathCause>,
+    /// What that one wrote last.
+    pub last_words: Option<String>,
+}
+
+/// A supervisor and its restarts.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct SupervisorRecord {
+    /// As it was applied.
+    pub spec: SupervisorSpec,
+    /// Recent restarts of its children together.
+    pub history: History,
+    /// Its own below its supervisor.
+    pub own: History,
 }
 
 /// How an actor was when it was written down.
@@ -177,7 +193,7 @@ impl Record {
             Record::Node(record) => Key::Node(record.name.clone()),
             Record::PlacementGroup(record) => Key::PlacementGroup(record.spec.name.clone()),
             Record::Incarnations(_) => Key::Incarnations,
-            Record::Supervisor(spec) => Key::Supervisor(spec.name.clone()),
+            Record::Supervisor(record) => Key::Supervisor(record.spec.name.clone()),
             Record::Driver(id, _) => Key::Driver(*id),
             Record::Package(info) => Key::Package(info.id.sha256),
         }
@@ -235,10 +251,11 @@ impl HeadState {
                     let group = PlacementGroup::recovered(record);
                     state.placement_groups.insert(group.name().to_owned(), group);
                 }
-                Record::Supervisor(spec) => {
-                    let thing = Thing::Supervisor(spec.name.clone());
-                    state.owned.note(thing, None, Some(&spec.lifetime));
-                    state.supervisors.insert(spec.name.clone(), Supervisor::new(spec));
+                Record::Supervisor(record) => {
+                    let (name, it) = (record.spec.name.clone(), Supervisor::recovered(record, now));
+                    let thing = Thing::Supervisor(name.clone());
+                    state.owned.note(thing, None, Some(&it.spec.lifetime));
+                    state.supervisors.insert(name, it);
                 }
                 Record::Driver(id, name) => state.recover_driver(id, name),
                 Record::Package(info) => state.packages.restore(info),
@@ -299,14 +316,18 @@ impl Actor {
             slot: self.slot.clone(),
             life,
             restarts: self.restarts,
+            history: self.history.clone(),
             last_death: self.last_death.clone(),
+            last_words: self.last_words.clone(),
         }
     }
 
     fn restore(&mut self, record: ActorRecord, now: Duration) {
         self.incarnation = record.incarnation;
         self.restarts = record.restarts;
+        self.history = record.history.recovered(now);
         self.last_death = record.last_death;
+        self.last_words = record.last_words;
         self.life = match (record.life, &record.slot) {
             (LifeRecord::Live { ready, announced }, Some(slot)) => {
                 let mut live = Live::new(record.incarnation, slot.clone());

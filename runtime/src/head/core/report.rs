@@ -8,15 +8,19 @@ use crate::cluster::status::{
     WorkerState, WorkerStatus,
 };
 use crate::group::MemberState;
-use crate::handle::ActorAddr;
-use crate::head::messages::Found;
+use crate::head::messages::{Found, Located};
 use crate::head::placement::Offer;
-use crate::spec::SupervisorSpec;
+use crate::spec::{ActorSpec, SupervisorSpec};
+
+/// Backtraces and last words in one status; what is more is left out, so that many deaths do not make it too large.
+const DETAILS_BYTES_MAX: usize = 4 << 20;
 
 impl HeadState {
-    /// Address of the actor, if it is ready.
-    pub fn lookup(&self, name: &str) -> Option<&ActorAddr> {
-        self.actors.get(name)?.ready()
+    /// Where the actor is, if it is ready.
+    pub fn lookup(&self, name: &str) -> Option<Located> {
+        let actor = self.actors.get(name)?;
+        let ActorSpec { max_pending_calls, max_task_retries, .. } = actor.spec;
+        Some(Located { addr: actor.ready()?.clone(), max_pending_calls, max_task_retries })
     }
 
     /// Name of the node that an actor runs on or ran on last.
@@ -46,7 +50,12 @@ impl HeadState {
 
     /// All actors.
     pub fn actor_status(&self) -> Vec<ActorStatus> {
-        self.actors.values().map(|actor| self.actor(actor)).collect()
+        let mut left = DETAILS_BYTES_MAX;
+        let mut within = |mut status: ActorStatus| {
+            status.keep_details(&mut left);
+            status
+        };
+        self.actors.values().map(|actor| within(self.actor(actor))).collect()
     }
 
     /// All groups that have ranks.
@@ -94,6 +103,7 @@ impl HeadState {
             state: self.state(actor),
             restarts: actor.restarts,
             last_death: actor.last_death.clone(),
+            last_words: actor.last_words.clone(),
             incarnation: actor.incarnation,
             group: member.map(|member| member.group.clone()),
             rank: member.map(|member| member.rank),

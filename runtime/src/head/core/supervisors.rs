@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::actors::{Life, Then};
 use super::owners::Thing;
-use super::{Command, HeadState, Key};
+use super::record::SupervisorRecord;
+use super::{Command, HeadState, Key, Record};
 use crate::handle::Incarnation;
 use crate::head::supervise::{Action, History};
 use crate::spec::{DeathCause, Lifetime, Owner, Seat, SupervisorSpec, SupervisorStrategy, Verdict};
@@ -26,6 +27,15 @@ pub(super) struct Supervisor {
 impl Supervisor {
     pub(super) fn new(spec: SupervisorSpec) -> Self {
         Self { spec, history: History::default(), own: History::default() }
+    }
+
+    pub(super) fn recovered(record: SupervisorRecord, now: Duration) -> Self {
+        let SupervisorRecord { spec, history, own } = record;
+        Self { spec, history: history.recovered(now), own: own.recovered(now) }
+    }
+
+    fn record(&self) -> SupervisorRecord {
+        SupervisorRecord { spec: self.spec.clone(), history: self.history.clone(), own: self.own.clone() }
     }
 }
 
@@ -107,7 +117,7 @@ impl HeadState {
                 let why = DeathCause::SiblingDied {
                     supervisor: supervisor.to_owned(),
                     child: child.name().to_owned(),
-                    death: Box::new(cause),
+                    death: Box::new(cause.brief()),
                 };
                 for other in others.collect::<Vec<_>>() {
                     self.end_for_round(&other, &why, round);
@@ -126,7 +136,22 @@ impl HeadState {
             (true, Thing::Actor(name)) => self.actors.get_mut(name).map(|actor| &mut actor.history),
             (true, Thing::Supervisor(name)) => self.supervisors.get_mut(name).map(|it| &mut it.own),
         };
-        history.map_or(Action::GiveUp, |history| history.died(&policy, cause, now))
+        let action = history.map_or(Action::GiveUp, |history| history.died(&policy, cause, now));
+        // SV-5: what was counted is kept. An actor's own count is written down with what becomes of it.
+        match (only, &child.thing) {
+            (false, _) => self.persist_supervisor(supervisor),
+            (true, Thing::Supervisor(name)) => self.persist_supervisor(name),
+            (true, Thing::Actor(_)) => {}
+        }
+        action
+    }
+
+    /// Writes down a supervisor with its counts.
+    pub(super) fn persist_supervisor(&mut self, name: &str) {
+        if let Some(it) = self.supervisors.get(name) {
+            let record = it.record();
+            self.persist(Record::Supervisor(record));
+        }
     }
 
     /// The child that died is started again.
@@ -212,7 +237,7 @@ impl HeadState {
         let cause = DeathCause::Escalated {
             supervisor: supervisor.to_owned(),
             child: child.name().to_owned(),
-            death: Box::new(cause),
+            death: Box::new(cause.brief()),
         };
         for name in self.actors_beneath(supervisor) {
             self.take_down(&name, &cause);
@@ -220,9 +245,12 @@ impl HeadState {
         for name in self.supervisors_beneath(supervisor) {
             let Some(it) = self.supervisors.get_mut(&name) else { continue };
             (it.history, it.own) = (History::default(), History::default());
+            self.persist_supervisor(&name);
         }
         let Some(it) = self.supervisors.get_mut(supervisor) else { return };
         it.history = History::default();
+        self.persist_supervisor(supervisor);
+        let Some(it) = self.supervisors.get(supervisor) else { return };
         match (it.spec.seat.clone(), it.spec.lifetime.clone()) {
             (Some(seat), _) => {
                 let child = Child { thing: Thing::Supervisor(supervisor.to_owned()), order: seat.order };

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Command, Event, HeadState, Patience};
+use super::{Command, Event, HeadState, Manner, Patience, Record, Write};
 use crate::cluster::status::ActorState;
 use crate::handle::{ActorAddr, ActorId, Incarnation, ProcessId};
 use crate::head::messages::{
@@ -23,6 +23,8 @@ struct Rig {
     /// Told to end.
     ending: BTreeSet<Incarnation>,
     asked: Vec<crate::supervisor::ChildDied>,
+    /// What the head keeps, by key.
+    kept: BTreeMap<String, Record>,
 }
 
 const KILLED: DeathCause = DeathCause::Killed { signal: 9 };
@@ -40,6 +42,7 @@ impl Rig {
             running: BTreeMap::new(),
             ending: BTreeSet::new(),
             asked: Vec::new(),
+            kept: BTreeMap::new(),
         };
         rig.report(Vec::new());
         rig.apply(Apply { supervisors, ..Apply::merge(specs) });
@@ -68,6 +71,8 @@ impl Rig {
                     self.ending.insert(incarnation);
                 }
                 Command::AskJudge { question, .. } => self.asked.push(question),
+                Command::Persist(Write::Put(record)) => drop(self.kept.insert(record.key().path(), *record)),
+                Command::Persist(Write::Delete(key)) => drop(self.kept.remove(&key.path())),
                 _ => {}
             }
         }
@@ -83,7 +88,7 @@ impl Rig {
             status,
         };
         let running = self.running.iter().map(|(i, actor)| process(*i, actor, ProcessStatus::Running));
-        let ended = ends.iter().map(|(i, a, cause)| process(*i, a, ProcessStatus::Exited(cause.clone())));
+        let ended = ends.iter().map(|(i, a, cause)| process(*i, a, ProcessStatus::exited(cause.clone())));
         let report = NodeReport {
             name: "n".into(),
             boot: 1,
@@ -119,6 +124,16 @@ impl Rig {
             term: 0,
         };
         self.feed(Event::WorkerReport(report));
+    }
+
+    /// Another head takes over with what this one has kept.
+    fn replace_head(&mut self) {
+        let kept = self.kept.values().cloned().collect();
+        let (head, commands) = HeadState::recover(Patience::default(), self.now, kept);
+        self.head = head;
+        self.obey(commands);
+        self.seq = 0;
+        self.report(Vec::new());
     }
 
     /// The process of the actor ends.
@@ -286,7 +301,7 @@ fn escalation_ends_the_owner() {
 fn what_ended_on_purpose_disturbs_nobody() {
     let mut rig = three(SupervisorStrategy::OneForAll);
     rig.end(&["c1"], &DeathCause::Finished);
-    let commands = rig.head.stop_actor(rig.now, "c2", "me").unwrap();
+    let commands = rig.head.stop_actor(rig.now, "c2", "me", Manner::Graceful).unwrap();
     rig.obey(commands);
     rig.let_end();
     rig.die("c0");
@@ -322,6 +337,29 @@ fn a_judge_is_asked_and_obeyed_and_its_silence_has_an_end() {
     assert_eq!(rig.cause("b"), Some(KILLED));
 }
 
+/// SV-5: a head that takes over counts on, for all strategies and at every level.
+#[test]
+fn restarts_count_on_after_a_change_of_heads() {
+    for strategy in [SupervisorStrategy::OneForOne, SupervisorStrategy::OneForAll] {
+        let restart = RestartPolicy { max_restarts: 2, ..RestartPolicy::default() };
+        let mut rig = Rig::new(
+            vec![child("a", "s", 0), ActorSpec { restart, ..actor("alone") }],
+            vec![SupervisorSpec { restart, ..SupervisorSpec::new("s", strategy.clone()) }],
+        );
+        for _ in 0..2 {
+            rig.die("a");
+            rig.die("alone");
+            rig.wait(Duration::from_millis(200));
+            rig.replace_head();
+            assert_eq!((rig.cause("a"), rig.cause("alone")), (None, None), "{strategy:?}");
+        }
+        rig.die("a");
+        rig.die("alone");
+        assert!(matches!(rig.cause("a"), Some(DeathCause::Escalated { .. })), "{strategy:?}");
+        assert_eq!(rig.cause("alone"), Some(KILLED));
+    }
+}
+
 // Owners ------------------------------------------------------------------------------------------------------
 
 /// LT-2.
@@ -341,7 +379,7 @@ fn what_an_incarnation_owns_ends_with_it_and_is_forgotten() {
     assert!(rig.head.find("of-the-life").is_none() && rig.head.find("grandchild").is_none());
     let error = rig.head.apply(rig.now, Apply::merge(vec![life])).unwrap_err();
     assert!(error.to_string().contains("is gone"), "{error}");
-    let commands = rig.head.stop_actor(rig.now, "boss", "").unwrap();
+    let commands = rig.head.stop_actor(rig.now, "boss", "", Manner::Graceful).unwrap();
     rig.obey(commands);
     assert_eq!(rig.ending(), ["boss", "of-the-actor"]);
 }
@@ -385,7 +423,7 @@ fn names_that_are_taken() {
     assert!(error.to_string().contains("get_or_spawn"), "{error}");
     rig.apply(apply(ApplyMode::KeepPresent));
     assert_eq!(rig.ending(), Vec::<&str>::new());
-    let commands = rig.head.stop_actor(rig.now, "a", "").unwrap();
+    let commands = rig.head.stop_actor(rig.now, "a", "", Manner::Graceful).unwrap();
     rig.obey(commands);
     rig.let_end();
     rig.apply(apply(ApplyMode::New));

@@ -521,7 +521,7 @@ impl World {
         let ended = node
             .ends
             .iter()
-            .map(|(i, (worker, cause))| process(i, worker, ProcessStatus::Exited(cause.clone())));
+            .map(|(i, (worker, cause))| process(i, worker, ProcessStatus::exited(cause.clone())));
         let report = NodeReport {
             name: name.to_owned(),
             boot: node.boot,
@@ -566,7 +566,7 @@ impl World {
                 let here = self.workers.get(&incarnation).is_some_and(|worker| worker.node == *name);
                 let (ms, cause) = match manner {
                     Manner::Kill => (20, DeathCause::Killed { signal: 9 }),
-                    Manner::Graceful => (1000, DeathCause::Exited { code: 0 }),
+                    Manner::Graceful | Manner::Finish(_) => (1000, DeathCause::Exited { code: 0 }),
                 };
                 if here {
                     self.after(ms, What::Die(incarnation, cause));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{AGENT_GRACE, Link, NODES, What, World};
 use crate::cluster::status::{ActorState, ActorStatus};
 use crate::handle::Incarnation;
+use crate::head::core::Manner;
 use crate::spec::DeathCause;
 
 impl World {
@@ -108,7 +109,7 @@ impl World {
         let now = self.now;
         let Some(head) = self.head.as_mut() else { return };
         let commands = match action {
-            0 => head.stop_actor(now, &name, "somebody"),
+            0 => head.stop_actor(now, &name, "somebody", Manner::Graceful),
             1 => head.restart_actor(now, &name, "somebody"),
             3 | 4 => return self.drain_or_undo(action == 3),
             2 => {
