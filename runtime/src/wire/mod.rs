@@ -18,8 +18,8 @@ pub use tls::{TlsError, TlsFiles, read_certificates, read_private_key, tls_crypt
 
 pub use codec::{CodecError, from_bytes, to_bytes};
 
-/// Version of handshake and frames. Both ends must speak the same one.
-pub const PROTOCOL_VERSION: u16 = 3;
+/// Version of handshake, frames and what heads, nodes and workers say to each other. Both ends must speak the same one.
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// Largest frame that any configuration allows, bytes.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;

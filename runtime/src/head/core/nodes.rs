@@ -330,6 +330,7 @@ impl HeadState {
     fn spares_gpus(&mut self, name: &str) -> bool {
         let look = self.patience.agent_grace.max(SPARE_LOOK);
         let recent = self.now.saturating_sub(look);
+        let on_node = self.actors.on_node(name);
         let is_gpu = |index: u32| {
             let device = self.nodes.get(name).and_then(|node| node.device(index));
             device.is_some_and(|device| matches!(device.kind, DeviceKind::Cuda { .. }))
@@ -340,7 +341,6 @@ impl HeadState {
                 live.slot.device.is_some_and(is_gpu) && live.heard.is_some_and(|at| at > recent)
             })
         };
-        let on_node = self.actors.on_node(name);
         let spared = on_node.iter().any(speaks);
         let end = self.now + look;
         match self.nodes.get_mut(name).map(|node| &mut node.reach) {
