@@ -4,7 +4,7 @@
 
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::Handler;
 use serde_json::Value;
@@ -12,12 +12,13 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{Cluster, ClusterError, Located, SpawnFailed};
 use crate::actor::{RemoteActor, WireMessage};
+use crate::backoff::Backoff;
 use crate::handle::{AskError, JsonMessage, Refusal, Refused};
 
 impl Cluster {
     /// A handle by name, which follows the actor from incarnation to incarnation.
     pub fn named<A>(&self, actor: impl Into<String>) -> Named<A> {
-        Named { cluster: self.clone(), actor: actor.into(), pending: Arc::default(), kind: PhantomData }
+        Named { cluster: self.clone(), actor: actor.into(), limits: Arc::default(), kind: PhantomData }
     }
 
     /// The same for a caller that speaks JSON and need not know the type of the actor.
@@ -40,8 +41,8 @@ impl Cluster {
 pub struct Named<A> {
     cluster: Cluster,
     actor: String,
-    /// Calls under way, of this handle and its clones; without a limit `None`. Known with the actor's place.
-    pending: Arc<OnceLock<Option<Pending>>>,
+    /// What the actor's spec says of calls. Known with the actor's place.
+    limits: Arc<OnceLock<Limits>>,
     kind: PhantomData<fn() -> A>,
 }
 
@@ -51,15 +52,17 @@ pub trait Idempotent: WireMessage + Clone {}
 /// How long an actor whose process was lost may take to be back, for a message that is sent again.
 const BACK_PATIENCE: Duration = Duration::from_secs(120);
 
-struct Pending {
-    places: Semaphore,
-    max: u32,
+/// What is so of all calls of a handle and its clones.
+struct Limits {
+    /// Those that may be under way, and how many that are.
+    pending: Option<(Semaphore, u32)>,
+    max_task_retries: u32,
 }
 
 impl<A> Clone for Named<A> {
     fn clone(&self) -> Self {
-        let (cluster, actor, pending) = (self.cluster.clone(), self.actor.clone(), self.pending.clone());
-        Self { cluster, actor, pending, kind: PhantomData }
+        let (cluster, actor, limits) = (self.cluster.clone(), self.actor.clone(), self.limits.clone());
+        Self { cluster, actor, limits, kind: PhantomData }
     }
 }
 
@@ -110,19 +113,28 @@ impl<A: RemoteActor> Named<A> {
         A: Handler<M>,
         M: Idempotent,
     {
-        let mut retries = None;
+        let (mut left, mut backoff, mut since) = (None, Backoff::reconnect(), Instant::now());
         loop {
             let error = match self.ask(message.clone()).await {
                 Err(error) if is_lost(&error) => error,
                 outcome => return outcome,
             };
-            self.back().await?;
-            let allowed = self.cluster.locate(&self.actor).await?.max_task_retries;
-            let left = retries.get_or_insert(allowed);
-            if *left == 0 {
+            // Only what may have been handled counts as a retry.
+            if matches!(&error, NamedError::Ask(AskError::PeerLost(_) | AskError::Stopped)) {
+                let left =
+                    left.get_or_insert_with(|| self.limits.get().map_or(0, |limits| limits.max_task_retries));
+                if *left == 0 {
+                    return Err(error);
+                }
+                *left -= 1;
+                since = Instant::now();
+                backoff.reset();
+            } else if since.elapsed() > BACK_PATIENCE {
                 return Err(error);
             }
-            *left -= 1;
+            // The head may not have noticed yet.
+            backoff.pause().await;
+            self.back().await?;
         }
     }
 
@@ -139,12 +151,12 @@ impl<A: RemoteActor> Named<A> {
 
     /// Takes a place among the calls that may be under way.
     fn begin(&self, located: &Located) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
-        let limit = || {
-            let max = located.max_pending_calls?;
-            Some(Pending { places: Semaphore::new(max as usize), max })
-        };
-        let Some(pending) = self.pending.get_or_init(limit) else { return Ok(None) };
-        pending.places.try_acquire().map(Some).map_err(|_| Refusal::TooManyPending(pending.max.into()))
+        let limits = self.limits.get_or_init(|| Limits {
+            pending: located.max_pending_calls.map(|max| (Semaphore::new(max as usize), max)),
+            max_task_retries: located.max_task_retries,
+        });
+        let Some((places, max)) = &limits.pending else { return Ok(None) };
+        places.try_acquire().map(Some).map_err(|_| Refusal::TooManyPending((*max).into()))
     }
 }
 

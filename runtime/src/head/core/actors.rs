@@ -84,6 +84,8 @@ pub(super) struct Live {
     pub(super) worker: Option<(ProcessId, String)>,
     /// It waits to hear what to create.
     pub(super) waiting: bool,
+    /// How it is ended, once it is.
+    pub(super) manner: Manner,
     /// When the worker itself last reported.
     pub(super) heard: Option<Duration>,
     seq: u64,
@@ -109,6 +111,7 @@ impl Live {
             announced: None,
             worker: None,
             waiting: false,
+            manner: Manner::Graceful,
             heard: None,
             seq: 0,
             sent: BTreeMap::new(),
@@ -276,8 +279,9 @@ impl HeadState {
         self.owned.moved(name);
         let life = std::mem::replace(&mut actor.life, Life::Pending { reason: String::new() });
         match life {
-            Life::Live(live) => {
+            Life::Live(mut live) => {
                 let (node, incarnation) = (live.slot.node.clone(), live.incarnation);
+                live.manner = manner;
                 actor.life = Life::Stopping { live, cause, then };
                 self.out.push(Command::StopWorker { node, incarnation, manner });
                 self.recheck_groups();
@@ -285,7 +289,10 @@ impl HeadState {
                     self.persist_actor(name);
                 }
             }
-            Life::Stopping { live, cause, .. } => {
+            Life::Stopping { mut live, cause, .. } => {
+                if manner == Manner::Kill {
+                    live.manner = manner;
+                }
                 let (node, incarnation) = (live.slot.node.clone(), live.incarnation);
                 actor.life = Life::Stopping { live, cause, then };
                 // One that is taking its time may be killed.

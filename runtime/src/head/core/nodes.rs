@@ -260,7 +260,7 @@ impl HeadState {
                 if !stopping {
                     return;
                 }
-                Manner::Graceful
+                live.manner
             }
             None => {
                 let node = self.nodes.get_mut(node);
