@@ -20,6 +20,8 @@ use heliostat_runtime::actor::{ActorCx, CreateError};
 use heliostat_runtime::spec::{DeviceKind, Progress};
 use heliostat_runtime::system::{Panic, PeerEvent};
 
+use tokio::sync::mpsc::UnboundedSender;
+
 use super::args::{ExchangeBackend, KvCacheArgs, RankArgs};
 use super::attention::Attention;
 use super::borrow::Borrower;
@@ -265,15 +267,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         unreachable: 0,
         args: args.clone(),
     };
-    std::thread::Builder::new()
-        .name(format!("step-{}", args.rank))
-        .spawn(move || {
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| thread.run())) {
-                // Without a receiver nobody is left to tell.
-                let _ = notices.send(Notice::Panicked(Panic::caught(&*panic)));
-            }
-        })
-        .map_err(CreateError::failed)?;
+    run_steps(thread, args.rank, notices)?;
     let stopping = link.clone();
     tokio::spawn(heed(cx.clone(), heard, move || stopping.is_stopped()));
     let mut peers = cx.system().peer_events();
@@ -300,4 +294,16 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         grammars: Arc::new(Grammars::new(args.model.clone())),
         args,
     })
+}
+
+/// Starts the step thread; of its panic the actor hears.
+fn run_steps(thread: StepThread, rank: u32, notices: UnboundedSender<Notice>) -> Result<(), CreateError> {
+    let steps = move || {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| thread.run())) {
+            // Without a receiver nobody is left to tell.
+            let _ = notices.send(Notice::Panicked(Panic::caught(&*panic)));
+        }
+    };
+    let started = std::thread::Builder::new().name(format!("step-{rank}")).spawn(steps);
+    started.map(drop).map_err(CreateError::failed)
 }
