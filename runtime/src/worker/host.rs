@@ -57,6 +57,8 @@ struct State {
     seq: u64,
     /// HA-2: the newest head that was heard of.
     allegiance: Allegiance,
+    /// Why the actor asked for its end.
+    exit: Option<DeathCause>,
 }
 
 impl Host {
@@ -73,6 +75,7 @@ impl Host {
                 announced: None,
                 seq: 0,
                 allegiance: Allegiance::default(),
+                exit: None,
             }),
             over: watch::Sender::new(None),
             end_reported: watch::Sender::new(false),
@@ -111,7 +114,9 @@ impl Host {
                 cause = host.live(order, reports.clone()) => cause,
                 cause = host.pass_on(&reports) => cause,
             };
-            host.end(Ending::Actor(cause));
+            // An actor that is stopped since it asked for its end has ended for its own reason, whoever saw it first.
+            let asked = host.lock().exit.take();
+            host.end(Ending::Actor(asked.unwrap_or(cause)));
         });
     }
 
@@ -210,6 +215,7 @@ impl Host {
                 self.progress.notify_one();
             }
             if let Some(cause) = said.exit {
+                self.lock().exit = Some(cause.clone());
                 let ended = self.system.watch_local(self.actor(), self.record.incarnation);
                 self.system.stop_actor(self.actor(), self.record.incarnation);
                 let _ = tokio::time::timeout(EXIT_PATIENCE, ended).await;

@@ -18,6 +18,7 @@ use crate::harness::{TestCluster, signal};
 
 /// Suffers what it is told to.
 pub(crate) struct Sufferer {
+    cx: ActorCx,
     handled: u32,
 }
 
@@ -38,6 +39,7 @@ macro_rules! message {
 message!(/** A panic after an await. */ PanicLater() -> (), "panic_later");
 message!(/** Blocks its thread, milliseconds. */ Block(u64) -> (), "block");
 message!(/** Ends the process. */ Exit(i32) -> (), "exit");
+message!(/** Asks for its end. */ GiveUp(String) -> (), "give_up");
 message!(/** Takes memory, MiB. */ Eat(u64) -> u64, "eat");
 message!(/** Answers after a while with the number of these so far. */ Slow(u64) -> u32, "slow");
 message!(/** How many `Slow` have begun. */ Begun() -> u32, "begun");
@@ -55,6 +57,7 @@ impl RemoteActor for Sufferer {
         m.accept::<PanicLater>()
             .accept::<Block>()
             .accept::<Exit>()
+            .accept::<GiveUp>()
             .accept::<Eat>()
             .accept::<Slow>()
             .accept::<Begun>();
@@ -64,8 +67,8 @@ impl RemoteActor for Sufferer {
 impl Spawn for Sufferer {
     type Args = ();
 
-    async fn create((): (), _: ActorCx) -> Result<Self, CreateError> {
-        Ok(Self { handled: 0 })
+    async fn create((): (), cx: ActorCx) -> Result<Self, CreateError> {
+        Ok(Self { cx, handled: 0 })
     }
 }
 
@@ -99,6 +102,14 @@ impl Handler<Exit> for Sufferer {
     fn handle(&mut self, Exit(code): Exit, _: &mut Context<Self>) {
         eprintln!("a library says: giving up");
         std::process::exit(code);
+    }
+}
+
+impl Handler<GiveUp> for Sufferer {
+    type Result = ();
+
+    fn handle(&mut self, GiveUp(message): GiveUp, _: &mut Context<Self>) {
+        self.cx.exit(DeathCause::GpuFault { message });
     }
 }
 
@@ -200,6 +211,27 @@ pub(crate) async fn causes() {
     println!("  a frozen process was replaced after {:?}", start.elapsed());
     let cause = actor(&before, "s").last_death.clone().unwrap().to_string();
     assert!(cause.contains("says nothing; it is stopped"), "{cause}");
+    cluster.end().await;
+}
+
+/// What an actor says of its end is told, and not that it stopped thereupon.
+pub(crate) async fn own_words() {
+    let cluster = TestCluster::start(&[0]).await;
+    let names: Vec<String> = (0..8).map(|number| format!("s{number}")).collect();
+    let mut actors = Vec::new();
+    for name in &names {
+        let named: Named<Sufferer> = cluster.cluster.spawn(sufferer(name)).await.unwrap();
+        actors.push(named);
+    }
+    let before = cluster.all_ready(names.len()).await;
+    for (name, named) in names.iter().zip(&actors) {
+        named.ask(GiveUp(format!("the memory of {name} is rotten"))).await.unwrap();
+    }
+    for name in &names {
+        let after = next_life(&cluster, &before, name).await;
+        let message = format!("the memory of {name} is rotten");
+        assert_eq!(actor(&after, name).last_death, Some(DeathCause::GpuFault { message }));
+    }
     cluster.end().await;
 }
 

@@ -22,6 +22,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("actor_panics", || Box::pin(scenarios::actor_panics())),
     ("causes", || Box::pin(causes::causes())),
     ("ends_by_request", || Box::pin(causes::ends_by_request())),
+    ("own_words", || Box::pin(causes::own_words())),
     ("calls_of_a_spec", || Box::pin(causes::calls_of_a_spec())),
     ("out_of_memory", || Box::pin(causes::out_of_memory())),
     ("agent_killed", || Box::pin(scenarios::agent_killed())),
