@@ -83,9 +83,10 @@ pub(crate) fn slice(report: &SliceReport) -> String {
 }
 
 fn remap(report: &RemapReport) -> String {
-    let RemapReport { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms } = *report;
+    let RemapReport { from_peer, batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms } = *report;
+    let from = if from_peer { "the next GPU" } else { "the host" };
     format!(
-        "\nWhile {moves} experts were replaced ({gb_per_s:.1} GB/s from the host), {batch} x {context}: \
+        "\nWhile {moves} experts were replaced ({gb_per_s:.1} GB/s from {from}), {batch} x {context}: \
          {step_ms:.2} ms/step and {longest_ms:.2} ms the longest, {before_ms:.2} ms/step before\n"
     )
 }
@@ -214,6 +215,7 @@ mod tests {
                 parts: vec![part],
             }],
             remap: Some(RemapReport {
+                from_peer: false,
                 batch: 128,
                 context: 4096,
                 moves: 12,

@@ -9,7 +9,8 @@ use std::process::{Child, ChildStdin, ChildStdout};
 
 use heliostat_kernels::cuda::heap::HeapHandle;
 use heliostat_kernels::cuda::nccl::NcclId;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// This process's place among the ranks of a measurement.
 #[derive(Debug)]
@@ -54,15 +55,6 @@ impl Drop for Guest {
     }
 }
 
-/// What all ranks are told.
-#[derive(Serialize, Deserialize)]
-struct Names {
-    /// By rank.
-    heaps: Vec<Vec<u8>>,
-    /// Empty without NCCL.
-    nccl: Vec<u8>,
-}
-
 impl Meeting {
     /// Alone on one GPU.
     pub fn alone() -> Self {
@@ -94,27 +86,39 @@ impl Meeting {
         own: HeapHandle,
         nccl: Option<NcclId>,
     ) -> std::io::Result<(Vec<HeapHandle>, Option<NcclId>)> {
-        let own = own.to_bytes().to_vec();
-        let names = match self {
+        let nccl = nccl.map(|id| id.0.to_vec()).unwrap_or_default();
+        let names: Vec<(Vec<u8>, Vec<u8>)> = self.tell_all((own.to_bytes().to_vec(), nccl))?;
+        let heap =
+            |(bytes, _): &(Vec<u8>, _)| HeapHandle::from_bytes(bytes).ok_or_else(|| bad("names no heap"));
+        let heaps = names.iter().map(heap).collect::<Result<_, _>>()?;
+        let id = names.into_iter().next().and_then(|(_, nccl)| nccl.try_into().ok()).map(NcclId);
+        Ok((heaps, id))
+    }
+
+    /// Tells all ranks something and returns what all said, by rank; nobody returns before all have spoken.
+    ///
+    /// # Errors
+    /// A rank ended.
+    pub(super) fn tell_all<T>(&mut self, own: T) -> std::io::Result<Vec<T>>
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        match self {
             Self::Host(guests) => {
-                let mut heaps = vec![own];
+                let mut all = vec![own];
                 for guest in guests.iter_mut() {
-                    heaps.push(read(&mut guest.from)?);
+                    all.push(read(&mut guest.from)?);
                 }
-                let names = Names { heaps, nccl: nccl.map(|id| id.0.to_vec()).unwrap_or_default() };
                 for guest in guests.iter_mut() {
-                    write(guest.to.as_mut().expect("nobody has hung up yet"), &names)?;
+                    write(guest.to.as_mut().expect("nobody has hung up yet"), &all)?;
                 }
-                names
+                Ok(all)
             }
             Self::Guest { .. } => {
                 write(&mut std::io::stdout().lock(), &own)?;
-                read(&mut std::io::stdin().lock())?
+                read(&mut std::io::stdin().lock())
             }
-        };
-        let heap = |bytes: &Vec<u8>| HeapHandle::from_bytes(bytes).ok_or_else(|| bad("names no heap"));
-        let heaps = names.heaps.iter().map(heap).collect::<Result<_, _>>()?;
-        Ok((heaps, names.nccl.try_into().ok().map(NcclId)))
+        }
     }
 
     /// Waits until no rank needs another's memory any more.
@@ -154,7 +158,7 @@ fn write(to: &mut impl Write, what: &impl Serialize) -> std::io::Result<()> {
     to.flush()
 }
 
-fn read<T: for<'de> Deserialize<'de>>(from: &mut impl BufRead) -> std::io::Result<T> {
+fn read<T: DeserializeOwned>(from: &mut impl BufRead) -> std::io::Result<T> {
     let mut line = String::new();
     if from.read_line(&mut line)? == 0 {
         return Err(bad("ended early: see what it said above"));
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn all_ranks_learn_all_names() {
-        // Says what it is named, repeats what it is told by its exit code, and waits to be let go.
+        // Says what it is named, looks for the communicator in what it is told, and waits to be let go.
         let name = serde_json::to_string(&handle(2).to_bytes().to_vec()).unwrap();
         let script =
             format!("echo '{name}'; read names; case $names in *nccl*) echo null;; esac; read end; true");

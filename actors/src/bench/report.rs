@@ -50,9 +50,11 @@ pub struct SliceReport {
     pub prefill: Vec<PrefillReport>,
 }
 
-/// Decode while experts are replaced one after the other, as fast as they come from the host.
+/// Decode while experts are replaced one after the other, as fast as they come.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RemapReport {
+    /// Whether they came from the next rank's GPU, else from the host.
+    pub from_peer: bool,
     /// Sequences.
     pub batch: usize,
     /// Tokens before the first measured one.
@@ -187,9 +189,26 @@ impl SliceReport {
                     parts: part_reports(&parts, &floors),
                 });
             }
-            SliceRow::Remap { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms } => {
-                let report = RemapReport { batch, context, moves, gb_per_s, before_ms, step_ms, longest_ms };
-                self.remap = Some(report);
+            SliceRow::Remap {
+                from_peer,
+                batch,
+                context,
+                moves,
+                gb_per_s,
+                before_ms,
+                step_ms,
+                longest_ms,
+            } => {
+                self.remap = Some(RemapReport {
+                    from_peer,
+                    batch,
+                    context,
+                    moves,
+                    gb_per_s,
+                    before_ms,
+                    step_ms,
+                    longest_ms,
+                });
             }
             SliceRow::Prefill { prompt, tokens_per_s, parts } => {
                 let parts = part_reports(&parts, &[]);

@@ -91,8 +91,10 @@ pub enum SliceRow {
         /// which kernels overlap.
         parts: Vec<(&'static str, f64)>,
     },
-    /// Decode while experts are replaced one after the other, as fast as they come from the host.
+    /// Decode while experts are replaced one after the other, as fast as they come.
     Remap {
+        /// Whether they come from the next rank's GPU, else from the host.
+        from_peer: bool,
         /// Sequences.
         batch: usize,
         /// Tokens before the first measured one.
@@ -177,7 +179,7 @@ pub fn slice(
         }
     }
     if let (true, Some(&batch), Some(&context)) = (args.remap, args.batches.first(), args.contexts.first()) {
-        push(remap::remap(&mut rank, args, (batch, context))?);
+        push(remap::remap(&mut rank, args, (batch, context), &mut meeting)?);
     }
     for &prompt in &args.prompts {
         push(prefill(&mut rank, args, prompt)?);

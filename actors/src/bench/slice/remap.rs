@@ -1,32 +1,54 @@
 //! Decode while experts move: another thread copies weights to free places, and between two steps a slot is pointed at
-//! them, as in a remap whose experts come from the host.
+//! them, as in a remap. They come from the next rank's GPU, or from the host where a rank is alone or NCCL carries rows.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use heliostat_engine::config::ModelConfig;
-use heliostat_engine::cuda::{CudaRank, ExpertPool, PoolError, PooledExpert};
+use heliostat_engine::cuda::{CudaRank, ExpertPool, LentPlace, PoolError, PoolOffer, PooledExpert};
 use heliostat_engine::model::Expert;
 use heliostat_kernels::weight::{Block, Weight};
 
+use super::super::meeting::Meeting;
 use super::{SLOTS, SliceArgs, SliceError, SliceRow, decode_run};
+
+/// Where experts come from.
+enum Source {
+    Host(Box<Expert>),
+    /// A place that the next rank keeps as it is.
+    Peer {
+        rank: usize,
+        lent: LentPlace,
+    },
+}
+
+/// What a rank says of an expert that it lends: its pool, the place, the checksum.
+type Loan = (Vec<u8>, u32, u64);
 
 /// Steps without moves, and then with.
 pub(super) fn remap(
     rank: &mut CudaRank,
     args: &SliceArgs,
     (batch, context): (usize, usize),
+    meeting: &mut Meeting,
 ) -> Result<SliceRow, SliceError> {
     let (before, _) = decode_run(rank, args, (batch, context), &mut |_| Ok(()))?;
     let (pool, expert) = (rank.pool().expect("the rank has experts").clone(), made_up(rank.config()));
     let bytes = expert.size_bytes() as u64;
+    let from_peer = meeting.ranks() > 1 && !rank.is_by_nccl();
+    // Lent until all are through.
+    let kept = from_peer.then(|| pool.put(&expert)).transpose()?;
+    let source = match kept.as_ref().and_then(PooledExpert::lent) {
+        Some(mine) => borrow_from_next(&pool, mine, meeting)?,
+        None => Source::Host(Box::new(expert)),
+    };
     let stop = AtomicBool::new(false);
     let (sender, moved) = sync_channel(1);
     let (during, moves) = std::thread::scope(|scope| {
         let mover = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                let Some(pooled) = put(&pool, &expert)? else { continue };
+                let Some(pooled) = bring(&pool, &source)? else { continue };
                 // The other end is gone when the steps are over.
                 if sender.send(pooled).is_err() {
                     break;
@@ -42,9 +64,13 @@ pub(super) fn remap(
         ended.map_err(SliceError::Pool)?;
         during.map(|(during, _)| (during, moves))
     })?;
+    meeting.tell_all(())?;
+    pool.let_go();
+    drop(kept);
     let longest = during.steps.last().copied().unwrap_or_default();
     let seconds: f64 = during.steps.iter().map(Duration::as_secs_f64).sum();
     Ok(SliceRow::Remap {
+        from_peer,
         batch,
         context,
         moves,
@@ -55,9 +81,32 @@ pub(super) fn remap(
     })
 }
 
+/// Maps the other ranks' pools, and takes what the next rank lends.
+fn borrow_from_next(pool: &ExpertPool, mine: LentPlace, meeting: &mut Meeting) -> Result<Source, SliceError> {
+    let offer = bincode::encode_to_vec(pool.offer(), bincode::config::standard());
+    let offer = offer.map_err(std::io::Error::other)?;
+    let own = meeting.rank();
+    let loans: Vec<Loan> = meeting.tell_all((offer, mine.place, mine.checksum))?;
+    let decode = |(rank, (bytes, ..)): (usize, &Loan)| {
+        let decoded = bincode::decode_from_slice::<PoolOffer, _>(bytes, bincode::config::standard());
+        (rank != own).then(|| decoded.map(|(offer, _)| offer).map_err(std::io::Error::other)).transpose()
+    };
+    let offers = loans.iter().enumerate().map(decode).collect::<Result<Vec<_>, _>>()?;
+    if let Some((_, why)) = pool.reach(&offers).into_iter().next() {
+        return Err(why.into());
+    }
+    let rank = (own + 1) % loans.len();
+    let (_, place, checksum) = loans[rank];
+    Ok(Source::Peer { rank, lent: LentPlace { place, checksum } })
+}
+
 /// Copies an expert to a free place; `None` when all wait for their turn.
-fn put(pool: &ExpertPool, expert: &Expert) -> Result<Option<PooledExpert>, PoolError> {
-    match pool.put(expert) {
+fn bring(pool: &ExpertPool, source: &Source) -> Result<Option<PooledExpert>, PoolError> {
+    let brought = match source {
+        Source::Host(expert) => pool.put(expert),
+        Source::Peer { rank, lent } => pool.borrow(*rank, *lent),
+    };
+    match brought {
         Ok(pooled) => Ok(Some(pooled)),
         Err(PoolError::Full(_)) => {
             std::thread::yield_now();
