@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
@@ -15,6 +15,7 @@ use tokio::sync::{Notify, mpsc};
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
 use super::engine::{EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
+use crate::monitor::trace::SequenceSpan;
 
 /// How often sequences without a working rank are looked at.
 const TICK_INTERVAL: Duration = Duration::from_millis(250);
@@ -113,6 +114,7 @@ impl Ingress {
             id: request.id,
             rank: pinned.unwrap_or(0),
             prompt_tokens: request.prompt.len(),
+            first_token: None,
             finished: false,
         });
         let generation =
@@ -280,6 +282,7 @@ struct Open {
     id: RequestId,
     rank: u32,
     prompt_tokens: usize,
+    first_token: Option<Instant>,
     /// The ranks are done with it.
     finished: bool,
 }
@@ -295,6 +298,9 @@ impl Generation {
             events.retain(|(index, event)| match (&mut self.open[*index], event) {
                 (Some(open), Event::Output(rank, output)) => {
                     open.rank = *rank;
+                    if !output.tokens.is_empty() {
+                        open.first_token.get_or_insert_with(Instant::now);
+                    }
                     open.finished |= output.finish.is_some();
                     true
                 }
@@ -314,6 +320,7 @@ impl Generation {
         if !open.finished {
             self.ingress.abort(open.id);
         }
+        self.ingress.0.metrics.span(self.span(&open, finish, output_tokens));
         self.ingress.0.metrics.finished(&Finished {
             rank: open.rank,
             finish,
@@ -321,6 +328,22 @@ impl Generation {
             prompt_tokens: open.prompt_tokens,
             output_tokens,
         });
+    }
+
+    /// How far a sequence came, by the clock on the wall.
+    fn span(&self, open: &Open, finish: Finish, output_tokens: u32) -> SequenceSpan {
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_us = |at: Instant| ended.saturating_sub(at.elapsed()).as_micros() as u64;
+        SequenceSpan {
+            id: format!("{:032x}", open.id.0),
+            rank: open.rank,
+            arrived_us: unix_us(self.arrived),
+            first_token_us: open.first_token.map(unix_us),
+            ended_us: ended.as_micros() as u64,
+            prompt_tokens: open.prompt_tokens as u64,
+            output_tokens,
+            finish: finish.word().to_owned(),
+        }
     }
 
     /// Nothing of it was submitted.

@@ -293,6 +293,8 @@ async fn around(
     let usable = |name: &&str| (1..=REQUEST_ID_BYTES_MAX).contains(&name.len()) && name.is_ascii();
     let name = given.filter(usable).map_or_else(new_name, str::to_owned);
     let header = HeaderValue::from_str(&name);
+    let asked = tracing::enabled!(tracing::Level::DEBUG)
+        .then(|| (Instant::now(), format!("{} {}", request.method(), request.path())));
     request.extensions_mut().insert(RequestName(name));
     let door = request.app_data::<Data<Door>>().cloned();
     let ingress = request.app_data::<Data<Ingress>>().cloned();
@@ -305,6 +307,10 @@ async fn around(
         ingress.count_response(response.status().as_u16());
     }
     if let Ok(header) = header {
+        if let Some((began, asked)) = asked {
+            let (status, ms) = (response.status().as_u16(), began.elapsed().as_secs_f64() * 1e3);
+            tracing::debug!(request = header.to_str().unwrap_or_default(), asked, status, ms, "answered");
+        }
         response.headers_mut().insert(REQUEST_ID, header);
     }
     Ok(response)
