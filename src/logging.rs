@@ -116,7 +116,8 @@ mod tests {
     #[test]
     fn a_line_says_whose_it_is() {
         let whose = Map::from_iter([("actor".to_owned(), "rank-0".into())]);
-        let said = Map::from_iter([("message".to_owned(), "a \"b\"\n".into()), ("actor".to_owned(), "x".into())]);
+        let said =
+            Map::from_iter([("message".to_owned(), "a \"b\"\n".into()), ("actor".to_owned(), "x".into())]);
         let line = JsonLines(whose).line("INFO", "2026-01-01T00:00:00Z", said);
         assert!(!line.contains('\n'));
         let line: Json = serde_json::from_str(&line).expect("an object");

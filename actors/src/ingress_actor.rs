@@ -29,7 +29,8 @@ use crate::ingress::model::ServedModel;
 use crate::ingress::server::{HttpConfig, HttpService, serve};
 use crate::ingress::text::TextModel;
 use crate::messages::{
-    Abort, AttachIngress, Busy, GetRequests, GetServing, GetStatus, RankOutputs, RankRefused, Rebalance, Submit,
+    Abort, AttachIngress, Busy, GetRequests, GetServing, GetStatus, RankOutputs, RankRefused, Rebalance,
+    Submit,
 };
 use crate::rank::Rank;
 
@@ -253,7 +254,7 @@ impl Handler<GetServing> for IngressActor {
     type Result = MessageResult<GetServing>;
 
     fn handle(&mut self, _: GetServing, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.ingress.metrics().serving())
+        MessageResult(vec![self.ingress.metrics().serving()])
     }
 }
 

@@ -279,9 +279,9 @@ pub struct RankRefused {
     pub why: Busy,
 }
 
-/// The figures of this ingress, and the last ones of its ranks.
+/// The figures of every model that this ingress serves, with the last ones of its ranks.
 #[derive(Clone, Copy, Debug, Encode, Decode, Message)]
-#[rtype(result = "ServingReport")]
+#[rtype(result = "Vec<ServingReport>")]
 pub struct GetServing;
 
 /// The sequences that ended last, oldest first.

@@ -35,7 +35,10 @@ pub(crate) async fn run(args: &Top) -> Result<()> {
         return print(&text(&top::frame(&watcher.seen(), &maps), Terminal::of_stdout()));
     }
     if !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
-        return Err(Failure::error(FAILED, "helio top draws on a terminal; for scripts there is `helio top --once`"));
+        return Err(Failure::error(
+            FAILED,
+            "helio top draws on a terminal; for scripts there is `helio top --once`",
+        ));
     }
     let mut terminal = ratatui::try_init().context("cannot draw on this terminal")?;
     let watched = watch(&mut terminal, &cluster, &watcher).await;
@@ -49,7 +52,8 @@ async fn watch(terminal: &mut ratatui::DefaultTerminal, cluster: &Cluster, watch
         let frame = top::frame(&watcher.seen(), &maps);
         terminal.draw(|f| f.render_widget(&frame, f.area())).context("cannot draw")?;
         // Keys are awaited where they hold up no other thread of the runtime.
-        let ended = tokio::task::spawn_blocking(move || is_over(PERIOD)).await.context("cannot read keys")??;
+        let ended =
+            tokio::task::spawn_blocking(move || is_over(PERIOD)).await.context("cannot read keys")??;
         if ended {
             return Ok(());
         }
@@ -60,13 +64,16 @@ async fn watch(terminal: &mut ratatui::DefaultTerminal, cluster: &Cluster, watch
 /// Waits for a key that ends it.
 fn is_over(limit: Duration) -> Result<bool> {
     let until = std::time::Instant::now() + limit;
-    while let Some(left) = until.checked_duration_since(std::time::Instant::now()).filter(|left| !left.is_zero()) {
+    while let Some(left) =
+        until.checked_duration_since(std::time::Instant::now()).filter(|left| !left.is_zero())
+    {
         if !poll(left)? {
             break;
         }
         match read()? {
             Event::Key(key) => {
-                let interrupt = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
+                let interrupt =
+                    key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
                 if interrupt || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) {
                     return Ok(true);
                 }

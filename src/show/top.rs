@@ -42,7 +42,7 @@ pub(crate) fn frame(seen: &Seen, maps: &[(String, EplbStatus)]) -> Frame {
         Some(status) => cluster(status, &mut lines),
         None => lines.push(Line::styled("the head does not answer", bad())),
     }
-    for (name, line) in &seen.lines {
+    for ((name, _), line) in &seen.lines {
         serving(name, line, &mut lines);
     }
     for (name, map) in maps {
@@ -79,7 +79,10 @@ fn cluster(status: &ClusterStatus, lines: &mut Vec<Line<'static>>) {
     ];
     head.extend(count("nodes", nodes, status.nodes.len()));
     let owned = devices.iter().filter(|device| device.owner.is_some()).count();
-    head.extend([Span::styled("  devices ", dim()), Span::styled(format!("{owned}/{} used", devices.len()), bold())]);
+    head.extend([
+        Span::styled("  devices ", dim()),
+        Span::styled(format!("{owned}/{} used", devices.len()), bold()),
+    ]);
     let actors = status.actors.iter().filter(|actor| ready(&actor.state)).count();
     head.extend(count("actors", actors, status.actors.len()));
     lines.push(Line::from(head));
@@ -112,14 +115,23 @@ fn serving(name: &str, line: &History, lines: &mut Vec<Line<'static>>) {
     lines.push(Line::default());
     lines.push(Line::from(vec![
         Span::styled(report.model.clone(), bold()),
-        Span::styled(format!("  {name}, {} sequences in flight, {} ended, {} moved", report.in_flight, report.ended, report.moves), dim()),
+        Span::styled(
+            format!(
+                "  {name}, {} sequences in flight, {} ended, {} moved",
+                report.in_flight, report.ended, report.moves
+            ),
+            dim(),
+        ),
     ]));
     let tokens: Vec<f64> = samples.iter().map(|sample| sample.tokens_per_s).collect();
     lines.push(Line::from(vec![
         Span::styled(format!("{:>9.0}", now.tokens_per_s), bold()),
         Span::raw(" tokens/s "),
         Span::styled(spark(&tokens), Style::new().fg(Color::Cyan)),
-        Span::styled(format!("  {:.0} prompt tokens/s, {:.1} requests/s", now.prompt_tokens_per_s, now.requests_per_s), dim()),
+        Span::styled(
+            format!("  {:.0} prompt tokens/s, {:.1} requests/s", now.prompt_tokens_per_s, now.requests_per_s),
+            dim(),
+        ),
     ]));
     let ms = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}"));
     lines.push(Line::from(vec![
@@ -135,24 +147,38 @@ fn serving(name: &str, line: &History, lines: &mut Vec<Line<'static>>) {
         }
         lines.push(Line::from(step));
     }
-    lines.push(Line::styled("     RANK  RUNNING  WAITING  KV CACHE                  LAST STEP    STEPS", dim()));
+    lines.push(Line::styled(
+        "     RANK  RUNNING  WAITING  KV CACHE                  LAST STEP    STEPS",
+        dim(),
+    ));
     for (rank, stats) in report.ranks.iter().take(RANKS_MAX) {
         let used = f64::from(stats.kv_blocks_used) / f64::from(stats.kv_blocks.max(1));
         let style = if used > 0.9 { bad() } else { Style::new().fg(Color::Green) };
         lines.push(Line::from(vec![
             Span::raw(format!("{rank:>9}{:>9}{:>9}  ", stats.running, stats.waiting)),
             Span::styled(gauge(used, 16), style),
-            Span::raw(format!(" {:>4.0} %{:>12.1} ms{:>9}", 100.0 * used, stats.step_us as f64 / 1e3, stats.steps)),
+            Span::raw(format!(
+                " {:>4.0} %{:>12.1} ms{:>9}",
+                100.0 * used,
+                stats.step_us as f64 / 1e3,
+                stats.steps
+            )),
         ]));
     }
     if report.ranks.len() > RANKS_MAX {
-        lines.push(Line::styled(format!("          and {} more ranks", report.ranks.len() - RANKS_MAX), dim()));
+        lines.push(Line::styled(
+            format!("          and {} more ranks", report.ranks.len() - RANKS_MAX),
+            dim(),
+        ));
     }
 }
 
 fn experts(name: &str, map: &EplbStatus, balance: Option<&Balance>, lines: &mut Vec<Line<'static>>) {
-    let over_time: Vec<f64> =
-        balance.iter().flat_map(|balance| balance.since(0)).map(|(_, pulse)| pulse.balancedness.avg).collect();
+    let over_time: Vec<f64> = balance
+        .iter()
+        .flat_map(|balance| balance.since(0))
+        .map(|(_, pulse)| pulse.balancedness.avg)
+        .collect();
     lines.push(Line::default());
     lines.push(Line::from(vec![
         Span::styled(name.to_owned(), bold()),
@@ -181,7 +207,10 @@ fn experts(name: &str, map: &EplbStatus, balance: Option<&Balance>, lines: &mut 
         ));
     }
     let widest = map.layers.iter().map(|layer| layer.expert_loads.len()).max().unwrap_or_default();
-    lines.push(Line::styled(format!("    LAYER  LOAD OF {widest} EXPERTS   . is none, @ twice the mean or more"), dim()));
+    lines.push(Line::styled(
+        format!("    LAYER  LOAD OF {widest} EXPERTS   . is none, @ twice the mean or more"),
+        dim(),
+    ));
     for layer in map.layers.iter().take(LAYERS_MAX) {
         let loads: Vec<f64> = layer.expert_loads.iter().map(|&load| load as f64).collect();
         let (cells, _) = heat::fold(&loads, CELLS_MAX);
@@ -197,7 +226,10 @@ fn experts(name: &str, map: &EplbStatus, balance: Option<&Balance>, lines: &mut 
         lines.push(Line::from(spans));
     }
     if map.layers.len() > LAYERS_MAX {
-        lines.push(Line::styled(format!("          and {} more layers", map.layers.len() - LAYERS_MAX), dim()));
+        lines.push(Line::styled(
+            format!("          and {} more layers", map.layers.len() - LAYERS_MAX),
+            dim(),
+        ));
     }
 }
 

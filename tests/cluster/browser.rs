@@ -18,7 +18,8 @@ pub(crate) struct Browser {
 impl Browser {
     /// An empty tab.
     pub(crate) async fn open() -> Self {
-        let started = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let started =
+            Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let mut driver = started.expect("chromedriver starts (scripts/setup installs it)");
         let lines = BufReader::new(driver.stdout.take().unwrap()).lines();
         let port = lines.map_while(Result::ok).find_map(|line| {
@@ -27,7 +28,13 @@ impl Browser {
         });
         let base = format!("http://127.0.0.1:{}", port.expect("chromedriver names its port"));
         // In a container Chromium has neither a sandbox nor a large /dev/shm.
-        let args = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1500,1000"];
+        let args = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1500,1000",
+        ];
         let options = json!({"goog:chromeOptions": {"args": args}, "goog:loggingPrefs": {"browser": "ALL"}});
         let client = client();
         let body = json!({"capabilities": {"alwaysMatch": options}});
@@ -59,7 +66,11 @@ impl Browser {
         let started = Instant::now();
         while self.run(&format!("return !!({expression})")).await != json!(true) {
             let page = self.run("return document.body.innerText").await;
-            assert!(started.elapsed() < PATIENCE, "in vain: {expression}\n{}", page.as_str().unwrap_or_default());
+            assert!(
+                started.elapsed() < PATIENCE,
+                "in vain: {expression}\n{}",
+                page.as_str().unwrap_or_default()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

@@ -30,7 +30,8 @@ impl Load {
     fn on(cluster: &Cluster, streams: usize) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let one = |number: usize| {
-            let (over, client, url) = (Arc::clone(&over), cluster.client.clone(), cluster.url("/v1/completions"));
+            let (over, client, url) =
+                (Arc::clone(&over), cluster.client.clone(), cluster.url("/v1/completions"));
             tokio::spawn(async move {
                 while !over.load(Ordering::Relaxed) {
                     let answer = client.post(&url).json(&greedy(number, 48)).send().await.unwrap();
@@ -53,7 +54,17 @@ impl Load {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_shows_a_cluster_that_serves() {
     let cluster = Cluster::up(&[]).await;
-    let job = ["job", "submit", "--no-wait", "--submission-id", "clock", "--", "sh", "-c", "while :; do date; sleep 1; done"];
+    let job = [
+        "job",
+        "submit",
+        "--no-wait",
+        "--submission-id",
+        "clock",
+        "--",
+        "sh",
+        "-c",
+        "while :; do date; sleep 1; done",
+    ];
     assert!(cluster.helio(&job).status.success());
     let load = Load::on(&cluster, 8);
     let browser = Browser::open().await;
@@ -131,7 +142,8 @@ async fn what_the_page_orders_needs_the_token_and_no_other_page_may_ask() {
     assert_eq!(status(order("/api/nodes/nobody/drain")).await, 403);
     let right = order("/api/nodes/nobody/drain").header("x-heliostat-token", token);
     assert_eq!(status(right).await, 409, "there is no such node");
-    let foreign = cluster.client.get(format!("{}/api/status", url(&cluster))).header("origin", "http://evil.example");
+    let foreign =
+        cluster.client.get(format!("{}/api/status", url(&cluster))).header("origin", "http://evil.example");
     assert_eq!(status(foreign).await, 403);
 
     let browser = Browser::open().await;
@@ -162,13 +174,21 @@ async fn top_timeline_and_metrics_tell_of_the_load() {
             line.filter(|line| !line.trim_start().starts_with("0 ")).map(|_| top)
         })
         .await;
-    for says in ["nodes 1/1", "group ep 4/4 membership epoch 1", "sundial-20m", "ms between tokens", "balancedness", "compute"] {
+    for says in [
+        "nodes 1/1",
+        "group ep 4/4 membership epoch 1",
+        "sundial-20m",
+        "ms between tokens",
+        "balancedness",
+        "compute",
+    ] {
         assert!(top.contains(says), "{says} is not in\n{top}");
     }
 
     let made = cluster.helio(&["timeline", "--seconds", "1", "-o", "t.json"]);
     assert!(made.status.success() && text(&made).contains("of 4 ranks"), "{}", text(&made));
-    let trace: Value = serde_json::from_slice(&std::fs::read(cluster.dir.path().join("t.json")).unwrap()).unwrap();
+    let trace: Value =
+        serde_json::from_slice(&std::fs::read(cluster.dir.path().join("t.json")).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     let count = |name: &str| events.iter().filter(|event| event["name"] == name).count();
     for name in ["step", "model", "schedule", "sample", "wait for dispatch", "wait for combine", "sequence"] {
@@ -180,7 +200,8 @@ async fn top_timeline_and_metrics_tell_of_the_load() {
     let last = samples[0]["samples"].as_array().unwrap().last().unwrap()["at_ms"].as_u64().unwrap();
     let later = json_of(&cluster, &format!("/api/serving?since_ms={last}")).await;
     assert!(later[0]["samples"].as_array().unwrap().len() < 5, "only what came since");
-    let metrics = cluster.client.get(format!("{}/metrics", url(&cluster))).send().await.unwrap().text().await.unwrap();
+    let metrics =
+        cluster.client.get(format!("{}/metrics", url(&cluster))).send().await.unwrap().text().await.unwrap();
     for line in [
         "ray_cluster_active_nodes{node_type=\"node\"} 1",
         "ray_actors{Name=\"rank\",State=\"ALIVE\"} 4",
@@ -188,7 +209,20 @@ async fn top_timeline_and_metrics_tell_of_the_load() {
     ] {
         assert!(metrics.lines().any(|l| l == line), "{line} is not in\n{metrics}");
     }
+    let engine = cluster.client.get(cluster.url("/metrics")).send().await.unwrap();
+    let told = format!("{metrics}{}", engine.text().await.unwrap());
+    let dashboard = std::fs::read_to_string(crate::rig::root().join("docs/grafana.json")).unwrap();
+    let is_name = |word: &&str| ["vllm:", "heliostat:", "ray_"].iter().any(|prefix| word.starts_with(prefix));
+    let words = dashboard.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
+    for name in words.filter(is_name) {
+        let family = ["_total", "_bucket"].iter().fold(name, |name, end| name.trim_end_matches(end));
+        assert!(told.contains(&format!("# TYPE {family} ")), "Grafana asks for {name}, which nobody tells");
+    }
     load.end().await;
-    let without = Command::new(env!("CARGO_BIN_EXE_helio")).arg("top").current_dir(cluster.dir.path()).output().unwrap();
+    let without = Command::new(env!("CARGO_BIN_EXE_helio"))
+        .arg("top")
+        .current_dir(cluster.dir.path())
+        .output()
+        .unwrap();
     assert!(text(&without).contains("--once"), "{}", text(&without));
 }

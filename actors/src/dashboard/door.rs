@@ -89,7 +89,8 @@ fn is_foreign(headers: &HeaderMap, host: &str) -> bool {
     let site = text(headers.get("sec-fetch-site"));
     let own = |origin: &str| origin.split_once("://").is_some_and(|(_, of)| of.eq_ignore_ascii_case(host));
     // `none` is an address that a person typed.
-    origin.is_some_and(|origin| !own(&origin)) || site.is_some_and(|site| site != "same-origin" && site != "none")
+    origin.is_some_and(|origin| !own(&origin))
+        || site.is_some_and(|site| site != "same-origin" && site != "none")
 }
 
 /// Whether a `Host` names this machine by a loopback name: another name was made to lead here.
@@ -131,7 +132,9 @@ mod tests {
         assert!(!foreign(&[]), "curl and Ray's clients");
         assert!(!foreign(&[("origin", "http://127.0.0.1:8265"), ("sec-fetch-site", "same-origin")]));
         assert!(!foreign(&[("sec-fetch-site", "none")]));
-        for origin in ["http://evil.example", "null", "http://127.0.0.1:8000", "http://127.0.0.1:8265.evil.example"] {
+        for origin in
+            ["http://evil.example", "null", "http://127.0.0.1:8000", "http://127.0.0.1:8265.evil.example"]
+        {
             assert!(foreign(&[("origin", origin)]), "{origin}");
         }
         for site in ["cross-site", "same-site"] {

@@ -21,8 +21,8 @@ pub(crate) use metrics::EplbMetrics;
 pub use status::{Balancedness, EplbPulse, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 
 use crate::messages::{
-    AbandonPlan, ApplyPlan, AttachEplb, GetPulse, GetStatus, PlanReport, RankJoined, Rebalance, RebalanceRefused,
-    RebalanceStarted, ReportLoad, StepLoad,
+    AbandonPlan, ApplyPlan, AttachEplb, GetPulse, GetStatus, PlanReport, RankJoined, Rebalance,
+    RebalanceRefused, RebalanceStarted, ReportLoad, StepLoad,
 };
 use crate::rank::Rank;
 use core::{Action, Core};

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use actix_web::dev::ServiceRequest;
 use heliostat_engine::request::{RankStats, StepPhases};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
@@ -14,6 +15,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
+use super::proxy::{Ongoing, Proxy};
 use crate::monitor::report::{Latencies, ServingReport};
 use crate::monitor::trace::SequenceSpan;
 
@@ -125,6 +127,7 @@ pub struct Metrics {
     responses: Family<Code, Counter>,
     phases: Family<EnginePhase, Counter<f64, AtomicU64>>,
     watched: Watched,
+    proxy: Proxy,
 }
 
 /// The same for whoever asks the actor, not `/metrics`: exact figures and narrow buckets.
@@ -176,6 +179,7 @@ impl Metrics {
             own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
         let responses = own.add("http_responses", "HTTP responses by status", Family::default());
         let phases = own.add("step_phase_seconds", "Time of all steps by what for", Family::default());
+        let proxy = Proxy::new(&mut registry, "default");
         Self {
             registry: Mutex::new(registry),
             running,
@@ -194,6 +198,7 @@ impl Metrics {
             in_flight,
             responses,
             phases,
+            proxy,
             watched: Watched { model: model_name.to_owned(), ..Watched::default() },
         }
     }
@@ -293,6 +298,11 @@ impl Metrics {
         self.in_flight.set(in_flight as i64);
         self.watched.in_flight.store(in_flight as u64, Ordering::Relaxed);
         self.moves.inner().store(moves, Ordering::Relaxed);
+    }
+
+    /// A request came over HTTP.
+    pub(super) fn request(&self, request: &ServiceRequest) -> Ongoing {
+        self.proxy.begin(request)
     }
 
     pub(crate) fn response(&self, code: u16) {

@@ -142,7 +142,11 @@ impl Spawn for JobsActor {
             .with(http::routes(jobs.clone()))
             .with(state::http::routes(cx.cluster().cloned(), jobs.clone()))
             .with(state::call::routes(cx.cluster().cloned()))
-            .with(monitor::http::routes(cx.cluster().cloned(), watcher.clone(), token.as_deref().map(str::trim)));
+            .with(monitor::http::routes(
+                cx.cluster().cloned(),
+                watcher.clone(),
+                token.as_deref().map(str::trim),
+            ));
         let server = dashboard.start(listener).map_err(failed)?;
         let watching = cx.cluster().cloned().map(|cluster| watcher.start(cluster));
         tracing::info!("the dashboard is at {url}, jobs are taken there");

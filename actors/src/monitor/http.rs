@@ -102,14 +102,14 @@ struct Since {
     since_ms: u64,
 }
 
-/// Every ingress: its last report without buckets, and samples.
+/// Every model of every ingress: the last report without buckets, and samples.
 async fn serving(monitor: Data<Monitor>, since: Query<Since>) -> HttpResponse {
     let seen = monitor.watcher.seen();
-    let ingresses = seen.lines.iter().filter_map(|(name, line)| {
+    let ingresses = seen.lines.iter().filter_map(|((ingress, model), line)| {
         let report = line.report()?;
         let samples: Vec<_> = line.since(since.since_ms).collect();
         Some(json!({
-            "ingress": name, "model": report.model, "in_flight": report.in_flight, "ended": report.ended,
+            "id": format!("{ingress}/{model}"), "ingress": ingress, "model": model, "in_flight": report.in_flight, "ended": report.ended,
             "moves": report.moves, "ranks": report.ranks, "samples": samples,
         }))
     });

@@ -45,7 +45,10 @@ pub async fn record(cluster: &Cluster, duration: Duration) -> Result<Recording, 
     tokio::time::sleep(duration.min(LONGEST)).await;
     let take = ranks.into_iter().zip(started).map(async |(name, rank)| {
         let taken = rank.ok()?.ask(TakeTrace).await;
-        taken.inspect_err(|why| tracing::warn!("no recording of {name}: {why}")).ok().map(|trace| (name, trace))
+        taken
+            .inspect_err(|why| tracing::warn!("no recording of {name}: {why}"))
+            .ok()
+            .map(|trace| (name, trace))
     });
     let ranks = join_all(take).await.into_iter().flatten().collect();
     let requests = ready::<IngressActor>(&status).into_iter().map(async |name| {

@@ -131,7 +131,8 @@ impl Events {
     /// A process with its threads, which are the rows that one sees.
     fn name(&mut self, pid: usize, name: &str, threads: &[(u64, &str)]) {
         self.0.push(json!({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}));
-        self.0.push(json!({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}));
+        self.0
+            .push(json!({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}));
         for (tid, name) in threads {
             let args = json!({"name": name});
             self.0.push(json!({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": args}));
@@ -266,7 +267,8 @@ mod tests {
             ended_us,
             ..Default::default()
         };
-        let requests = vec![sequence(1_000, 2_000), sequence(1_500, 1_900), sequence(2_000, 2_100), sequence(1, 2)];
+        let requests =
+            vec![sequence(1_000, 2_000), sequence(1_500, 1_900), sequence(2_000, 2_100), sequence(1, 2)];
         let recording = Recording {
             from_us: 900,
             ranks: vec![("rank-0".into(), RankTrace { rank: 0, steps, dropped: 0 })],

@@ -31,8 +31,8 @@ pub struct Watcher(Arc<Mutex<Seen>>);
 /// By the names of actors; those that are gone are forgotten.
 #[derive(Default)]
 pub struct Seen {
-    /// Of ingresses.
-    pub lines: BTreeMap<String, Line>,
+    /// By ingress and model.
+    pub lines: BTreeMap<(String, String), Line>,
     /// Of EPLB actors.
     pub balances: BTreeMap<String, Balance>,
     /// Of the whole cluster.
@@ -74,10 +74,16 @@ impl Watcher {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let mut seen = self.seen();
         let there = |name: &String| status.actors.iter().any(|actor| actor.name == *name);
-        seen.lines.retain(|name, _| there(name));
+        seen.lines.retain(|(ingress, _), _| there(ingress));
         seen.balances.retain(|name, _| there(name));
-        for (name, report) in reports.into_iter().flatten() {
-            seen.lines.entry(name).or_default().push(now, report);
+        for (ingress, reports) in reports.into_iter().flatten() {
+            // A model that it serves no more is forgotten.
+            seen.lines.retain(|(of, model), _| {
+                *of != ingress || reports.iter().any(|report| report.model == *model)
+            });
+            for report in reports {
+                seen.lines.entry((ingress.clone(), report.model.clone())).or_default().push(now, report);
+            }
         }
         for (name, pulse) in pulses.into_iter().flatten() {
             seen.balances.entry(name).or_default().push(now, pulse);

@@ -163,7 +163,11 @@ impl StepThread {
         let number = self.clock.steps();
         let map = (self.progress.epoch, self.progress.committed);
         let waits = group.fabric().take_waits();
-        self.clock.recorder.step(began, StepSpan::new(number, took, phases, (work.seqs, work.tokens), map), waits);
+        self.clock.recorder.step(
+            began,
+            StepSpan::new(number, took, phases, (work.seqs, work.tokens), map),
+            waits,
+        );
     }
 
     /// Sends what the step brought.

@@ -37,7 +37,7 @@ async function look(signal) {
         return { ...entry, samples: entry.samples.filter((sample) => sample.at_ms > last) };
       });
     data.status = status;
-    data.serving = grown(data.serving, fresh(data.serving, serving, "ingress"), "ingress");
+    data.serving = grown(data.serving, fresh(data.serving, serving, "id"), "id");
     data.balances = grown(data.balances, fresh(data.balances, balances, "eplb"), "eplb");
     live.error = "";
     live.wantsKey = false;
