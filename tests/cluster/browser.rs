@@ -83,11 +83,18 @@ impl Browser {
     /// Presses the button, link or row that bears a text.
     pub(crate) async fn press(&self, text: &str) {
         let found = format!(
-            "[...document.querySelectorAll('dialog[open] button, button, nav a, tr.pick')].find(e => e.innerText.includes({}))",
+            "[...document.querySelectorAll('main button:not(:disabled), nav a, tr.pick')].find(e => e.innerText.includes({}))",
             json!(text)
         );
         self.until(&found).await;
         self.run(&format!("({found}).click()")).await;
+    }
+
+    /// Gives the order that the page asks about.
+    pub(crate) async fn confirm(&self) {
+        let button = "document.querySelector('dialog[open] button.first:not(:disabled)')";
+        self.until(button).await;
+        self.run(&format!("{button}.click()")).await;
     }
 
     /// What the page complained about.

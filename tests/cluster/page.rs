@@ -53,7 +53,7 @@ impl Load {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_shows_a_cluster_that_serves() {
-    let cluster = Cluster::up(&[]).await;
+    let cluster = Cluster::up(&[("eplb", "enable_eplb = false")]).await;
     let job = [
         "job",
         "submit",
@@ -79,14 +79,14 @@ async fn the_page_shows_a_cluster_that_serves() {
 
     browser.press("Serving").await;
     browser.until("/Between tokens/.test(document.body.innerText) && document.querySelectorAll('.uplot').length == 6").await;
-    browser.until("document.querySelectorAll('main tbody tr').length == 4").await;
+    browser.until("document.querySelectorAll('main .scroll tbody tr').length == 4").await;
     browser.picture("serving").await;
 
     browser.press("Experts").await;
     browser.until_text("map epoch 0").await;
     browser.until("document.querySelectorAll('.heat canvas').length == 3").await;
     browser.press("Rebalance").await;
-    browser.press("Rebalance").await;
+    browser.confirm().await;
     browser.until_text("map epoch 1").await;
     browser.until_text("committed").await;
     browser.picture("experts").await;
@@ -109,7 +109,7 @@ async fn the_page_shows_a_cluster_that_serves() {
     browser.until("/20\\d\\d/.test(document.querySelector('pre.log')?.innerText)").await;
     browser.picture("jobs").await;
     browser.press("Stop").await;
-    browser.press("Stop job").await;
+    browser.confirm().await;
     browser.until_text("stopped").await;
 
     // The other theme.
@@ -130,7 +130,7 @@ async fn what_the_page_orders_needs_the_token_and_no_other_page_may_ask() {
     let file = dir.path().join("token");
     std::fs::write(&file, token).unwrap();
     let security = format!("token_file = {file:?}");
-    let cluster = Cluster::up(&[("cluster", &security)]).await;
+    let cluster = Cluster::up(&[("cluster", &security), ("eplb", "enable_eplb = false")]).await;
     for prompt in 0..4 {
         cluster.complete(&greedy(prompt, 32)).await;
     }
@@ -149,15 +149,15 @@ async fn what_the_page_orders_needs_the_token_and_no_other_page_may_ask() {
     let browser = Browser::open().await;
     browser.go(&format!("{}/#/experts", url(&cluster))).await;
     browser.press("Rebalance").await;
-    browser.press("Rebalance").await;
+    browser.confirm().await;
     browser.until_text("Token of the cluster").await;
     let fill = format!(
         "const i = document.querySelector('input[name=token]'); i.value = {}; i.dispatchEvent(new Event('input'))",
         json!(token)
     );
     browser.run(&fill).await;
-    browser.press("Rebalance").await;
-    browser.until("document.querySelector('dialog[open]')?.innerText.includes('Rebalance') !== true").await;
+    browser.confirm().await;
+    browser.until("!document.querySelector('dialog[open]')").await;
     browser.until_text("map epoch 1").await;
 }
 
