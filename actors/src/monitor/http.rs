@@ -65,30 +65,37 @@ pub fn routes(
 }
 
 impl Monitor {
-    fn cluster(&self) -> Result<&Cluster, HttpResponse> {
-        let missing = || refuse(StatusCode::SERVICE_UNAVAILABLE, "This dashboard runs without a cluster.");
+    fn cluster(&self) -> Result<&Cluster, Refused> {
+        let missing = || refused(StatusCode::SERVICE_UNAVAILABLE, "This dashboard runs without a cluster.");
         self.cluster.as_ref().ok_or_else(missing)
     }
 
     /// The cluster, for somebody who may change it.
-    fn ordered(&self, http: &HttpRequest) -> Result<&Cluster, HttpResponse> {
+    fn ordered(&self, http: &HttpRequest) -> Result<&Cluster, Refused> {
         let shown = http.headers().get(&TOKEN).and_then(|value| value.to_str().ok());
         let shown = shown.and_then(|token| HeaderValue::from_str(&format!("Bearer {token}")).ok());
         if !self.token.is_empty() && self.token.find(shown.as_ref()).is_none() {
             let why = "This changes the cluster: show its token in the header `X-Heliostat-Token`.";
-            return Err(refuse(StatusCode::FORBIDDEN, why));
+            return Err(refused(StatusCode::FORBIDDEN, why));
         }
         self.cluster()
     }
 }
 
-fn unavailable(why: impl ToString) -> HttpResponse {
-    refuse(StatusCode::SERVICE_UNAVAILABLE, why)
+/// Why there is no answer.
+struct Refused(StatusCode, String);
+
+fn refused(status: StatusCode, why: impl ToString) -> Refused {
+    Refused(status, why.to_string())
+}
+
+fn unavailable(why: impl ToString) -> Refused {
+    refused(StatusCode::SERVICE_UNAVAILABLE, why)
 }
 
 /// One or the other: both are answers.
-fn either(answer: Result<HttpResponse, HttpResponse>) -> HttpResponse {
-    answer.unwrap_or_else(|refused| refused)
+fn either(answer: Result<HttpResponse, Refused>) -> HttpResponse {
+    answer.unwrap_or_else(|Refused(status, why)| refuse(status, why))
 }
 
 async fn metrics(monitor: Data<Monitor>) -> HttpResponse {
@@ -143,7 +150,7 @@ async fn rebalance(monitor: Data<Monitor>, actor: Path<String>, http: HttpReques
     let ordered = async || {
         let handle = monitor.ordered(&http)?.handle::<Eplb>(&actor).await.map_err(unavailable)?;
         let answer = handle.with_deadline(DEADLINE).ask(Rebalance).await.map_err(unavailable)?;
-        let started = answer.map_err(|refused| refuse(StatusCode::CONFLICT, refused))?;
+        let started = answer.map_err(|why| refused(StatusCode::CONFLICT, why))?;
         Ok(HttpResponse::Accepted().json(started))
     };
     either(ordered().await)
@@ -164,10 +171,10 @@ async fn drain(
     let ordered = async || {
         let cluster = monitor.ordered(&http)?;
         let wanted = grace.deadline_s.unwrap_or(DRAIN_S);
-        let bad = |_| refuse(StatusCode::BAD_REQUEST, "`deadline_s` is a number of seconds, 0 or more.");
+        let bad = |_| refused(StatusCode::BAD_REQUEST, "`deadline_s` is a number of seconds, 0 or more.");
         let grace = Duration::try_from_secs_f64(wanted).map_err(bad)?;
         let drained = cluster.drain_node(&node, grace, false).await;
-        drained.map_err(|why| refuse(StatusCode::CONFLICT, why))?;
+        drained.map_err(|why| refused(StatusCode::CONFLICT, why))?;
         Ok(HttpResponse::Accepted().json(json!({"node": *node, "draining": true})))
     };
     either(ordered().await)
@@ -176,7 +183,7 @@ async fn drain(
 async fn undrain(monitor: Data<Monitor>, node: Path<String>, http: HttpRequest) -> HttpResponse {
     let ordered = async || {
         let undrained = monitor.ordered(&http)?.undrain_node(&node).await;
-        undrained.map_err(|why| refuse(StatusCode::CONFLICT, why))?;
+        undrained.map_err(|why| refused(StatusCode::CONFLICT, why))?;
         Ok(HttpResponse::Ok().json(json!({"node": *node, "draining": false})))
     };
     either(ordered().await)
@@ -195,7 +202,7 @@ async fn log(monitor: Data<Monitor>, of: Query<LogOf>) -> HttpResponse {
         let cluster = monitor.cluster()?;
         let read = async |offset| {
             let chunk = cluster.logs(&of.actor, offset, LOG_BYTES, Duration::ZERO).await;
-            chunk.map_err(|why| refuse(StatusCode::NOT_FOUND, why))
+            chunk.map_err(|why| refused(StatusCode::NOT_FOUND, why))
         };
         let chunk = match of.offset {
             Some(offset) => read(offset).await?,
@@ -220,9 +227,10 @@ struct Seconds {
 async fn record(monitor: Data<Monitor>, seconds: Query<Seconds>) -> HttpResponse {
     let recorded = async || {
         let cluster = monitor.cluster()?;
-        let busy = |_| refuse(StatusCode::TOO_MANY_REQUESTS, "A recording is under way; ask again after it.");
+        let busy =
+            |_| refused(StatusCode::TOO_MANY_REQUESTS, "A recording is under way; ask again after it.");
         let _permit = monitor.recording.try_acquire().map_err(busy)?;
-        let bad = |_| refuse(StatusCode::BAD_REQUEST, "`seconds` is a number, 0 or more.");
+        let bad = |_| refused(StatusCode::BAD_REQUEST, "`seconds` is a number, 0 or more.");
         let duration = Duration::try_from_secs_f64(seconds.seconds.unwrap_or(3.0)).map_err(bad)?;
         let recording = timeline::record(cluster, duration).await.map_err(unavailable)?;
         let name = "attachment; filename=\"heliostat-timeline.json\"";

@@ -263,7 +263,8 @@ Stop:  {stop}
 "
         );
     };
-    let page = dashboard.as_ref().map_or_else(String::new, |page| format!("  page         {page} (helio top)\n"));
+    let page =
+        dashboard.as_ref().map_or_else(String::new, |page| format!("  page         {page} (helio top)\n"));
     format!(
         "
 {cluster} serves {model} after {seconds:.1} s
