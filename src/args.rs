@@ -6,6 +6,7 @@ mod drain;
 mod job;
 mod program;
 mod state;
+mod watch;
 
 pub(crate) use bench::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice, PrefillArg};
 pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
@@ -13,6 +14,7 @@ pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 pub(crate) use program::{Package, PackageArgs, SubmitProgram};
 pub(crate) use state::{Get, Kind, List, Summary};
+pub(crate) use watch::{Timeline, Top};
 
 use clap::{Args, Parser, Subcommand};
 use heliostat_runtime::spec::Quantity;
@@ -26,6 +28,7 @@ Examples:
   helio up                         start the cluster of ./cluster.toml, or the default one
   helio up cluster.toml --detach   the same in the background; returns when it serves
   helio status                     nodes, devices, actors
+  helio top                        load, latencies and experts, once a second
   helio eplb show                  load of the experts and where they lie
   helio list actors -f state=dead  what is there, by filters
   helio logs rank-0 -f             follow the log of an actor
@@ -65,6 +68,10 @@ pub(crate) enum Command {
     Worker(Worker),
     /// Show the state of the cluster.
     Status(Show),
+    /// Watch the cluster: load, latencies, experts, ranks; once a second.
+    Top(Top),
+    /// Record the steps of all ranks for a while, as a trace for Perfetto.
+    Timeline(Timeline),
     /// List nodes, workers, actors, groups or jobs.
     List(List),
     /// Show one of them.

@@ -9,6 +9,7 @@ mod config;
 mod deploy;
 mod failure;
 mod gpus;
+mod logging;
 mod processes;
 mod rundir;
 mod show;
@@ -16,13 +17,11 @@ mod show;
 use anyhow::{Context, Result};
 use args::{Cli, Command};
 use clap::Parser;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    init_log(&cli.command);
+    logging::init(&cli.command);
     match run(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(failure::report(&error)),
@@ -42,6 +41,8 @@ fn run(command: &Command) -> Result<()> {
         // A child's parent-death signal follows the thread that started it, so `up` must have only this one.
         Command::Up(args) => one_thread()?.block_on(commands::up::run(args)),
         Command::Status(args) => one_thread()?.block_on(commands::status::run(args)),
+        Command::Top(args) => one_thread()?.block_on(commands::top::run(args)),
+        Command::Timeline(args) => one_thread()?.block_on(commands::timeline::run(args)),
         Command::List(args) => one_thread()?.block_on(commands::list::list(args)),
         Command::Get(args) => one_thread()?.block_on(commands::list::get(args)),
         Command::Summary(args) => one_thread()?.block_on(commands::list::summary(args)),
@@ -64,16 +65,4 @@ fn one_thread() -> Result<tokio::runtime::Runtime> {
 fn many_threads() -> Result<tokio::runtime::Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.worker_threads(2).enable_all().build().context("cannot start the I/O runtime")
-}
-
-/// Logs go to stderr, which is the log file of a process that was started by another. HELIO_LOG changes the level.
-fn init_log(command: &Command) {
-    let level = match command {
-        Command::Head(_) | Command::Node(_) | Command::Worker(_) | Command::Entrypoint(_) => "info",
-        _ => "warn",
-    };
-    let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let terminal = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    log.with_ansi(terminal).with_target(false).init();
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, AsyncContext, Context, Handler};
+use actix::{Actor, AsyncContext, Context, Handler, MessageResult};
 use actix_web::HttpResponse;
 use actix_web::web::{self, Data, ServiceConfig};
 use bincode::{Decode, Encode};
@@ -28,7 +28,10 @@ use crate::ingress::error::ApiError;
 use crate::ingress::model::ServedModel;
 use crate::ingress::server::{HttpConfig, HttpService, serve};
 use crate::ingress::text::TextModel;
-use crate::messages::{Abort, AttachIngress, Busy, GetStatus, RankOutputs, RankRefused, Rebalance, Submit};
+use crate::messages::{
+    Abort, AttachIngress, Busy, GetRequests, GetServing, GetStatus, RankOutputs, RankRefused, Rebalance,
+    Submit,
+};
 use crate::rank::Rank;
 
 /// How long the EPLB actor may take to answer a client.
@@ -110,6 +113,7 @@ impl RemoteActor for IngressActor {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<RankOutputs>().accept::<RankRefused>();
+        m.accept::<GetServing>().accept::<GetRequests>();
     }
 }
 
@@ -243,6 +247,22 @@ impl Handler<RankRefused> for IngressActor {
             Busy::Unservable(why) => Refusal::Unservable(why),
         };
         self.ingress.on_refused(message.dp, message.id, refusal);
+    }
+}
+
+impl Handler<GetServing> for IngressActor {
+    type Result = MessageResult<GetServing>;
+
+    fn handle(&mut self, _: GetServing, _: &mut Self::Context) -> Self::Result {
+        MessageResult(vec![self.ingress.metrics().serving()])
+    }
+}
+
+impl Handler<GetRequests> for IngressActor {
+    type Result = MessageResult<GetRequests>;
+
+    fn handle(&mut self, _: GetRequests, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.ingress.metrics().spans())
     }
 }
 

@@ -9,6 +9,7 @@ pub mod ingress;
 pub mod ingress_actor;
 pub mod jobs;
 pub mod messages;
+pub mod monitor;
 pub mod rank;
 pub mod state;
 

@@ -13,6 +13,10 @@ use heliostat_runtime::actor::WireMessage;
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use serde::{Deserialize, Serialize};
 
+use crate::eplb::EplbPulse;
+use crate::monitor::report::ServingReport;
+use crate::monitor::trace::{RankTrace, SequenceSpan};
+
 macro_rules! wire {
     ($($message:ty => $name:literal),* $(,)?) => {
         $(impl WireMessage for $message { const NAME: &'static str = $name; })*
@@ -32,12 +36,17 @@ wire! {
     AttachEplb => "rank.attach_eplb",
     AttachIngress => "rank.attach_ingress",
     Ping => "rank.ping",
+    StartTrace => "rank.start_trace",
+    TakeTrace => "rank.take_trace",
     RankOutputs => "ingress.outputs",
     RankRefused => "ingress.refused",
+    GetServing => "ingress.get_serving",
+    GetRequests => "ingress.get_requests",
     StepLoad => "eplb.step_load",
     PlanReport => "eplb.plan_report",
     RankJoined => "eplb.rank_joined",
     GetStatus => "eplb.get_status",
+    GetPulse => "eplb.get_pulse",
     Rebalance => "eplb.rebalance",
 }
 
@@ -231,6 +240,19 @@ pub struct AttachIngress {
     pub ingress: ActorAddr,
 }
 
+/// Record every step from now on, at most so many; a recording that is under way begins anew.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct StartTrace {
+    /// Steps that are kept; those after them are not.
+    pub steps_max: u32,
+}
+
+/// Stop recording, and answer with the steps since [`StartTrace`].
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "RankTrace")]
+pub struct TakeTrace;
+
 // ---- to the ingress ------------------------------------------------------------------------------------------------
 
 /// What a step of a DP rank brought to the sequences of this ingress.
@@ -256,6 +278,16 @@ pub struct RankRefused {
     /// Why.
     pub why: Busy,
 }
+
+/// The figures of every model that this ingress serves, with the last ones of its ranks.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Vec<ServingReport>")]
+pub struct GetServing;
+
+/// The sequences that ended last, oldest first.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Vec<SequenceSpan>")]
+pub struct GetRequests;
 
 /// A rank does not take the sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
@@ -399,6 +431,11 @@ pub struct RankJoined {
 #[derive(Clone, Debug, Encode, Decode, Message)]
 #[rtype(result = "String")]
 pub struct GetStatus;
+
+/// The little of it that changes all the time.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "EplbPulse")]
+pub struct GetPulse;
 
 /// Plan and publish a remap now, whatever the gates say.
 #[derive(Clone, Debug, Encode, Decode, Deserialize, Message)]

@@ -3,6 +3,7 @@
 //! Plain data. Text, templates and stop strings belong to the ingress; here are token ids only.
 
 use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
 
 use crate::grammar::Grammar;
 
@@ -132,7 +133,7 @@ pub struct Output {
 }
 
 /// What a rank tells the router and `/metrics` about itself.
-#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode, Serialize, Deserialize)]
 pub struct RankStats {
     /// KV blocks in all.
     pub kv_blocks: u32,
@@ -158,4 +159,43 @@ pub struct RankStats {
     pub steps: u64,
     /// Duration of the last step, microseconds.
     pub step_us: u64,
+    /// Where the time of all steps since start went.
+    pub phases: StepPhases,
+}
+
+/// Microseconds by what a rank did in its steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct StepPhases {
+    /// Waiting for the headers of the other ranks: the slowest of them is late.
+    pub headers: u64,
+    /// Choosing the batch.
+    pub schedule: u64,
+    /// The model itself: attention, dense layers, this rank's experts. On a GPU everything between launch and results.
+    pub compute: u64,
+    /// Waiting for rows from other ranks. On a GPU part of `compute`, since it happens within a recording.
+    pub dispatch: u64,
+    /// Waiting for rows to come back from experts. On a GPU part of `compute`.
+    pub combine: u64,
+    /// Drawing tokens and handing them out.
+    pub sample: u64,
+}
+
+impl StepPhases {
+    /// Names, in the order of [`Self::values`].
+    pub const NAMES: [&str; 6] = ["headers", "schedule", "compute", "dispatch", "combine", "sample"];
+
+    /// Every phase.
+    pub fn values(&self) -> [u64; 6] {
+        [self.headers, self.schedule, self.compute, self.dispatch, self.combine, self.sample]
+    }
+
+    /// Counts another step.
+    pub fn add(&mut self, step: &Self) {
+        self.headers += step.headers;
+        self.schedule += step.schedule;
+        self.compute += step.compute;
+        self.dispatch += step.dispatch;
+        self.combine += step.combine;
+        self.sample += step.sample;
+    }
 }

@@ -15,6 +15,8 @@ pub(crate) mod node;
 pub(crate) mod package;
 pub(crate) mod status;
 pub(crate) mod submit;
+pub(crate) mod timeline;
+pub(crate) mod top;
 pub(crate) mod up;
 pub(crate) mod worker;
 

@@ -13,6 +13,16 @@ pub(crate) fn level(relative: f64) -> usize {
     if relative.is_finite() { ((relative * 0.5 * top as f64).round().max(0.0) as usize).min(top) } else { 0 }
 }
 
+/// Its colour of the xterm palette.
+pub(crate) fn colour(level: usize) -> u8 {
+    COLOURS[level]
+}
+
+/// Its character, where there are no colours.
+pub(crate) fn shade(level: usize) -> char {
+    SHADES[level]
+}
+
 /// One row of cells, `width` columns each, for values relative to their mean.
 pub(crate) fn row(values: &[f64], cell: usize, terminal: Terminal) -> String {
     let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;

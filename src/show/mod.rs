@@ -6,6 +6,7 @@ pub(crate) mod eplb;
 pub(crate) mod heat;
 pub(crate) mod job;
 pub(crate) mod package;
+pub(crate) mod top;
 
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, Table};

@@ -1,12 +1,14 @@
 //! The real binary as users run it: real processes, real sockets, real kills.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed setup is a failed test")]
 
+mod browser;
 mod cuda;
 mod failover;
 mod faults;
 mod hosts;
 mod jobs;
 mod lifecycle;
+mod page;
 mod programs;
 mod rig;
 mod security;

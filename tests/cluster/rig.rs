@@ -232,7 +232,7 @@ fn logs(dir: &Path) -> String {
 }
 
 /// A client that trusts no server of HTTPS.
-fn client() -> reqwest::Client {
+pub(crate) fn client() -> reqwest::Client {
     let tls = rustls::ClientConfig::builder_with_provider(heliostat_runtime::wire::tls_crypto())
         .with_safe_default_protocol_versions()
         .unwrap()

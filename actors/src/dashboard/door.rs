@@ -1,4 +1,5 @@
-//! Who may come in: a key, no browser, and only names of this machine while only this machine can reach it.
+//! Who may come in: a key, no web page but the dashboard's own, and only names of this machine while only this machine
+//! can reach it.
 //!
 //! Errors are plain text, which Ray's clients and `curl` show as they are.
 
@@ -10,11 +11,12 @@ use actix_web::HttpResponse;
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, ORIGIN, RETRY_AFTER};
+use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderValue, ORIGIN, RETRY_AFTER};
 use actix_web::middleware::Next;
 use actix_web::web::Data;
 
 use crate::http::{self, ApiKeys, BodyTime, Caller, HttpDoor, Rates};
+use crate::monitor::page;
 
 /// What a request must show.
 pub(super) struct Door {
@@ -43,7 +45,9 @@ impl Door {
     /// Lets a request in, or answers it.
     fn admit(&self, request: &mut ServiceRequest) -> Option<HttpResponse> {
         let key = self.keys.find(request.headers().get(AUTHORIZATION));
-        if let Some(refused) = self.refuse(key.is_some(), request.headers()) {
+        // The files of the page hold nothing of the cluster: they come first, and the page asks for the key.
+        let is_page = page::is_file(request.path()) && request.method().is_safe();
+        if let Some(refused) = self.refuse(key.is_some() || is_page, is_page, request.headers()) {
             return Some(refused);
         }
         if let Some(rates) = &self.rates {
@@ -61,21 +65,32 @@ impl Door {
         None
     }
 
-    fn refuse(&self, has_key: bool, headers: &HeaderMap) -> Option<HttpResponse> {
+    fn refuse(&self, has_key: bool, is_page: bool, headers: &HeaderMap) -> Option<HttpResponse> {
         let text = |status, text: &'static str| Some(HttpResponse::build(status).body(text));
         if !has_key && !self.keys.is_empty() {
             let why = "The header `Authorization: Bearer KEY` is missing or has another key.";
             return text(StatusCode::UNAUTHORIZED, why);
         }
-        if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
-            return text(StatusCode::FORBIDDEN, "The dashboard cannot be used from a browser.");
-        }
         let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        if !is_page && is_foreign(headers, host) {
+            return text(StatusCode::FORBIDDEN, "Only the dashboard's own page may use it from a browser.");
+        }
         if self.loopback && !is_local(host) {
             return text(StatusCode::FORBIDDEN, "The dashboard is served under names of this machine only.");
         }
         None
     }
+}
+
+/// Whether a browser says that another page than the one of this host asks.
+fn is_foreign(headers: &HeaderMap, host: &str) -> bool {
+    let text = |value: Option<&HeaderValue>| value.map(|value| value.to_str().unwrap_or_default().to_owned());
+    let origin = text(headers.get(ORIGIN));
+    let site = text(headers.get("sec-fetch-site"));
+    let own = |origin: &str| origin.split_once("://").is_some_and(|(_, of)| of.eq_ignore_ascii_case(host));
+    // `none` is an address that a person typed.
+    origin.is_some_and(|origin| !own(&origin))
+        || site.is_some_and(|site| site != "same-origin" && site != "none")
 }
 
 /// Whether a `Host` names this machine by a loopback name: another name was made to lead here.
@@ -106,6 +121,26 @@ pub(super) async fn guard(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_own_page_is_not_foreign() {
+        let foreign = |pairs: &[(&'static str, &'static str)]| {
+            let name = |name| actix_web::http::header::HeaderName::from_static(name);
+            let headers = pairs.iter().map(|(key, value)| (name(key), HeaderValue::from_static(value)));
+            is_foreign(&headers.collect(), "127.0.0.1:8265")
+        };
+        assert!(!foreign(&[]), "curl and Ray's clients");
+        assert!(!foreign(&[("origin", "http://127.0.0.1:8265"), ("sec-fetch-site", "same-origin")]));
+        assert!(!foreign(&[("sec-fetch-site", "none")]));
+        for origin in
+            ["http://evil.example", "null", "http://127.0.0.1:8000", "http://127.0.0.1:8265.evil.example"]
+        {
+            assert!(foreign(&[("origin", origin)]), "{origin}");
+        }
+        for site in ["cross-site", "same-site"] {
+            assert!(foreign(&[("sec-fetch-site", site)]), "{site}");
+        }
+    }
 
     #[test]
     fn only_names_of_this_machine_are_local() {

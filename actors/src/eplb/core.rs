@@ -13,7 +13,7 @@ use heliostat_engine::eplb::plan::{LayerPlan, Plan};
 use heliostat_engine::eplb::{ExpertMap, Gate, LoadWindow, Policy, map_balancedness, propose, rank_loads};
 use heliostat_runtime::handle::ActorAddr;
 
-use super::status::{Balancedness, EplbStatus, LayerStatus, Remap, Totals, Trigger};
+use super::status::{Balancedness, EplbPulse, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 use crate::messages::{
     Moved, PlanEnd, PlanReport, RankJoined, RebalanceRefused, RebalanceStarted, StepLoad, StepTimes,
 };
@@ -323,6 +323,20 @@ impl Core {
     /// Balancedness of the window's load under the present map.
     pub(super) fn balancedness(&self) -> Balancedness {
         balance(&self.layout, &self.loads())
+    }
+
+    /// What changes all the time.
+    pub(super) fn pulse(&self) -> EplbPulse {
+        EplbPulse {
+            map_epoch: self.progress.epoch,
+            membership_epoch: self.membership,
+            ready: self.joined.len() as u32,
+            size: self.args.topology.size() as u32,
+            remapping: self.open.is_some(),
+            committed: self.totals.committed,
+            rolled_back: self.totals.rolled_back,
+            balancedness: self.balancedness(),
+        }
     }
 
     /// Everything there is to show.

@@ -10,7 +10,7 @@ mod status;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture};
+use actix::{Actor, AsyncContext, Context, Handler, MessageResult, ResponseActFuture, WrapFuture};
 use futures_util::future::join_all;
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::group::GroupView;
@@ -18,11 +18,11 @@ use heliostat_runtime::handle::ActorAddr;
 
 pub use core::{EplbArgs, EplbConfig};
 pub(crate) use metrics::EplbMetrics;
-pub use status::{Balancedness, EplbStatus, LayerStatus, Remap, Totals, Trigger};
+pub use status::{Balancedness, EplbPulse, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 
 use crate::messages::{
-    AbandonPlan, ApplyPlan, AttachEplb, GetStatus, PlanReport, RankJoined, Rebalance, RebalanceRefused,
-    RebalanceStarted, ReportLoad, StepLoad,
+    AbandonPlan, ApplyPlan, AttachEplb, GetPulse, GetStatus, PlanReport, RankJoined, Rebalance,
+    RebalanceRefused, RebalanceStarted, ReportLoad, StepLoad,
 };
 use crate::rank::Rank;
 use core::{Action, Core};
@@ -56,7 +56,7 @@ impl RemoteActor for Eplb {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<StepLoad>().accept::<PlanReport>().accept::<RankJoined>();
-        m.accept::<GetStatus>().accept_json_result::<Rebalance>();
+        m.accept::<GetStatus>().accept::<GetPulse>().accept_json_result::<Rebalance>();
     }
 }
 
@@ -187,6 +187,14 @@ impl Handler<GetStatus> for Eplb {
 
     fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> String {
         serde_json::to_string(&self.core.status(self.now())).expect("the status is plain data")
+    }
+}
+
+impl Handler<GetPulse> for Eplb {
+    type Result = MessageResult<GetPulse>;
+
+    fn handle(&mut self, _: GetPulse, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.core.pulse())
     }
 }
 

@@ -1,5 +1,6 @@
 //! What `GET /api/eplb` and `helio eplb show` show.
 
+use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use crate::messages::{Moved, PlanEnd, StepTimes};
@@ -59,7 +60,7 @@ pub struct LayerStatus {
 }
 
 /// Spread of the layers' balancedness.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Encode, Decode, Serialize, Deserialize)]
 pub struct Balancedness {
     /// Least balanced layer.
     pub min: f64,
@@ -134,4 +135,25 @@ pub struct Remap {
     pub balancedness_planned: f64,
     /// Steps during the remap, of the rank with the longest one.
     pub steps: StepTimes,
+}
+
+/// What of the status is worth a look every second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Encode, Decode, Serialize, Deserialize)]
+pub struct EplbPulse {
+    /// See [`EplbStatus::map_epoch`].
+    pub map_epoch: u64,
+    /// See [`EplbStatus::membership_epoch`].
+    pub membership_epoch: u64,
+    /// See [`EplbStatus::ready`].
+    pub ready: u32,
+    /// See [`EplbStatus::size`].
+    pub size: u32,
+    /// Whether a remap is under way.
+    pub remapping: bool,
+    /// Remaps that were committed, and that were rolled back, in the life of the actor.
+    pub committed: u64,
+    /// See `committed`.
+    pub rolled_back: u64,
+    /// See [`EplbStatus::balancedness`].
+    pub balancedness: Balancedness,
 }

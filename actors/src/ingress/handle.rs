@@ -7,14 +7,17 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use actix_web::dev::ServiceRequest;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
 use super::engine::{EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
+use super::proxy::Ongoing;
+use crate::monitor::trace::SequenceSpan;
 
 /// How often sequences without a working rank are looked at.
 const TICK_INTERVAL: Duration = Duration::from_millis(250);
@@ -113,6 +116,7 @@ impl Ingress {
             id: request.id,
             rank: pinned.unwrap_or(0),
             prompt_tokens: request.prompt.len(),
+            first_token: None,
             finished: false,
         });
         let generation =
@@ -162,6 +166,11 @@ impl Ingress {
     /// From now on new requests are refused; those in flight go on.
     pub fn stop_taking_requests(&self) {
         self.0.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// A request came over HTTP.
+    pub(super) fn begin(&self, request: &ServiceRequest) -> Ongoing {
+        self.0.metrics.request(request)
     }
 
     pub(crate) fn count_response(&self, code: u16) {
@@ -280,6 +289,7 @@ struct Open {
     id: RequestId,
     rank: u32,
     prompt_tokens: usize,
+    first_token: Option<Instant>,
     /// The ranks are done with it.
     finished: bool,
 }
@@ -295,6 +305,9 @@ impl Generation {
             events.retain(|(index, event)| match (&mut self.open[*index], event) {
                 (Some(open), Event::Output(rank, output)) => {
                     open.rank = *rank;
+                    if !output.tokens.is_empty() {
+                        open.first_token.get_or_insert_with(Instant::now);
+                    }
                     open.finished |= output.finish.is_some();
                     true
                 }
@@ -314,6 +327,7 @@ impl Generation {
         if !open.finished {
             self.ingress.abort(open.id);
         }
+        self.ingress.0.metrics.span(self.span(&open, finish, output_tokens));
         self.ingress.0.metrics.finished(&Finished {
             rank: open.rank,
             finish,
@@ -321,6 +335,22 @@ impl Generation {
             prompt_tokens: open.prompt_tokens,
             output_tokens,
         });
+    }
+
+    /// How far a sequence came, by the clock on the wall.
+    fn span(&self, open: &Open, finish: Finish, output_tokens: u32) -> SequenceSpan {
+        let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let unix_us = |at: Instant| ended.saturating_sub(at.elapsed()).as_micros() as u64;
+        SequenceSpan {
+            id: format!("{:032x}", open.id.0),
+            rank: open.rank,
+            arrived_us: unix_us(self.arrived),
+            first_token_us: open.first_token.map(unix_us),
+            ended_us: ended.as_micros() as u64,
+            prompt_tokens: open.prompt_tokens as u64,
+            output_tokens,
+            finish: finish.word().to_owned(),
+        }
     }
 
     /// Nothing of it was submitted.

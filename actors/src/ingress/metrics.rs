@@ -1,10 +1,12 @@
 //! What `/metrics` shows, in Prometheus' OpenMetrics text: vLLM's names where it has one, each per DP rank (`engine`).
 
-use std::sync::Mutex;
-use std::sync::atomic::Ordering;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use heliostat_engine::request::RankStats;
+use actix_web::dev::ServiceRequest;
+use heliostat_engine::request::{RankStats, StepPhases};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -12,6 +14,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
+
+use super::proxy::{Ongoing, Proxy};
+use crate::monitor::report::{Latencies, ServingReport};
+use crate::monitor::trace::SequenceSpan;
 
 /// Content type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -27,6 +33,9 @@ const REQUEST_BUCKETS: [f64; 18] =
 const TOKEN_BUCKETS: [f64; 14] =
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 100_000.0];
 
+/// Ended sequences that are kept for recordings.
+const SPANS_MAX: usize = 2048;
+
 type PerEngine<M> = Family<Engine, M, fn() -> M>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -38,6 +47,12 @@ struct Engine {
 struct EngineFinish {
     engine: u32,
     finished_reason: Finish,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EnginePhase {
+    engine: u32,
+    phase: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -58,15 +73,21 @@ pub enum Finish {
     Error,
 }
 
-impl EncodeLabelValue for Finish {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let name = match self {
+impl Finish {
+    /// vLLM's word for it.
+    pub fn word(self) -> &'static str {
+        match self {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error => "error",
-        };
-        EncodeLabelValue::encode(&name, encoder)
+        }
+    }
+}
+
+impl EncodeLabelValue for Finish {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        EncodeLabelValue::encode(&self.word(), encoder)
     }
 }
 
@@ -104,6 +125,21 @@ pub struct Metrics {
     moves: Counter,
     in_flight: Gauge,
     responses: Family<Code, Counter>,
+    phases: Family<EnginePhase, Counter<f64, AtomicU64>>,
+    watched: Watched,
+    proxy: Proxy,
+}
+
+/// The same for whoever asks the actor, not `/metrics`: exact figures and narrow buckets.
+#[derive(Default)]
+struct Watched {
+    model: String,
+    ranks: Mutex<BTreeMap<u32, RankStats>>,
+    first_token: Latencies,
+    inter_token: Latencies,
+    ended: AtomicU64,
+    in_flight: AtomicU64,
+    spans: Mutex<VecDeque<SequenceSpan>>,
 }
 
 impl Metrics {
@@ -142,6 +178,8 @@ impl Metrics {
         let in_flight =
             own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
         let responses = own.add("http_responses", "HTTP responses by status", Family::default());
+        let phases = own.add("step_phase_seconds", "Time of all steps by what for", Family::default());
+        let proxy = Proxy::new(&mut registry, "default");
         Self {
             registry: Mutex::new(registry),
             running,
@@ -159,7 +197,38 @@ impl Metrics {
             moves,
             in_flight,
             responses,
+            phases,
+            proxy,
+            watched: Watched { model: model_name.to_owned(), ..Watched::default() },
         }
+    }
+
+    /// The figures for whoever watches.
+    pub(crate) fn serving(&self) -> ServingReport {
+        let watched = &self.watched;
+        ServingReport {
+            model: watched.model.clone(),
+            in_flight: watched.in_flight.load(Ordering::Relaxed),
+            ended: watched.ended.load(Ordering::Relaxed),
+            moves: self.moves.get(),
+            first_token: watched.first_token.counts(),
+            inter_token: watched.inter_token.counts(),
+            ranks: watched.ranks.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    /// The sequences that ended last, oldest first.
+    pub(crate) fn spans(&self) -> Vec<SequenceSpan> {
+        self.watched.spans.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Keeps a sequence that ended.
+    pub(crate) fn span(&self, span: SequenceSpan) {
+        let mut spans = self.watched.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        if spans.len() == SPANS_MAX {
+            spans.pop_front();
+        }
+        spans.push_back(span);
     }
 
     /// Lets another part of the process add metrics of its own.
@@ -195,6 +264,11 @@ impl Metrics {
             // A rank that restarts counts from zero, which Prometheus takes for what it is.
             family.get_or_create(&engine).inner().store(count, Ordering::Relaxed);
         }
+        for (phase, us) in StepPhases::NAMES.into_iter().zip(stats.phases.values()) {
+            let counter = self.phases.get_or_create(&EnginePhase { engine: rank, phase });
+            counter.inner().store((us as f64 / 1e6).to_bits(), Ordering::Relaxed);
+        }
+        self.watched.ranks.lock().unwrap_or_else(PoisonError::into_inner).insert(rank, stats.clone());
     }
 
     /// Tokens of one sequence arrived, the first of them `since` its request or the tokens before.
@@ -202,13 +276,16 @@ impl Metrics {
         let engine = Engine { engine: rank };
         if first {
             self.first_token.get_or_create(&engine).observe(since.as_secs_f64());
+            self.watched.first_token.observe(since, 1);
             return;
         }
+        self.watched.inter_token.observe(since / tokens.max(1) as u32, tokens as u64);
         let inter_token = self.inter_token.get_or_create(&engine);
         (0..tokens).for_each(|_| inter_token.observe(since.as_secs_f64() / tokens as f64));
     }
 
     pub(crate) fn finished(&self, sequence: &Finished) {
+        self.watched.ended.fetch_add(1, Ordering::Relaxed);
         let engine = Engine { engine: sequence.rank };
         let finished_reason = sequence.finish;
         self.success.get_or_create(&EngineFinish { engine: sequence.rank, finished_reason }).inc();
@@ -219,7 +296,13 @@ impl Metrics {
 
     pub(crate) fn dispatch(&self, in_flight: usize, moves: u64) {
         self.in_flight.set(in_flight as i64);
+        self.watched.in_flight.store(in_flight as u64, Ordering::Relaxed);
         self.moves.inner().store(moves, Ordering::Relaxed);
+    }
+
+    /// A request came over HTTP.
+    pub(super) fn request(&self, request: &ServiceRequest) -> Ongoing {
+        self.proxy.begin(request)
     }
 
     pub(crate) fn response(&self, code: u16) {

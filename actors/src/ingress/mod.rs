@@ -10,6 +10,7 @@ mod handle;
 pub mod metrics;
 pub mod model;
 mod openai;
+mod proxy;
 pub mod router;
 pub mod server;
 pub mod text;

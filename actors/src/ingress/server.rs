@@ -293,19 +293,29 @@ async fn around(
     let usable = |name: &&str| (1..=REQUEST_ID_BYTES_MAX).contains(&name.len()) && name.is_ascii();
     let name = given.filter(usable).map_or_else(new_name, str::to_owned);
     let header = HeaderValue::from_str(&name);
+    let asked = tracing::enabled!(tracing::Level::DEBUG)
+        .then(|| (Instant::now(), format!("{} {}", request.method(), request.path())));
     request.extensions_mut().insert(RequestName(name));
     let door = request.app_data::<Data<Door>>().cloned();
     let ingress = request.app_data::<Data<Ingress>>().cloned();
+    let ongoing = ingress.as_ref().map(|ingress| ingress.begin(&request));
     let admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
     let mut response = match admitted {
-        Ok(()) => next.call(request).await?.map_into_left_body(),
-        Err(refusal) => request.into_response(refusal.error_response()).map_into_right_body(),
+        Ok(()) => next.call(request).await?.map_into_boxed_body(),
+        Err(refusal) => request.into_response(refusal.error_response()),
     };
     if let Some(ingress) = ingress {
         ingress.count_response(response.status().as_u16());
     }
     if let Ok(header) = header {
+        if let Some((began, asked)) = asked {
+            let (status, ms) = (response.status().as_u16(), began.elapsed().as_secs_f64() * 1e3);
+            tracing::debug!(request = header.to_str().unwrap_or_default(), asked, status, ms, "answered");
+        }
         response.headers_mut().insert(REQUEST_ID, header);
+    }
+    if let Some(ongoing) = ongoing {
+        response = ongoing.answer(response);
     }
     Ok(response)
 }

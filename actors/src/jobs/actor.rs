@@ -1,13 +1,14 @@
 //! The jobs actor: opens the directory, serves REST, and ends its jobs when it is stopped in good order.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use actix::{Actor, Context, Handler, Message};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
 use serde_json::Value as Json;
+use tokio::task::JoinHandle;
 
 use super::core::Limits;
 use super::http;
@@ -15,6 +16,7 @@ use super::service::{Jobs, JobsConfig};
 use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::http::HttpDoor;
 use crate::ingress::server::ServeError;
+use crate::monitor::{self, Watcher};
 use crate::state;
 
 /// Arguments of the jobs actor.
@@ -65,6 +67,8 @@ impl JobsArgs {
 /// The actor.
 pub struct JobsActor {
     jobs: Jobs,
+    /// Looks at the cluster for as long as the actor lives.
+    watching: Option<JoinHandle<()>>,
     /// Serves for as long as the actor lives.
     _server: DashboardServer,
 }
@@ -75,6 +79,7 @@ impl Actor for JobsActor {
     /// Stopped in good order: the cluster ends, and its jobs with it. One that is killed leaves them to the next.
     fn stopped(&mut self, _: &mut Self::Context) {
         self.jobs.terminate_all();
+        self.watching.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -131,14 +136,30 @@ impl Spawn for JobsActor {
         let url = dashboard::url(http.bind, http.door.tls.is_some());
         let listener = http.listen().map_err(failed)?;
         let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
+        let watcher = Watcher::default();
+        let token = args.token_file.as_deref().map(orders_token);
         let dashboard = Dashboard::new(http)
             .with(http::routes(jobs.clone()))
             .with(state::http::routes(cx.cluster().cloned(), jobs.clone()))
-            .with(state::call::routes(cx.cluster().cloned()));
+            .with(state::call::routes(cx.cluster().cloned()))
+            .with(monitor::http::routes(
+                cx.cluster().cloned(),
+                watcher.clone(),
+                token.as_deref().map(str::trim),
+            ));
         let server = dashboard.start(listener).map_err(failed)?;
-        tracing::info!("jobs are taken at {url}");
-        Ok(Self { jobs, _server: server })
+        let watching = cx.cluster().cloned().map(|cluster| watcher.start(cluster));
+        tracing::info!("the dashboard is at {url}, jobs are taken there");
+        Ok(Self { jobs, watching, _server: server })
     }
+}
+
+/// What whoever changes the cluster over the dashboard must know. Where the token is not on this machine, nobody can.
+fn orders_token(file: &Path) -> String {
+    std::fs::read_to_string(file).unwrap_or_else(|why| {
+        tracing::warn!("the dashboard's page cannot rebalance or drain: {}: {why}", file.display());
+        format!("{:032x}", rand::random::<u128>())
+    })
 }
 
 fn failed(error: ServeError) -> CreateError {

@@ -10,6 +10,7 @@ use heliostat_engine::request::{Output, RankStats, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 
+use super::clock::StepClock;
 use super::link::Submission;
 use super::outlet::Outlet;
 use crate::messages::Busy;
@@ -74,8 +75,8 @@ impl Attention {
     }
 
     /// Figures for the router.
-    pub(super) fn stats(&self, step_us: u64) -> RankStats {
-        RankStats { step_us, ..self.scheduler.stats() }
+    pub(super) fn stats(&self, clock: &StepClock) -> RankStats {
+        RankStats { step_us: clock.last_us(), phases: clock.phases(), ..self.scheduler.stats() }
     }
 
     /// The next step, which may be empty.

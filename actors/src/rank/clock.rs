@@ -1,8 +1,11 @@
-//! Durations of a rank's steps: the last ones, and those while a plan is open.
+//! Durations of a rank's steps: the last ones, those while a plan is open, and where the time of all went.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use heliostat_engine::request::StepPhases;
+
+use super::recorder::Recorder;
 use crate::messages::StepTimes;
 
 /// Steps whose durations are kept, for the median before a plan and for one while it is open.
@@ -14,6 +17,26 @@ pub(super) struct StepClock {
     recent: VecDeque<u64>,
     watched: Option<Watch>,
     last_us: u64,
+    phases: StepPhases,
+    steps: u64,
+    /// Of single steps, while somebody wants one.
+    pub(super) recorder: Recorder,
+}
+
+/// Reads the clock between the parts of a step.
+pub(super) struct Lap(Instant);
+
+impl Lap {
+    /// From now on.
+    pub(super) fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Microseconds since the last call, or the beginning.
+    pub(super) fn us(&mut self) -> u64 {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.0, now)).as_micros() as u64
+    }
 }
 
 #[derive(Debug, Default)]
@@ -25,8 +48,10 @@ struct Watch {
 }
 
 impl StepClock {
-    /// Records a step.
-    pub(super) fn record(&mut self, duration: Duration) {
+    /// Records a step, with its parts.
+    pub(super) fn record(&mut self, duration: Duration, phases: &StepPhases) {
+        self.steps += 1;
+        self.phases.add(phases);
         let us = duration.as_micros() as u64;
         self.last_us = us;
         push(&mut self.recent, us);
@@ -35,6 +60,16 @@ impl StepClock {
             watch.longest_us = watch.longest_us.max(us);
             push(&mut watch.steps, us);
         }
+    }
+
+    /// Steps since start.
+    pub(super) fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Where the time of all steps went.
+    pub(super) fn phases(&self) -> StepPhases {
+        self.phases
     }
 
     /// The last step.
@@ -85,9 +120,9 @@ mod tests {
     #[test]
     fn a_watch_compares_with_the_steps_before_it() {
         let mut clock = StepClock::default();
-        (1..=9).for_each(|ms| clock.record(Duration::from_millis(ms)));
+        (1..=9).for_each(|ms| clock.record(Duration::from_millis(ms), &StepPhases::default()));
         clock.begin_watch();
-        [3, 20, 4].into_iter().for_each(|ms| clock.record(Duration::from_millis(ms)));
+        [3, 20, 4].into_iter().for_each(|ms| clock.record(Duration::from_millis(ms), &StepPhases::default()));
         let times = clock.end_watch();
         assert_eq!((times.count, times.longest_us, times.median_us), (3, 20_000, 4_000));
         assert_eq!(times.before_median_us, 5_000);

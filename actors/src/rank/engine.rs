@@ -10,6 +10,7 @@ use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::cuda::{CudaError, Stream};
 
 use super::attention::Attention;
+use super::clock::Lap;
 use super::outlet::Outlet;
 
 /// The rank's device with what lies on it.
@@ -27,6 +28,28 @@ pub(super) struct CpuEngine {
     pub(super) cpu: Cpu,
     /// On DP ranks.
     pub(super) model: Option<(Model, KvPages)>,
+}
+
+/// What one step was, with the microseconds that its parts took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct StepWork {
+    /// Sequences of the batch.
+    pub(super) seqs: u32,
+    /// Rows of the batch.
+    pub(super) tokens: u32,
+    /// To choose it.
+    pub(super) schedule: u64,
+    /// To compute it, waits for other ranks included.
+    pub(super) compute: u64,
+    /// To draw and hand out.
+    pub(super) sample: u64,
+}
+
+impl StepWork {
+    fn of(step: &Step) -> Self {
+        let (seqs, tokens) = (step.batch.seqs.len() as u32, step.batch.tokens.len() as u32);
+        Self { seqs, tokens, ..Self::default() }
+    }
 }
 
 impl Engine {
@@ -55,17 +78,23 @@ impl Engine {
         attention: Option<&mut Attention>,
         group: &mut EpGroup,
         outlet: &mut Outlet,
-    ) -> Result<(), ExchangeError> {
+    ) -> Result<StepWork, ExchangeError> {
         match self {
             Self::Cpu(engine) => engine.step(attention, group, outlet),
             Self::Cuda { rank, depth } => {
+                let mut lap = Lap::begin();
                 let Some(attention) = attention else {
                     launch(rank, group, &Arc::default())?;
-                    return finish_idle(rank, *depth - 1);
+                    finish_idle(rank, *depth - 1)?;
+                    return Ok(StepWork { compute: lap.us(), ..StepWork::default() });
                 };
-                launch(rank, group, &attention.schedule())?;
+                let step = attention.schedule();
+                let mut work = StepWork::of(&step);
+                launch(rank, group, &step)?;
                 attention.prepare_masks();
-                finish(rank, attention, outlet, *depth - 1)
+                work.schedule = lap.us();
+                finish(rank, attention, outlet, *depth - 1, &mut work)?;
+                Ok(work)
             }
         }
     }
@@ -78,7 +107,9 @@ impl Engine {
     ) -> Result<(), ExchangeError> {
         match (self, attention) {
             (Self::Cpu(_), _) => Ok(()),
-            (Self::Cuda { rank, .. }, Some(attention)) => finish(rank, attention, outlet, 0),
+            (Self::Cuda { rank, .. }, Some(attention)) => {
+                finish(rank, attention, outlet, 0, &mut StepWork::default())
+            }
             (Self::Cuda { rank, .. }, None) => finish_idle(rank, 0),
         }
     }
@@ -100,10 +131,14 @@ fn finish(
     attention: &mut Attention,
     outlet: &mut Outlet,
     left: usize,
+    work: &mut StepWork,
 ) -> Result<(), ExchangeError> {
+    let mut lap = Lap::begin();
     while rank.in_flight() > left {
         let results: StepResults = rank.finish()?;
+        work.compute += lap.us();
         attention.complete_drawn(&results, outlet);
+        work.sample += lap.us();
     }
     Ok(())
 }
@@ -122,14 +157,22 @@ impl CpuEngine {
         attention: Option<&mut Attention>,
         group: &mut EpGroup,
         outlet: &mut Outlet,
-    ) -> Result<(), ExchangeError> {
+    ) -> Result<StepWork, ExchangeError> {
+        let mut lap = Lap::begin();
         match (attention, &mut self.model) {
             (Some(attention), Some((model, kv))) => {
-                let logits = model.forward(&attention.schedule(), kv, group)?;
+                let step = attention.schedule();
+                let mut work = StepWork { schedule: lap.us(), ..StepWork::of(&step) };
+                let logits = model.forward(&step, kv, group)?;
+                work.compute = lap.us();
                 attention.complete(&logits, outlet);
-                Ok(())
+                work.sample = lap.us();
+                Ok(work)
             }
-            _ => (0..group.moe_layers()).try_for_each(|moe_layer| group.serve(moe_layer)),
+            _ => {
+                (0..group.moe_layers()).try_for_each(|moe_layer| group.serve(moe_layer))?;
+                Ok(StepWork { compute: lap.us(), ..StepWork::default() })
+            }
         }
     }
 }

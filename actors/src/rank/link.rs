@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 
 use super::plan::OpenPlan;
 use crate::messages::{Busy, RankJoined, StepLoad};
+use crate::monitor::trace::RankTrace;
 
 /// A sequence to be queued.
 pub(super) struct Submission {
@@ -48,6 +49,10 @@ pub(super) enum Command {
     AttachEplb(ActorAddr, oneshot::Sender<Option<RankJoined>>),
     /// Send figures to this ingress.
     AttachIngress(ActorAddr),
+    /// Record single steps, at most so many.
+    StartTrace(u32),
+    /// Stop recording, and answer with what there is.
+    TakeTrace(oneshot::Sender<RankTrace>),
     /// The group changed.
     View(GroupView),
     /// End.

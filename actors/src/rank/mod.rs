@@ -15,6 +15,7 @@ mod link;
 mod load;
 mod outlet;
 mod plan;
+mod recorder;
 mod refill;
 mod stager;
 mod steps;
@@ -39,8 +40,9 @@ use crate::ingress_actor::IngressActor;
 use crate::messages::{
     AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, BreakDevice, Busy, ExpertChunk, FetchExpert,
     LendExpert, Lent, NoSuchExpert, NotBroken, NotLent, Ping, PlanRefused, RankJoined, RankRefused,
-    ReportLoad, ReturnExpert, StepLoad, Submit,
+    ReportLoad, ReturnExpert, StartTrace, StepLoad, Submit, TakeTrace,
 };
+use crate::monitor::trace::RankTrace;
 use borrow::Borrower;
 use grammars::Grammars;
 use join::ExpertLoader;
@@ -109,6 +111,7 @@ impl RemoteActor for Rank {
         m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
         m.accept::<LendExpert>().accept::<ReturnExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
+        m.accept::<StartTrace>().accept::<TakeTrace>();
         m.accept_json::<Ping>().accept_json_result::<BreakDevice>();
     }
 }
@@ -367,6 +370,24 @@ impl Handler<Ping> for Rank {
     type Result = ();
 
     fn handle(&mut self, _: Ping, _: &mut Self::Context) {}
+}
+
+impl Handler<StartTrace> for Rank {
+    type Result = ();
+
+    fn handle(&mut self, message: StartTrace, _: &mut Self::Context) {
+        self.link.send(Command::StartTrace(message.steps_max));
+    }
+}
+
+impl Handler<TakeTrace> for Rank {
+    type Result = ResponseFuture<RankTrace>;
+
+    fn handle(&mut self, _: TakeTrace, _: &mut Self::Context) -> Self::Result {
+        let (reply, answer) = oneshot::channel();
+        self.link.send(Command::TakeTrace(reply));
+        Box::pin(async move { answer.await.unwrap_or_default() })
+    }
 }
 
 impl Handler<AttachEplb> for Rank {

@@ -3,16 +3,18 @@
 //! Round n: all ranks know all headers n, decide alike, send header n+1 and compute step n. When nobody has work the
 //! group parks: nobody sends header n+1 before it has something to say or sees that somebody had.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use heliostat_engine::ep::{Decision, EpGroup, StepHeader, decide};
 use heliostat_engine::eplb::map::ExpertMap;
 use heliostat_engine::model::ExchangeError;
+use heliostat_engine::request::StepPhases;
 use heliostat_kernels::fabric::{Event, Kind, Tag};
 
-use super::engine::Engine;
+use super::engine::{Engine, StepWork};
 use super::thread::StepThread;
 use crate::messages::PlanEnd;
+use crate::monitor::trace::StepSpan;
 
 impl StepThread {
     /// Steps until the epoch ends: a newer view, a lost peer, a broken link or the actor's end.
@@ -35,9 +37,10 @@ impl StepThread {
             sent = self.header();
             self.send_header(group, round + 1, sent)?;
             if decision.run {
+                group.fabric().keep_waits(self.clock.recorder.is_on());
                 let began = Instant::now();
-                self.step(group, round)?;
-                self.clock.record(began.elapsed());
+                let work = self.step(group, round)?;
+                self.record(group, began, &work);
                 self.report(group);
             }
         }
@@ -138,9 +141,33 @@ impl StepThread {
     }
 
     /// Computes one step: the whole model on a DP rank, the MoE layers on a rank with experts only.
-    fn step(&mut self, group: &mut EpGroup, round: u64) -> Result<(), ExchangeError> {
+    fn step(&mut self, group: &mut EpGroup, round: u64) -> Result<StepWork, ExchangeError> {
         group.begin_step(round);
         self.engine.step(self.attention.as_mut(), group, &mut self.outlet)
+    }
+
+    /// Notes where the step's time went.
+    fn record(&mut self, group: &mut EpGroup, began: Instant, work: &StepWork) {
+        let took = began.elapsed();
+        let waited = group.fabric().take_waited();
+        let us = |duration: Duration| duration.as_micros() as u64;
+        let phases = StepPhases {
+            headers: us(waited.header),
+            schedule: work.schedule,
+            compute: work.compute.saturating_sub(us(waited.dispatch + waited.combine)),
+            dispatch: us(waited.dispatch),
+            combine: us(waited.combine),
+            sample: work.sample,
+        };
+        self.clock.record(took, &phases);
+        let number = self.clock.steps();
+        let map = (self.progress.epoch, self.progress.committed);
+        let waits = group.fabric().take_waits();
+        self.clock.recorder.step(
+            began,
+            StepSpan::new(number, took, phases, (work.seqs, work.tokens), map),
+            waits,
+        );
     }
 
     /// Sends what the step brought.
@@ -154,14 +181,14 @@ impl StepThread {
         if self.outlet.load_is_due(self.args.engine.load_report_steps) {
             self.outlet.send_load();
         }
-        self.outlet.send_outputs(&attention.stats(self.clock.last_us()));
+        self.outlet.send_outputs(&attention.stats(&self.clock));
     }
 
     /// The same before a sleep, so that nobody is left with old figures.
     fn report_idle(&mut self) {
         if let Some(attention) = &self.attention {
             self.outlet.send_load();
-            self.outlet.send_stats(&attention.stats(self.clock.last_us()));
+            self.outlet.send_stats(&attention.stats(&self.clock));
         }
     }
 }

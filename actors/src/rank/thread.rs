@@ -378,8 +378,12 @@ impl StepThread {
                 let _ = reply.send(self.outlet.attach_eplb(eplb));
             }
             Command::AttachIngress(ingress) => {
-                let stats = self.attention.as_ref().map(|attention| attention.stats(self.clock.last_us()));
+                let stats = self.attention.as_ref().map(|attention| attention.stats(&self.clock));
                 self.outlet.attach_ingress(ingress, &stats.unwrap_or_default());
+            }
+            Command::StartTrace(steps_max) => self.clock.recorder.start(steps_max as usize),
+            Command::TakeTrace(reply) => {
+                let _ = reply.send(self.clock.recorder.take(self.args.rank));
             }
             Command::View(view) => {
                 if self.view.as_ref().is_none_or(|old| old.epoch < view.epoch) {

@@ -13,6 +13,7 @@ use super::error::FabricError;
 use super::frame::{Frame, Kind, Pool, STREAMS, Stream, Tag};
 use super::peer::{Peer, State};
 use super::waiting::{Clock, Want};
+use super::waits::{Wait, Waited, Waits};
 use super::watch::Watch;
 
 /// Most bytes that one look at a link takes in, so that a fast sender cannot hold the engine in one call.
@@ -80,6 +81,7 @@ pub struct Fabric {
     pub(super) watch: Option<Watch>,
     pub(super) limits: Limits,
     pool: Arc<Pool>,
+    waits: Waits,
     /// One thread at a time.
     _owner: PhantomData<Cell<()>>,
 }
@@ -115,6 +117,7 @@ impl Fabric {
             watch,
             limits,
             pool,
+            waits: Waits::default(),
             _owner: PhantomData,
         })
     }
@@ -149,6 +152,22 @@ impl Fabric {
     /// Ends all calls from any thread, for good.
     pub fn abort_handle(&self) -> Abort {
         self.abort.clone()
+    }
+
+    /// How long [`Fabric::recv`] has blocked since this was last asked.
+    pub fn take_waited(&mut self) -> Waited {
+        self.waits.take()
+    }
+
+    /// Whether single waits are kept from now on; at most a few thousand between two calls of
+    /// [`Fabric::take_waits`].
+    pub fn keep_waits(&mut self, keep: bool) {
+        self.waits.keep_single(keep);
+    }
+
+    /// The single waits since this was last asked, oldest first.
+    pub fn take_waits(&mut self) -> Vec<Wait> {
+        self.waits.take_single()
     }
 
     /// Sends a frame whose payload is all `parts` in order. Returns once the link has taken every byte, not when the
@@ -218,6 +237,9 @@ impl Fabric {
         let mut clock = Clock::new(Some(self.limits.timeout));
         loop {
             if let Some(frame) = self.try_recv(from, tag)? {
+                if let Some(began) = clock.started() {
+                    self.waits.note(tag, from, began);
+                }
                 return Ok(frame);
             }
             if from == self.rank {

@@ -28,6 +28,7 @@ mod pairing;
 mod peer;
 mod ring;
 mod waiting;
+mod waits;
 mod watch;
 
 pub use bell::{Abort, Waker};
@@ -37,3 +38,4 @@ pub use error::FabricError;
 pub use frame::{Frame, Kind, Stream, Tag};
 pub use links::{Event, Fabric, LinkKind};
 pub use listener::FabricListener;
+pub use waits::{Wait, Waited};

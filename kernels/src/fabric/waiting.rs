@@ -35,6 +35,11 @@ impl Clock {
         Self { limit, start: None }
     }
 
+    /// Since when the call blocks, if it has to.
+    pub(super) fn started(&self) -> Option<Instant> {
+        self.start
+    }
+
     /// Time left, or `Err` with the time that the call has waited.
     fn left(&mut self) -> Result<Duration, Duration> {
         let waited = self.start.get_or_insert_with(Instant::now).elapsed();

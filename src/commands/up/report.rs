@@ -263,11 +263,13 @@ Stop:  {stop}
 "
         );
     };
+    let page =
+        dashboard.as_ref().map_or_else(String::new, |page| format!("  page         {page} (helio top)\n"));
     format!(
         "
 {cluster} serves {model} after {seconds:.1} s
 
-  completions  {url}/v1/completions
+{page}  completions  {url}/v1/completions
   models       {url}/v1/models
   metrics      {url}/metrics
   experts      {url}/api/eplb (helio eplb show)
