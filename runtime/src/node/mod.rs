@@ -213,7 +213,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     if let Some(token) = &config.token {
         files::write_private(&dir.token(), token.bytes()).map_err(failed)?;
     }
-    let mut system = SystemConfig::new(config.bind);
+    let mut system = SystemConfig::new(listen_at(config.bind, &dir));
     system.advertise.clone_from(&config.advertise);
     system.token.clone_from(&config.token);
     system.tls.clone_from(&config.tls);
@@ -245,6 +245,19 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
         let _ = over.send(true);
     });
     Ok(NodeHandle { agent, over: watched, objects, _lock: lock })
+}
+
+/// Where the agent listens: if it may choose, where the one before it did. Refs to objects say where their store is.
+fn listen_at(bind: SocketAddr, dir: &RunDir) -> SocketAddr {
+    let before = files::read::<AgentRecord>(&dir.agent()).ok();
+    let port = before.and_then(|agent| agent.endpoint.rsplit_once(':')?.1.parse().ok());
+    match port {
+        Some(port) if bind.port() == 0 => {
+            let again = SocketAddr::new(bind.ip(), port);
+            if std::net::TcpListener::bind(again).is_ok() { again } else { bind }
+        }
+        Some(_) | None => bind,
+    }
 }
 
 fn check(config: &NodeConfig) -> Result<(), NodeError> {

@@ -462,7 +462,11 @@ impl ObjectWriter {
                     let sent = || table.pool().publish(id.number, segment.clone(), bytes);
                     match link.publish(id, bytes, segment.clone(), sent).await {
                         Ok(()) => break,
-                        Err(error) => tries.again(error).await?,
+                        Err(error @ ObjectError::StoreAway(_)) => tries.again(error).await?,
+                        Err(error) => {
+                            table.pool().withdraw(id.number);
+                            return Err(error);
+                        }
                     }
                 }
                 Ok(object)

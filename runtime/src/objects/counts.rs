@@ -245,8 +245,10 @@ impl Counts {
 
     /// Where to ask whether that process lives, if it matters here: its own endpoint is not known of a borrower.
     pub(super) fn matters(&self, process: ProcessId) -> Option<Whereabouts> {
-        let addr = self.ids_of(process).first().map(|id| &self.objects[id].addr);
-        if let Some(addr) = addr {
+        let lost =
+            |id: &ObjectId| matches!(self.objects[id].role, Role::Borrower { state: Borrowing::Lost, .. });
+        let ids = self.ids_of(process);
+        if let Some(addr) = ids.iter().find(|id| !lost(id)).map(|id| &self.objects[id].addr) {
             return Some(Whereabouts { store: addr.store.clone(), endpoint: Some(addr.owner.clone()) });
         }
         self.ids_of(self.me).iter().find_map(|id| match &self.objects[id].role {

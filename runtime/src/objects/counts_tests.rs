@@ -252,7 +252,7 @@ impl World {
 /// OB-1, in random histories. Deaths are another test: whoever dies with a ref that it has just sent takes it along.
 #[test]
 fn no_history_frees_an_object_under_a_ref_and_all_free_it_in_the_end() {
-    for seed in 0..2000 {
+    for seed in 0..300 {
         let outcome = std::panic::catch_unwind(|| {
             let mut world = World::new(seed);
             for _ in 0..200 {
@@ -268,7 +268,7 @@ fn no_history_frees_an_object_under_a_ref_and_all_free_it_in_the_end() {
 /// OB-3, with borrowers that die at any moment.
 #[test]
 fn what_the_dead_had_is_freed_in_the_end() {
-    for seed in 0..2000 {
+    for seed in 0..300 {
         let outcome = std::panic::catch_unwind(|| {
             let mut world = World::new(seed);
             for _ in 0..200 {

@@ -164,13 +164,22 @@ async fn look_after(table: &Arc<Table>, looking: &Arc<Mutex<HashSet<ProcessId>>>
     }
     let (table, looking) = (table.clone(), looking.clone());
     system.runtime().clone().spawn(async move {
-        let fate = fate(&system, process, &at).await;
-        looking.lock().await.remove(&process);
-        match fate {
-            Fate::Lives => table.counts().back(process),
-            Fate::Ended(_) | Fate::Unknown => table.counts().ended(process),
+        let (mut backoff, mut seen) = (Backoff::reconnect(), false);
+        loop {
+            match fate(&system, process, &at).await {
+                Fate::Lives if std::mem::replace(&mut seen, true) => {}
+                Fate::Lives => table.counts().back(process),
+                Fate::Ended(_) | Fate::Unknown => table.counts().ended(process),
+            }
+            table.news.notify_one();
+            // What is about to end still lives for those who ask too early.
+            let over = system.is_connected(process) || table.counts().matters(process).is_none();
+            if over || table.stop.is_cancelled() {
+                break;
+            }
+            backoff.pause().await;
         }
-        table.news.notify_one();
+        looking.lock().await.remove(&process);
     });
 }
 

@@ -65,6 +65,11 @@ impl Pool {
         self.published.insert(number, Published { segment, bytes, stale: false });
     }
 
+    /// The store did not take an object.
+    pub(super) fn withdraw(&mut self, number: u64) {
+        self.published.remove(&number);
+    }
+
     /// The segment of an object, while it is mapped here.
     pub(super) fn published(&self, number: u64) -> Option<Arc<Segment>> {
         self.published.get(&number).map(|published| published.segment.clone())

@@ -43,7 +43,6 @@ pub(super) async fn pull(store: &Arc<Store>, addr: ObjectAddr) -> Result<OwnedFd
 async fn attempt(store: &Arc<Store>, addr: &ObjectAddr) -> Result<OwnedFd, ObjectError> {
     let at = addr.store.clone().unwrap_or_else(|| addr.owner.clone());
     let from: Handle<StoreActor> = store.system.handle_at(&at, ActorId::OBJECTS).with_deadline(PIECE_TIMEOUT);
-    // Asked for first, so that an object that is gone costs no memory.
     let (object, bytes) = (addr.id, addr.bytes);
     let memory = tokio::task::spawn_blocking(move || map::memory_file(bytes)).await;
     let memory = Arc::new(memory.map_err(ObjectError::io)?.map_err(ObjectError::io)?);
