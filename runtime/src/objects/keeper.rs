@@ -25,6 +25,8 @@ use crate::system::{PeerEvent, SpawnOptions, System};
 const TELLING_MAX: usize = 64;
 /// Limit of a question to a store or a process.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the first word of a store is waited for.
+const GREETING_MAX: Duration = Duration::from_secs(1);
 /// How long a process may be out of reach, without anybody who knows, before it counts as ended.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -125,11 +127,21 @@ async fn to_store(table: &Table, message: ToStore) {
     }
 }
 
+/// Where the store of this node listens, if there is one. Others ask there whether this process lives.
+async fn greeted(table: &Table) -> Option<String> {
+    if table.store.borrow().is_none() {
+        return None;
+    }
+    let mut link = table.link.subscribe();
+    let there = tokio::time::timeout(GREETING_MAX, link.wait_for(Option::is_some)).await.ok()?.ok()?;
+    there.as_ref().map(|link| link.endpoint.clone())
+}
+
 /// Tells an owner until it has heard, or is known to have ended.
 async fn tell(table: &Arc<Table>, system: &System, addr: &ObjectAddr, word: Word) {
     let owner: Handle<OwnerActor> = system.handle_at(&addr.owner, ActorId::OBJECTS);
     let object = addr.id;
-    let store = table.link.borrow().as_ref().map(|link| link.endpoint.clone());
+    let store = greeted(table).await;
     let mut backoff = Backoff::reconnect();
     loop {
         let by = table.process;
