@@ -72,7 +72,7 @@ pub(crate) enum Command {
     Top(Top),
     /// Record the steps of all ranks for a while, as a trace for Perfetto.
     Timeline(Timeline),
-    /// List nodes, workers, actors, groups or jobs.
+    /// List nodes, workers, actors, groups, jobs or objects.
     List(List),
     /// Show one of them.
     Get(Get),
@@ -208,6 +208,15 @@ pub(crate) struct Node {
     /// Memory that actors can reserve, in bytes. Without it: all there is.
     #[arg(long, value_name = "BYTES")]
     pub(crate) memory: Option<u64>,
+    /// Shared memory for objects, in bytes. Without it: 30 % of all there is.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) objects: Option<u64>,
+    /// Where objects go that have no room there. Without it: in the run directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) spill_dir: Option<PathBuf>,
+    /// Bytes of objects that may lie there; 0 for none.
+    #[arg(long, value_name = "BYTES", default_value_t = 16 << 30)]
+    pub(crate) spill: u64,
     /// Anything else that actors can reserve; may be repeated.
     #[arg(long = "resource", value_name = "NAME=AMOUNT", value_parser = parse_resource)]
     pub(crate) resources: Vec<(String, Quantity)>,

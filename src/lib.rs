@@ -39,5 +39,6 @@ pub mod prelude {
     pub use heliostat_runtime::cluster::{Cluster, Idempotent, Named};
     pub use heliostat_runtime::function::{FunctionPool, PoolOptions, RemoteFunction};
     pub use heliostat_runtime::handle::Handle;
+    pub use heliostat_runtime::objects::{ObjectBytes, ObjectError, ObjectRef, Objects};
     pub use heliostat_runtime::spec::{ActorSpec, Lifetime};
 }

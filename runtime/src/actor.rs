@@ -16,6 +16,7 @@ use crate::cluster::Cluster;
 use crate::function::{FunctionActor, FunctionTable};
 use crate::handle::{ActorAddr, ActorId, Incarnation};
 use crate::mesh::MeshSeat;
+use crate::objects::scope;
 use crate::spec::{DeathCause, Device, GroupMember, Progress};
 use crate::system::{Panic, SpawnError, SpawnOptions, System};
 use crate::wire::from_bytes;
@@ -172,7 +173,7 @@ where
         let system = cx.system().clone();
         let options = SpawnOptions { id: cx.actor_id(), incarnation: cx.incarnation(), mailbox_capacity };
         let made = move || async move {
-            let args = from_bytes::<T>(&args)
+            let args = scope::received(cx.system().objects(), || from_bytes::<T>(&args))
                 .map_err(|e| CreateError::Args { type_name: A::TYPE, why: e.to_string() })?;
             create(args, cx).await
         };

@@ -12,6 +12,7 @@ pub mod head;
 mod mailbox;
 pub mod mesh;
 pub mod node;
+pub mod objects;
 pub mod package;
 mod panics;
 pub mod process;

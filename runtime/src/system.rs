@@ -27,6 +27,7 @@ use crate::handle::{ActorAddr, ActorId, Handle, Incarnation, JsonHandle, Process
 pub use crate::mailbox::ActorEnd;
 use crate::mailbox::{Entry, Pump, Registry};
 use crate::mesh::Meshes;
+use crate::objects::Table;
 use crate::panics;
 pub use crate::panics::Panic;
 use crate::wire::FRAME_BYTES_MAX;
@@ -83,6 +84,7 @@ pub(crate) struct Shared {
     links: Mutex<HashMap<String, Arc<Link>>>,
     conns: Mutex<Vec<Weak<Conn>>>,
     meshes: Meshes,
+    pub(crate) objects: Arc<Table>,
     arbiters: Arbiters,
     stop: CancellationToken,
 }
@@ -156,6 +158,7 @@ impl System {
             refused_tells: RefusedTells::default(),
             refused_peers: RefusedPeers::default(),
             returnable: Arc::new(Semaphore::new(config.returnable_max)),
+            objects: Table::new(config.process, endpoint.clone()),
             endpoint,
             gate: Gate::new(config.connections_max.max(1)),
             silence_max: config.silence_max,
@@ -167,6 +170,7 @@ impl System {
         });
         shared.tasks.spawn(accept(shared.clone(), listener));
         shared.tasks.spawn(watch_silence(shared.clone()));
+        shared.objects.attach(WeakSystem(Arc::downgrade(&shared)));
         Ok(Self { shared })
     }
 
@@ -299,6 +303,7 @@ impl System {
     pub async fn shutdown(&self) {
         let shared = &self.shared;
         shared.stop.cancel();
+        shared.objects.stop();
         let actors = shared.registry.all();
         let ends: Vec<_> = actors.iter().map(|entry| ended(entry.watch())).collect();
         actors.iter().for_each(|entry| entry.stop());
@@ -340,6 +345,11 @@ impl System {
 
     pub(crate) fn downgrade(&self) -> WeakSystem {
         WeakSystem(Arc::downgrade(&self.shared))
+    }
+
+    /// The objects of this process.
+    pub(crate) fn objects(&self) -> &Arc<Table> {
+        &self.shared.objects
     }
 
     pub(crate) fn meshes(&self) -> &Meshes {

@@ -124,6 +124,7 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
     settings.token = token;
     settings.tls.clone_from(&record.tls);
     let system = System::start(settings).await?;
+    system.objects().at_store(dir.objects());
     let cluster = Cluster::with_system(system.clone(), &record.head);
     let cluster = match record.package.clone() {
         Some(package) => cluster.with_package(package),

@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     PlacementGroups,
     /// Commands that were submitted.
     Jobs,
+    /// Large values in the object stores of the nodes.
+    Objects,
 }
 
 /// `helio list`.
@@ -31,6 +33,7 @@ Examples:
   helio list actors -f last_death.signal=9
   helio list nodes -f labels.zone=east
   helio list workers --json | jq -r '.[].pid'
+  helio list objects -f state=disk
 
 Filters are the keys of --json; a key within another is written A.B. Text is compared without regard to case, and null is
 nothing. Ray's command works, too: ray list actors --address http://127.0.0.1:8265")]
@@ -57,7 +60,7 @@ Examples:
 pub(crate) struct Get {
     /// What it is.
     pub(crate) what: Kind,
-    /// Its name; of a worker its actor's, of a job its submission id.
+    /// Its name; of a worker its actor's, of a job its submission id, of an object its id.
     pub(crate) name: String,
     /// Which cluster.
     #[command(flatten)]

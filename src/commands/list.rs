@@ -1,6 +1,6 @@
 //! `helio list|get|summary`: the cluster as tables, one thing of it, and counts.
 //!
-//! Facts come from the head, jobs from the jobs actor; filters are the state API's.
+//! Facts come from the head, jobs from the jobs actor, objects from the nodes' stores; filters are the state API's.
 
 use super::{print, print_json};
 use crate::args::{Get, Kind, List, Summary, Target};
@@ -14,6 +14,7 @@ use heliostat_actors::state::query::{self, Filter, Row};
 use heliostat_runtime::cluster::status::{
     ActorState, ActorStatus, ClusterStatus, GroupStatus, NodeStatus, PlacementGroupStatus, WorkerStatus,
 };
+use heliostat_runtime::objects::ObjectStatus;
 use serde::Serialize;
 use serde_json::Value as Json;
 
@@ -75,6 +76,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Groups => "groups",
         Kind::PlacementGroups => "placement-groups",
         Kind::Jobs => "jobs",
+        Kind::Objects => "objects",
     }
 }
 
@@ -84,6 +86,7 @@ fn id_of(kind: Kind) -> &'static str {
         Kind::Nodes | Kind::Actors | Kind::Groups | Kind::PlacementGroups => "name",
         Kind::Workers => "actor",
         Kind::Jobs => "submission_id",
+        Kind::Objects => "object",
     }
 }
 
@@ -96,6 +99,7 @@ fn counted_by(kind: Kind) -> (&'static str, &'static str) {
         Kind::Groups => ("name", "complete"),
         Kind::PlacementGroups => ("strategy", "state"),
         Kind::Jobs => ("type", "status"),
+        Kind::Objects => ("node", "state"),
     }
 }
 
@@ -108,6 +112,7 @@ enum Things {
     Groups(Vec<GroupStatus>),
     PlacementGroups(Vec<PlacementGroupStatus>),
     Jobs(Vec<Json>),
+    Objects(Vec<ObjectStatus>),
 }
 
 /// Things, and each as a row.
@@ -130,6 +135,7 @@ impl Found {
                 of(status.actors, |actors| Things::Actors(actors, status.nodes))
             }
             Kind::Jobs => of(jobs(&access).await?, Things::Jobs),
+            Kind::Objects => of(objects(&access).await?, Things::Objects),
         })
     }
 
@@ -148,6 +154,7 @@ impl Found {
             Things::Groups(groups) => only(groups, &chosen),
             Things::PlacementGroups(groups) => only(groups, &chosen),
             Things::Jobs(jobs) => only(jobs, &chosen),
+            Things::Objects(objects) => only(objects, &chosen),
         }
         Ok(())
     }
@@ -160,6 +167,7 @@ impl Found {
             Things::Groups(groups) => print_json(groups),
             Things::PlacementGroups(groups) => print_json(groups),
             Things::Jobs(jobs) => print_json(jobs),
+            Things::Objects(objects) => print_json(objects),
         }
     }
 
@@ -171,6 +179,7 @@ impl Found {
             Things::Groups(groups) => show::cluster::groups(groups),
             Things::PlacementGroups(groups) => show::cluster::placement_groups(groups),
             Things::Jobs(jobs) => show::job::list(&Json::Array(jobs.clone())),
+            Things::Objects(objects) => show::cluster::objects(objects),
         }
     }
 }
@@ -181,6 +190,12 @@ fn of<T: Serialize>(things: Vec<T>, wrap: impl FnOnce(Vec<T>) -> Things) -> Foun
         Ok(_) | Err(_) => Row::new(),
     };
     Found { rows: things.iter().map(row).collect(), things: wrap(things) }
+}
+
+/// What is in the object stores of the nodes.
+async fn objects(access: &Access) -> Result<Vec<ObjectStatus>> {
+    let stores = access.connect().await?.object_stores().await?;
+    Ok(stores.into_iter().flat_map(|store| store.objects).collect())
 }
 
 /// All jobs, from the jobs actor itself.

@@ -41,6 +41,9 @@ fn config(args: &args::Node) -> Result<NodeConfig> {
     config.devices = devices(args)?;
     config.capacity.cpus = args.cpus.unwrap_or(config.capacity.cpus);
     config.capacity.memory = args.memory.unwrap_or(config.capacity.memory);
+    config.objects_bytes_max = args.objects.unwrap_or(config.objects_bytes_max);
+    config.spill_dir.clone_from(&args.spill_dir);
+    config.spill_bytes_max = args.spill;
     config.capacity.custom = args.resources.iter().cloned().collect();
     config.labels = args.labels.iter().cloned().collect();
     config.worker_command = vec![program()?.display().to_string(), "worker".into()];

@@ -5,6 +5,7 @@ use heliostat_runtime::cluster::status::{
     ActorState, ActorStatus, ClusterStatus, GroupStatus, NodeState, NodeStatus, PlacementGroupState,
     PlacementGroupStatus, WorkerStatus,
 };
+use heliostat_runtime::objects::ObjectStatus;
 use heliostat_runtime::spec::{Device, DeviceKind, HOST_LABEL, Labels, NODE_LABEL, Resources};
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -119,6 +120,23 @@ pub(crate) fn workers(workers: &[WorkerStatus]) -> String {
             worker.node.clone(),
             or_dash(worker.pid),
             worker.incarnation.to_string(),
+        ]);
+    }
+    render(&table)
+}
+
+/// One line per object of a store.
+pub(crate) fn objects(objects: &[ObjectStatus]) -> String {
+    let mut table = table(["object", "state", "node", "bytes", "owner", "readers"]);
+    for object in objects {
+        let readers: Vec<String> = object.readers.iter().map(ToString::to_string).collect();
+        table.add_row([
+            object.object.clone(),
+            word(&object.state),
+            object.node.clone(),
+            object.bytes.to_string(),
+            or_dash(object.owner_pid),
+            readers.join(", "),
         ]);
     }
     render(&table)

@@ -12,6 +12,7 @@ use actix_web::http::StatusCode;
 use actix_web::web::{self, Data, Path, Query as Parameters, ServiceConfig};
 use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::ClusterStatus;
+use heliostat_runtime::objects::ObjectStatus;
 use serde_json::{Value as Json, json};
 use tokio::sync::Semaphore;
 
@@ -50,6 +51,7 @@ enum Kind {
     Workers,
     Jobs,
     PlacementGroups,
+    Objects,
 }
 
 /// Why there is no answer.
@@ -57,7 +59,9 @@ enum Kind {
 enum Failure {
     #[error(transparent)]
     Query(#[from] QueryError),
-    #[error("Heliostat keeps no record of {0}; it lists actors, nodes, workers, jobs and placement_groups")]
+    #[error(
+        "Heliostat keeps no record of {0}; it lists actors, nodes, workers, jobs, placement_groups and objects"
+    )]
     NotKept(String),
     #[error("there is no summary of {0}; there is one of actors")]
     NoSummary(String),
@@ -88,6 +92,7 @@ impl Kind {
             "workers" => Ok(Self::Workers),
             "jobs" => Ok(Self::Jobs),
             "placement_groups" => Ok(Self::PlacementGroups),
+            "objects" => Ok(Self::Objects),
             other => Err(Failure::NotKept(other.to_owned())),
         }
     }
@@ -99,6 +104,7 @@ impl Kind {
             Self::Workers => &ray::WORKERS,
             Self::Jobs => &ray::JOBS,
             Self::PlacementGroups => &ray::PLACEMENT_GROUPS,
+            Self::Objects => &ray::OBJECTS,
         }
     }
 }
@@ -112,7 +118,20 @@ impl Source {
             Kind::Nodes => ray::nodes(&self.status(query.timeout_s).await?),
             Kind::Workers => ray::workers(&self.status(query.timeout_s).await?),
             Kind::PlacementGroups => ray::placement_groups(&self.status(query.timeout_s).await?),
+            Kind::Objects => ray::objects(&self.objects(query.timeout_s).await?),
         })
+    }
+
+    /// What is in the stores of all nodes.
+    async fn objects(&self, timeout_s: u64) -> Result<Vec<ObjectStatus>, Failure> {
+        let Some(cluster) = &self.cluster else {
+            return Err(Failure::Head("this dashboard runs without one".into()));
+        };
+        match tokio::time::timeout(Duration::from_secs(timeout_s), cluster.object_stores()).await {
+            Ok(Ok(stores)) => Ok(stores.into_iter().flat_map(|store| store.objects).collect()),
+            Ok(Err(why)) => Err(Failure::Head(why.to_string())),
+            Err(_) => Err(Failure::Head(format!("not within {timeout_s} s"))),
+        }
     }
 
     async fn status(&self, timeout_s: u64) -> Result<ClusterStatus, Failure> {
@@ -171,7 +190,7 @@ async fn summarize(
         query.limit = Query::LIMIT_MAX;
         let kind = match Kind::parse(&kind)? {
             Kind::Actors => Kind::Actors,
-            Kind::Nodes | Kind::Workers | Kind::Jobs | Kind::PlacementGroups => {
+            Kind::Nodes | Kind::Workers | Kind::Jobs | Kind::PlacementGroups | Kind::Objects => {
                 return Err(Failure::NoSummary(kind.into_inner()));
             }
         };

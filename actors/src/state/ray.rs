@@ -6,6 +6,7 @@ use heliostat_runtime::cluster::status::{
     ActorState, ActorStatus, BundleStatus, ClusterStatus, NodeState, NodeStatus, PlacementGroupState,
     PlacementGroupStatus, WorkerStatus,
 };
+use heliostat_runtime::objects::{ObjectPlace, ObjectStatus};
 use heliostat_runtime::spec::{DeathCause, DeviceKind, Lifetime, Owner, Resources, split_name};
 use serde_json::{Map, Value as Json, json};
 
@@ -125,6 +126,40 @@ pub(super) const PLACEMENT_GROUPS: Schema = Schema {
         detail("topology_assignments"),
     ],
 };
+
+/// Ray's `ObjectState`.
+pub(super) const OBJECTS: Schema = Schema {
+    id: "object_id",
+    columns: &[
+        column("object_id"),
+        column("object_size"),
+        column("task_status"),
+        column("reference_type"),
+        column("call_site"),
+        column("type"),
+        column("pid"),
+        column("ip"),
+        column("attempt_number"),
+    ],
+};
+
+/// All objects of the nodes' stores; where each comes from is not recorded.
+pub(super) fn objects(objects: &[ObjectStatus]) -> Vec<Row> {
+    let kind = |object: &ObjectStatus| match object.state {
+        ObjectPlace::Memory | ObjectPlace::Disk => "LOCAL_REFERENCE",
+        ObjectPlace::Copy | ObjectPlace::Freed => "PINNED_IN_MEMORY",
+    };
+    let object = |object: &ObjectStatus| {
+        row(json!({
+            "object_id": object.object,
+            "object_size": object.bytes,
+            "reference_type": kind(object),
+            "pid": object.owner_pid,
+            "ip": object.node,
+        }))
+    };
+    objects.iter().map(object).collect()
+}
 
 /// All actors.
 pub(super) fn actors(status: &ClusterStatus) -> Vec<Row> {

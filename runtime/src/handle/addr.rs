@@ -20,6 +20,8 @@ impl ActorId {
     pub const NODE: Self = Self::named("heliostat/node");
     /// Takes part in the rounds of meshes, in each process that hosts a rank.
     pub const MESH: Self = Self::named("heliostat/mesh");
+    /// The objects of a process, or the object store of a node in the process of its agent.
+    pub const OBJECTS: Self = Self::named("heliostat/objects");
     /// The packages of the head or of a node, in its process.
     pub const PACKAGES: Self = Self::named("heliostat/packages");
     /// The host of a worker process, in that process.
@@ -37,6 +39,7 @@ impl fmt::Display for ActorId {
             Self::HEAD => f.write_str("head"),
             Self::NODE => f.write_str("node"),
             Self::MESH => f.write_str("mesh"),
+            Self::OBJECTS => f.write_str("objects"),
             Self::PACKAGES => f.write_str("packages"),
             Self::WORKER => f.write_str("worker"),
             Self(id) => write!(f, "{id:016x}"),

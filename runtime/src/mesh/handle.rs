@@ -21,6 +21,7 @@ use super::tree::{Fold, Part, Plan};
 use crate::actor::{RemoteActor, WireMessage};
 use crate::group::GroupView;
 use crate::handle::Handle;
+use crate::objects::scope;
 use crate::system::System;
 use crate::wire::{from_bytes, name_hash, to_bytes};
 
@@ -215,7 +216,7 @@ impl<A: RemoteActor> Mesh<A> {
         let parts = whole(up, failure)?;
         let mut answers = Vec::with_capacity(parts.len());
         for (position, part) in sorted(parts, self.slice.len())? {
-            answers.push(decode::<M>(position, &part)?);
+            answers.push(self.decode::<M>(position, &part)?);
         }
         Ok(answers)
     }
@@ -232,7 +233,7 @@ impl<A: RemoteActor> Mesh<A> {
         for part in up.parts {
             let position = part.position().ok_or_else(|| broken("a reduced answer"))?;
             let answer = answers.get_mut(position as usize).ok_or_else(|| broken("a position too many"))?;
-            *answer = Some(Ok(decode::<M>(position, &part.value)?));
+            *answer = Some(Ok(self.decode::<M>(position, &part.value)?));
         }
         for failed in failure.failed {
             let position = ranks.binary_search(&failed.rank).map_err(|_| broken("a rank too many"))?;
@@ -251,12 +252,18 @@ impl<A: RemoteActor> Mesh<A> {
         let (up, failure) = self.round(Kind::Reduce, &message).await?;
         let mut decoded = Vec::new();
         for part in whole(up, failure)? {
-            let decode =
-                |bytes: Vec<u8>| from_bytes(&bytes).map_err(|error| MeshError::Codec(error.to_string()));
-            decoded.push(part.try_map(decode)?);
+            decoded.push(part.try_map(|bytes: Vec<u8>| {
+                let decoded = scope::received(self.shared.system.objects(), || from_bytes(&bytes));
+                decoded.map_err(|error| MeshError::Codec(error.to_string()))
+            })?);
         }
         // The first stop has done it all already.
         Fold::new(self.slice.len(), decoded, M::reduce).into_whole().ok_or_else(|| broken("a part too few"))
+    }
+
+    fn decode<M: WireMessage>(&self, position: u32, bytes: &[u8]) -> Result<M::Result, MeshError> {
+        let decoded = scope::received(self.shared.system.objects(), || from_bytes(bytes));
+        decoded.map_err(|error| MeshError::Codec(format!("the answer at position {position}: {error}")))
     }
 
     /// One round, in an epoch in which all ranks of the slice are ready.
@@ -325,10 +332,6 @@ fn sorted(parts: Vec<Part<Vec<u8>>>, count: u32) -> Result<Vec<(u32, Vec<u8>)>, 
         true => Ok(answers),
         false => Err(broken("a rank too few or too many")),
     }
-}
-
-fn decode<M: WireMessage>(position: u32, bytes: &[u8]) -> Result<M::Result, MeshError> {
-    from_bytes(bytes).map_err(|error| MeshError::Codec(format!("the answer at position {position}: {error}")))
 }
 
 /// A peer that is not of this version, or broken.

@@ -13,6 +13,7 @@ use super::error::RankError;
 use super::tree::{Fold, Part};
 use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorAddr, Handle};
+use crate::objects::scope;
 use crate::panics;
 use crate::system::System;
 use crate::wire::{from_bytes, name_hash, to_bytes};
@@ -75,8 +76,9 @@ impl<A: RemoteActor> Accepts<A> {
     }
 }
 
-fn decode<M: WireMessage>(payload: &[u8]) -> Result<M, RankError> {
-    from_bytes::<M>(payload).map_err(|error| RankError::Codec(error.to_string()))
+fn decode<M: WireMessage>(system: &System, payload: &[u8]) -> Result<M, RankError> {
+    let message = scope::received(system.objects(), || from_bytes::<M>(payload));
+    message.map_err(|error| RankError::Codec(error.to_string()))
 }
 
 fn tell<A, M>(system: &System, addr: &ActorAddr, payload: &[u8]) -> Result<(), RankError>
@@ -85,7 +87,9 @@ where
     M: WireMessage,
 {
     let handle: Handle<A> = system.handle(addr.clone());
-    handle.tell(decode::<M>(payload)?).map_err(|refused| RankError::Refused(refused.reason.to_string()))
+    handle
+        .tell(decode::<M>(system, payload)?)
+        .map_err(|refused| RankError::Refused(refused.reason.to_string()))
 }
 
 fn ask<A, M>(
@@ -99,7 +103,7 @@ where
     M: WireMessage,
 {
     let handle: Handle<A> = system.handle(addr.clone());
-    let message = decode::<M>(payload);
+    let message = decode::<M>(system, payload);
     Box::pin(async move {
         let handle = match limit {
             Some(limit) => handle.with_deadline(limit),

@@ -97,6 +97,16 @@ impl RunDir {
         self.workers().join(format!("{incarnation}.json"))
     }
 
+    /// The socket of the object store.
+    pub(crate) fn objects(&self) -> PathBuf {
+        self.0.join("objects.sock")
+    }
+
+    /// Objects that have no room in memory, unless the node keeps them elsewhere.
+    pub(crate) fn spilled(&self) -> PathBuf {
+        self.0.join("objects")
+    }
+
     pub(crate) fn packages(&self) -> PathBuf {
         self.0.join("packages")
     }

@@ -16,8 +16,12 @@ fn memory() -> u64 {
     limit.and_then(|limit| limit.trim().parse().ok()).map_or(all, |limit: u64| all.min(limit))
 }
 
+/// What the machine calls itself.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Labels that every node has.
 pub(super) fn labels(node: &str) -> Labels {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    Labels::from([(NODE_LABEL.to_owned(), node.to_owned()), (HOST_LABEL.to_owned(), host)])
+    Labels::from([(NODE_LABEL.to_owned(), node.to_owned()), (HOST_LABEL.to_owned(), host_name())])
 }

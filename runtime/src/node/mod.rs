@@ -26,9 +26,11 @@ use tokio::sync::watch;
 use self::agent::Agent;
 pub(crate) use self::agent::NodeActor;
 use self::files::{AgentRecord, RunDir};
+pub(crate) use self::machine::host_name;
 use self::packages::NodePackages;
 use crate::actor::CreateError;
 use crate::handle::ActorId;
+use crate::objects::store::{self, StoreConfig, StoreHandle};
 use crate::package::{Door, PACKAGES_BYTES_MAX, PackageActor};
 use crate::spec::{Capacity, Device, Labels};
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
@@ -67,6 +69,12 @@ pub struct NodeConfig {
     pub log_bytes_max: u64,
     /// Packages that are kept, in bytes; those that no worker runs make room, the one used longest ago first. Default 4 GiB.
     pub packages_bytes_max: u64,
+    /// Shared memory for objects, in bytes. Default: 30 % of the machine's.
+    pub objects_bytes_max: u64,
+    /// Where objects go that have no room in memory. Default: in the run directory.
+    pub spill_dir: Option<PathBuf>,
+    /// Bytes of objects that may lie there; 0 has a full store refuse. Default 16 GiB.
+    pub spill_bytes_max: u64,
 }
 
 /// How patient a node agent is.
@@ -115,6 +123,9 @@ impl NodeConfig {
             timing: NodeTiming::default(),
             log_bytes_max: 64 << 20,
             packages_bytes_max: PACKAGES_BYTES_MAX,
+            objects_bytes_max: machine::capacity().memory / 10 * 3,
+            spill_dir: None,
+            spill_bytes_max: 16 << 30,
         }
     }
 }
@@ -161,6 +172,9 @@ pub enum NodeError {
     /// It cannot listen.
     #[error(transparent)]
     System(#[from] SystemError),
+    /// Its object store cannot be served.
+    #[error("object store: {0}")]
+    Objects(CreateError),
     /// Its packages cannot be served.
     #[error("packages: {0}")]
     Packages(CreateError),
@@ -173,6 +187,7 @@ pub enum NodeError {
 pub struct NodeHandle {
     agent: Arc<Agent>,
     over: watch::Receiver<bool>,
+    objects: StoreHandle,
     /// Held until the end, so that nobody else uses the run directory.
     _lock: File,
 }
@@ -198,7 +213,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     if let Some(token) = &config.token {
         files::write_private(&dir.token(), token.bytes()).map_err(failed)?;
     }
-    let mut system = SystemConfig::new(config.bind);
+    let mut system = SystemConfig::new(listen_at(config.bind, &dir));
     system.advertise.clone_from(&config.advertise);
     system.token.clone_from(&config.token);
     system.tls.clone_from(&config.tls);
@@ -206,6 +221,14 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     let (over, watched) = watch::channel(false);
     let packages = NodePackages::open(&dir.packages(), config.packages_bytes_max).map_err(failed)?;
     PackageActor::start(&system, packages.store(), Door::Out).await.map_err(NodeError::Packages)?;
+    let store = StoreConfig {
+        node: config.name.clone(),
+        socket: dir.objects(),
+        memory_bytes_max: config.objects_bytes_max,
+        spill_dir: config.spill_dir.clone().unwrap_or_else(|| dir.spilled()),
+        spill_bytes_max: config.spill_bytes_max,
+    };
+    let objects = store::run(store, &system).await.map_err(NodeError::Objects)?;
     let agent = Arc::new(Agent::new(config, dir.clone(), system.clone(), packages));
     agent.adopt_workers().map_err(failed)?;
     let hosted = agent.clone();
@@ -221,7 +244,20 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
         }
         let _ = over.send(true);
     });
-    Ok(NodeHandle { agent, over: watched, _lock: lock })
+    Ok(NodeHandle { agent, over: watched, objects, _lock: lock })
+}
+
+/// Where the agent listens: if it may choose, where the one before it did. Refs to objects say where their store is.
+fn listen_at(bind: SocketAddr, dir: &RunDir) -> SocketAddr {
+    let before = files::read::<AgentRecord>(&dir.agent()).ok();
+    let port = before.and_then(|agent| agent.endpoint.rsplit_once(':')?.1.parse().ok());
+    match port {
+        Some(port) if bind.port() == 0 => {
+            let again = SocketAddr::new(bind.ip(), port);
+            if std::net::TcpListener::bind(again).is_ok() { again } else { bind }
+        }
+        Some(_) | None => bind,
+    }
 }
 
 fn check(config: &NodeConfig) -> Result<(), NodeError> {
@@ -259,6 +295,7 @@ impl NodeHandle {
     pub async fn stopped(&self) {
         // The sender goes only with its task, which ends by sending.
         let _ = self.over.clone().wait_for(|over| *over).await;
+        self.objects.leave();
         self.agent.system.shutdown().await;
     }
 

@@ -9,6 +9,7 @@ use super::codec::encode_into;
 use super::conn::Conn;
 use super::frame::{self, RemoteFailure, Want};
 use crate::handle::Refusal;
+use crate::objects::scope;
 
 /// Answers one call. Dropping it answers nothing: `crate::mailbox` sees to that.
 pub(crate) struct RemoteAnswer {
@@ -40,7 +41,7 @@ impl RemoteAnswer {
         }
         let sent = self.conn.send_answer(Some(self.call), |out| {
             frame::begin_reply(out, self.call);
-            encode_into(value, out)
+            scope::sent_to_one(|| encode_into(value, out))
         });
         match sent {
             Ok(()) => self.answered = true,
@@ -55,7 +56,7 @@ impl RemoteAnswer {
         let sent = self.conn.send_answer(None, |out| {
             frame::begin_item(out, self.call);
             let head = out.len();
-            encode_into(item, out)?;
+            scope::sent_to_one(|| encode_into(item, out))?;
             bytes = out.len() - head;
             Ok(())
         });

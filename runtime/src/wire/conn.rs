@@ -19,6 +19,7 @@ use super::outbound::{CHUNK_BYTES, Flush, Outbound};
 use super::stream::Stream;
 use crate::handle::Refusal;
 use crate::mailbox::Failure;
+use crate::objects::scope;
 
 /// Bounds of a connection.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +108,8 @@ impl Conn {
         let call = self.next_call.fetch_add(1, Ordering::Relaxed);
         with_scratch(|out| {
             frame::begin_call(out, &CallHead { call, ..*head });
-            encode_into(message, out).map_err(|e| Refusal::Unsendable(e.to_string()))?;
+            scope::sent_to_one(|| encode_into(message, out))
+                .map_err(|e| Refusal::Unsendable(e.to_string()))?;
             self.check_size(out).map_err(Refusal::Unsendable)?;
             frame::finish(out);
             let mut state = self.lock();

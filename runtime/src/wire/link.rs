@@ -18,6 +18,7 @@ use super::stream::{Secure, Stream};
 use super::tls::TLS_FIRST_BYTE;
 use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
 use crate::mailbox::{Failure, refuse};
+use crate::objects::scope;
 use crate::system::Shared;
 use crate::system::gate::Place;
 
@@ -215,7 +216,7 @@ async fn read(shared: &Shared, conn: &Arc<Conn>, end: End, process: ProcessId) -
                 Ok(Some((body, used))) => match frame::parse(body) {
                     Ok(Frame::Goodbye(why)) => return format!("the peer said goodbye: {why}"),
                     Ok(frame) => {
-                        handle(shared, conn, frame);
+                        scope::received(&shared.objects, || handle(shared, conn, frame));
                         used
                     }
                     Err(error) => return malformed(process, &error),

@@ -12,6 +12,7 @@ use heliostat_runtime::wire::to_bytes;
 
 use crate::causes::Sufferer;
 use crate::mesh::MeshRank;
+use crate::objects::Vault;
 
 /// Counts, and remembers the views it was sent.
 pub(crate) struct Counter {
@@ -136,7 +137,13 @@ impl Handler<GroupView> for Counter {
 }
 
 pub(crate) fn types() -> ActorTypes {
-    ActorTypes::new().with::<Counter>().with::<MeshRank>().with::<Boss>().with::<Other>().with::<Sufferer>()
+    ActorTypes::new()
+        .with::<Counter>()
+        .with::<MeshRank>()
+        .with::<Boss>()
+        .with::<Other>()
+        .with::<Sufferer>()
+        .with::<Vault>()
 }
 
 /// Spawns counters that end with it, and decides what follows from the death of children.

@@ -57,7 +57,8 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     })
 }
 
-/// `node NAME HEAD RUN_DIR DEVICES`, where the devices are a number of CPU devices or `gpus=N`.
+/// `node NAME HEAD RUN_DIR DEVICES [OBJECTS_BYTES SPILL_DIR SPILL_BYTES]`, where the devices are a number of CPU devices or
+/// `gpus=N`.
 pub(crate) fn node(mut args: impl Iterator<Item = String>) -> ExitCode {
     let mut next = || args.next().unwrap();
     let mut config = NodeConfig::new(next(), next(), next());
@@ -68,6 +69,11 @@ pub(crate) fn node(mut args: impl Iterator<Item = String>) -> ExitCode {
         None => (0..devices.parse().unwrap()).map(|index| Device::cpu(index, 1)).collect(),
     };
     config.token = Some(Secret::new(TOKEN));
+    if let Some(objects) = args.next() {
+        config.objects_bytes_max = objects.parse().unwrap();
+        config.spill_dir = args.next().map(Into::into);
+        config.spill_bytes_max = args.next().unwrap().parse().unwrap();
+    }
     config.timing.agent_grace = GRACE;
     config.timing.stop_grace = Duration::from_secs(1);
     serve(async {
@@ -192,9 +198,14 @@ impl TestCluster {
     }
 
     pub(crate) fn start_node_with(&mut self, name: &str, devices: &str) {
+        self.start_node_and(name, devices, &[]);
+    }
+
+    /// The same with what `node` takes more.
+    pub(crate) fn start_node_and(&mut self, name: &str, devices: &str, more: &[&str]) {
         let program = std::env::current_exe().unwrap();
-        let run_dir = self.dir.path().join(name);
-        let args = ["node", name, &self.endpoint, &run_dir.to_string_lossy(), devices];
+        let run_dir = self.dir.path().join(name).to_string_lossy().into_owned();
+        let args = [&["node", name, &self.endpoint, &run_dir, devices], more].concat();
         self.nodes.push((name.to_owned(), Proc::start(&program, &args, &self.log(name))));
     }
 

@@ -8,6 +8,7 @@ mod actors;
 mod causes;
 mod harness;
 mod mesh;
+mod objects;
 mod placement;
 mod scenarios;
 mod tree;
@@ -44,6 +45,11 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("drivers", || Box::pin(tree::drivers())),
     ("strategies", || Box::pin(tree::strategies())),
     ("judge", || Box::pin(tree::judge())),
+    ("objects_on_a_node", || Box::pin(objects::objects_on_a_node())),
+    ("objects_after_deaths", || Box::pin(objects::objects_after_deaths())),
+    ("objects_between_nodes", || Box::pin(objects::objects_between_nodes())),
+    ("objects_after_the_agent", || Box::pin(objects::objects_after_the_agent())),
+    ("objects_on_disk", || Box::pin(objects::objects_on_disk())),
     ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
 ];
 
