@@ -10,5 +10,6 @@ mod lifecycle;
 mod programs;
 mod rig;
 mod security;
+mod serve;
 mod serving;
 mod state;

@@ -109,9 +109,14 @@ pub struct Metrics {
 impl Metrics {
     /// Metrics that say `model_name` in every line.
     pub fn new(model_name: &str) -> Self {
+        Self::labelled(&[("model_name", model_name)])
+    }
+
+    /// Metrics that say `labels` in every line.
+    pub fn labelled(labels: &[(&'static str, &str)]) -> Self {
         let mut registry = Registry::default();
-        let label = ("model_name".into(), model_name.to_owned().into());
-        let vllm = &mut Names { registry: registry.sub_registry_with_label(label), prefix: "vllm:" };
+        let labels = labels.iter().map(|(name, value)| ((*name).into(), (*value).to_owned().into()));
+        let vllm = &mut Names { registry: registry.sub_registry_with_labels(labels), prefix: "vllm:" };
         let running = vllm.add("num_requests_running", "Sequences in the running batch", gauge());
         let waiting = vllm.add("num_requests_waiting", "Sequences waiting", gauge());
         let kv_usage = vllm.add("kv_cache_usage_perc", "KV blocks in use, 1 is all", gauge());

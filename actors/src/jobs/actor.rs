@@ -15,7 +15,7 @@ use super::service::{Jobs, JobsConfig};
 use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::http::HttpDoor;
 use crate::ingress::server::ServeError;
-use crate::state;
+use crate::{serve, state};
 
 /// Arguments of the jobs actor.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -134,7 +134,8 @@ impl Spawn for JobsActor {
         let dashboard = Dashboard::new(http)
             .with(http::routes(jobs.clone()))
             .with(state::http::routes(cx.cluster().cloned(), jobs.clone()))
-            .with(state::call::routes(cx.cluster().cloned()));
+            .with(state::call::routes(cx.cluster().cloned()))
+            .with(serve::http::routes(cx.cluster().cloned()));
         let server = dashboard.start(listener).map_err(failed)?;
         tracing::info!("jobs are taken at {url}");
         Ok(Self { jobs, _server: server })
