@@ -5,6 +5,7 @@ pub(crate) mod cert;
 mod drain;
 mod job;
 mod program;
+mod serve;
 mod state;
 mod watch;
 
@@ -13,6 +14,7 @@ pub(crate) use cert::{CERT_DIR, Cert, CertCa, CertMade, Tls};
 pub(crate) use drain::{Drain, Undrain};
 pub(crate) use job::{Entrypoint, Job, JobArgs, Submit};
 pub(crate) use program::{Package, PackageArgs, SubmitProgram};
+pub(crate) use serve::{Serve, ServeArgs};
 pub(crate) use state::{Get, Kind, List, Summary};
 pub(crate) use watch::{Timeline, Top};
 
@@ -33,6 +35,7 @@ Examples:
   helio list actors -f state=dead  what is there, by filters
   helio logs rank-0 -f             follow the log of an actor
   helio submit target/release/app  ship a program of your own and run its driver on the cluster
+  helio serve deploy serve.yaml    serve other models, or several
   helio job submit -- python x.py  run a command as a job and print its log
   helio down                       stop everything
 
@@ -90,6 +93,8 @@ pub(crate) enum Command {
     Package(PackageArgs),
     /// Run commands as jobs: submit, status, logs, stop, list, delete.
     Job(JobArgs),
+    /// Say what is served: deploy, run, status, config, shutdown, build.
+    Serve(ServeArgs),
     /// Keep one job (started by the jobs actor).
     #[command(hide = true)]
     Entrypoint(Entrypoint),
@@ -311,9 +316,20 @@ pub(crate) struct Logs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Eplb {
     /// Show load, map, balancedness and history.
-    Show(Show),
+    Show(EplbOf),
     /// Plan a new map from the present load and move to it.
-    Rebalance(Show),
+    Rebalance(EplbOf),
+}
+
+/// Whose map of experts.
+#[derive(Debug, Args)]
+pub(crate) struct EplbOf {
+    /// The group of the replica's ranks, see `helio list groups`.
+    #[arg(long, value_name = "NAME", default_value = "ep")]
+    pub(crate) group: String,
+    /// Which cluster, and how to show it.
+    #[command(flatten)]
+    pub(crate) show: Show,
 }
 
 /// `helio check`.

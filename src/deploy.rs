@@ -2,25 +2,45 @@
 
 use crate::config::{All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
-use heliostat_actors::deployment::{Deployment, INGRESS, jobs_spec};
+use heliostat_actors::deployment::{ModelDeployment, ReplicaNames, ingress_spec, jobs_spec, serve_spec};
 use heliostat_actors::eplb::EplbConfig;
 use heliostat_actors::http::{Bounds, HttpDoor};
+use heliostat_actors::ingress_actor::IngressArgs;
 use heliostat_actors::jobs::JobsArgs;
 use heliostat_actors::rank::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs};
+use heliostat_actors::serve::ServeArgs;
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::{Gate, PlacementStrategy as Strategy, Policy as Planner};
-use heliostat_runtime::spec::{ActorSpec, Placement, RestartPolicy};
+use heliostat_runtime::spec::{ActorSpec, LabelSelector, Placement, RestartPolicy};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 /// Steps between two load reports of a rank; a shorter window reports more often.
 const LOAD_REPORT_STEPS: u32 = 16;
 /// Layers of a remap that a rank stages ahead of their commits.
 const STAGE_AHEAD: u32 = 2;
+/// Name of the application that serves the model of cluster.toml.
+const APPLICATION: &str = "cluster";
 
-/// The deployment that a configuration describes. Reads the model's config.json and the initial layout.
-fn deployment(config: &Config, served: &Model) -> Result<Deployment> {
+/// What a configuration asks for.
+pub(crate) struct Plan {
+    /// The actors that the head keeps by itself: the jobs actor, and with a model the serve controller and the ingress.
+    pub(crate) kept: Vec<ActorSpec>,
+    /// Names of the actors of the model, which the controller adds.
+    pub(crate) served: Vec<String>,
+}
+
+impl Plan {
+    /// Names of all actors.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.served.iter().cloned().chain(self.kept.iter().map(|spec| spec.name.clone())).collect()
+    }
+}
+
+/// The model that a configuration describes. Reads its config.json and the initial layout.
+fn model(config: &Config, served: &Model) -> Result<ModelDeployment> {
     let model = ModelConfig::from_dir(&served.path)?;
     let layout_file = config.eplb.initial_layout.as_deref();
     let initial_layout = layout_file
@@ -30,7 +50,7 @@ fn deployment(config: &Config, served: &Model) -> Result<Deployment> {
         PlacementStrategy::Linear => Strategy::Linear,
         PlacementStrategy::RoundRobin => Strategy::RoundRobin,
     };
-    Ok(Deployment {
+    Ok(ModelDeployment {
         model: served.path.clone(),
         model_name: served.name.clone(),
         redundant_experts: config.redundant_experts,
@@ -45,9 +65,8 @@ fn deployment(config: &Config, served: &Model) -> Result<Deployment> {
         },
         eplb: eplb(config, &model),
         topology: topology(config)?,
-        http: SocketAddr::new(config.serve.host, config.serve.port),
-        body_bytes_max: config.serve.max_body_bytes.0,
-        door: door(config),
+        spread: false,
+        selector: LabelSelector::default(),
         restart: restart(config),
     })
 }
@@ -68,19 +87,39 @@ fn door(config: &Config) -> HttpDoor {
 }
 
 /// The actors that a configuration describes. Checks the model's files on this machine.
-pub(crate) fn specs(config: &Config) -> Result<Vec<ActorSpec>> {
-    let mut specs = match &config.model {
-        Some(model) => deployment(config, model)?.specs()?,
-        None => Vec::new(),
+pub(crate) fn plan(config: &Config) -> Result<Plan> {
+    let mut plan = match &config.model {
+        Some(served) => serving(config, served)?,
+        None => Plan { kept: Vec::new(), served: Vec::new() },
     };
-    if let (Some(node), Some(ingress)) = (&config.serve.node, specs.iter_mut().find(|s| s.name == INGRESS)) {
-        ingress.placement = Placement::Node(node.clone());
-    }
     if config.dashboard.enabled {
         let jobs = jobs_spec(&jobs_args(config), restart(config))?;
-        specs.push(ActorSpec { placement: jobs_placement(config), ..jobs });
+        plan.kept.push(ActorSpec { placement: jobs_placement(config), ..jobs });
     }
-    Ok(specs)
+    Ok(plan)
+}
+
+/// The serve controller and the ingress, and what they serve from the start.
+fn serving(config: &Config, served: &Model) -> Result<Plan> {
+    let model = model(config, served)?;
+    let names = ReplicaNames::home();
+    // Whatever is wrong with the model is better said now than by the controller.
+    model.specs(&names, 0)?;
+    let actors = if served.deploy { model.actors(&names) } else { Vec::new() };
+    let http = SocketAddr::new(config.serve.host, config.serve.port);
+    let ingress =
+        IngressArgs { bind: http, body_bytes_max: config.serve.max_body_bytes.0, door: door(config) };
+    let ingress = ingress_spec(&ingress, restart(config))?;
+    let placement = config.serve.node.clone().map_or(Placement::Anywhere, Placement::Node);
+    let serve = ServeArgs {
+        base: model,
+        application: served.deploy.then(|| APPLICATION.to_owned()),
+        // A checkpoint that a document names is looked for beside this one.
+        dir: served.path.parent().map(Path::to_path_buf).unwrap_or_default(),
+        http,
+    };
+    let kept = vec![serve_spec(&serve, restart(config))?, ActorSpec { placement, ..ingress }];
+    Ok(Plan { kept, served: actors })
 }
 
 /// Where the jobs actor goes: its records do not move, so it is pinned where there is a choice.
@@ -183,19 +222,19 @@ fn eplb(config: &Config, model: &ModelConfig) -> EplbConfig {
     let even = ranks.is_multiple_of(nodes) && slots.is_multiple_of(nodes);
     let num_nodes = if even { nodes as usize } else { 1 };
     let policy = match config.eplb.policy {
-        Policy::Deepseek => Planner::Deepseek { num_groups: model.moe.router.n_group, num_nodes },
+        Policy::Deepseek => Planner::Deepseek { num_groups: 1, num_nodes },
         Policy::Incremental => Planner::Incremental(heliostat_engine::eplb::incremental::Search::default()),
     };
-    let values = 3 * model.hidden_size * model.moe.intermediate_size;
-    let bytes_per_value = if model.fp8_blocks { 1 } else { 2 };
-    EplbConfig {
+    let mut eplb = EplbConfig {
         enabled: config.eplb.enable_eplb,
         window_size: config.eplb.window_size.into(),
         step_interval: config.eplb.step_interval.into(),
         policy,
         gate: Gate::default(),
-        bytes_per_expert: (values * bytes_per_value) as u64,
+        bytes_per_expert: 0,
         plan_timeout: Duration::from_secs_f64(config.eplb.plan_timeout_s),
         log_balancedness: config.eplb.log_balancedness,
-    }
+    };
+    eplb.fit(model);
+    eplb
 }

@@ -51,6 +51,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Undrain(args) => one_thread()?.block_on(commands::drain::undo(args)),
         Command::Submit(args) => one_thread()?.block_on(commands::submit::run(args)),
         Command::Package(args) => one_thread()?.block_on(commands::package::run(args)),
+        Command::Serve(args) => one_thread()?.block_on(commands::serve::run(args)),
         Command::Job(args) => one_thread()?.block_on(commands::job::run(args)),
         Command::Entrypoint(args) => one_thread()?.block_on(commands::entrypoint::run(args)),
         Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),

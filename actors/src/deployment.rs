@@ -1,24 +1,23 @@
-//! One model served by one group: which actors it takes, and with which arguments.
+//! One model served by one group: which actors it takes, what they are called, and with which arguments.
 //!
-//! Pure: a checked description in, actor specs out. The head keeps the specs alive.
+//! A checked description in, actor specs out. The serve controller decides how many there are, the head keeps them alive.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use bincode::Encode;
+use bincode::{Decode, Encode};
 use heliostat_engine::checkpoint::{Checkpoint, CheckpointError};
 use heliostat_engine::config::{ConfigError, ModelConfig};
 use heliostat_engine::ep::{Topology, TopologyError};
 use heliostat_engine::eplb::ModelLayers;
 use heliostat_engine::eplb::map::{Layout, MapError, MapShape, PlacementStrategy};
 use heliostat_runtime::actor::RemoteActor;
-use heliostat_runtime::spec::{ActorSpec, GroupMember, Resources, RestartPolicy};
+use heliostat_runtime::spec::{ActorSpec, GroupMember, LabelSelector, Placement, Resources, RestartPolicy};
 
 use crate::eplb::{Eplb, EplbArgs, EplbConfig};
-use crate::http::HttpDoor;
 use crate::ingress_actor::{IngressActor, IngressArgs};
 use crate::jobs::{JobsActor, JobsArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
+use crate::serve::{ServeArgs, ServeController};
 
 /// Name of the group of ranks.
 pub const GROUP: &str = "ep";
@@ -30,14 +29,63 @@ pub const INGRESS: &str = "ingress";
 /// Name of the jobs actor.
 pub const JOBS: &str = "jobs";
 
-/// Name of a rank's actor.
-pub fn rank_name(rank: u32) -> String {
-    format!("rank-{rank}")
+/// Name of the serve controller.
+pub const SERVE: &str = "serve";
+/// Start of the names of groups that the controller makes.
+pub const GROUPS: &str = "serve.";
+
+/// What the actors of one replica are called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaNames {
+    /// Before the names of its actors.
+    pub prefix: String,
+    /// The group of its ranks.
+    pub group: String,
 }
 
-/// What to serve, and how.
-#[derive(Clone, Debug)]
-pub struct Deployment {
+impl ReplicaNames {
+    /// Of cluster.toml's model: short.
+    pub fn home() -> Self {
+        Self { prefix: String::new(), group: GROUP.to_owned() }
+    }
+
+    /// Of a replica with that number.
+    pub fn numbered(app: &str, deployment: &str, number: u64) -> Self {
+        // Both may have letters that no actor's name has; the number tells replicas apart.
+        let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' };
+        let what = if app == deployment { app.to_owned() } else { format!("{app}.{deployment}") };
+        let what: String = what.chars().map(plain).take(64).collect();
+        let name = format!("{}-{number}", what.trim_start_matches('.'));
+        Self { prefix: format!("serve/{name}."), group: format!("{GROUPS}{name}") }
+    }
+
+    /// The actor of a rank.
+    pub fn rank(&self, rank: u32) -> String {
+        rank_name(&self.prefix, rank)
+    }
+
+    /// The EPLB actor.
+    pub fn eplb(&self) -> String {
+        format!("{}{EPLB}", self.prefix)
+    }
+}
+
+/// Name of a rank's actor.
+pub fn rank_name(prefix: &str, rank: u32) -> String {
+    format!("{prefix}rank-{rank}")
+}
+
+/// The EPLB actor of a replica whose ranks are that group.
+pub fn eplb_of_group(group: &str) -> String {
+    match group.strip_prefix(GROUPS) {
+        Some(name) => format!("serve/{name}.{EPLB}"),
+        None => EPLB.to_owned(),
+    }
+}
+
+/// What each replica of a deployment is: a model, served by a whole group of ranks.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct ModelDeployment {
     /// Checkpoint directory, on every node.
     pub model: PathBuf,
     /// Name in the HTTP API.
@@ -56,12 +104,10 @@ pub struct Deployment {
     pub links: LinkArgs,
     /// Load balancing.
     pub eplb: EplbConfig,
-    /// Where HTTP is served.
-    pub http: SocketAddr,
-    /// Largest request body, bytes.
-    pub body_bytes_max: u64,
-    /// Which HTTP clients come in.
-    pub door: HttpDoor,
+    /// Whether its ranks go to different nodes where they can.
+    pub spread: bool,
+    /// What the labels of their nodes must be.
+    pub selector: LabelSelector,
     /// Restarts of every actor.
     pub restart: RestartPolicy,
 }
@@ -89,12 +135,24 @@ pub enum DeployError {
     Encode(String, heliostat_runtime::wire::CodecError),
 }
 
-impl Deployment {
-    /// Checks model and layout on this machine and returns the actors: the ranks, the EPLB actor, the ingress.
+impl ModelDeployment {
+    /// Whether the ranks of `other` could serve for it as they are: only the settings of EPLB change without them.
+    pub fn has_processes_of(&self, other: &Self) -> bool {
+        Self { eplb: other.eplb.clone(), ..self.clone() } == *other
+    }
+
+    /// Names of the actors of a replica.
+    pub fn actors(&self, names: &ReplicaNames) -> Vec<String> {
+        let ranks = (0..self.topology.size() as u32).map(|rank| names.rank(rank));
+        ranks.chain(std::iter::once(names.eplb())).collect()
+    }
+
+    /// Checks model and layout on this machine and returns the actors of one replica: the ranks and the EPLB actor.
+    /// `first_rank` is the number by which the ingress knows its first DP rank.
     ///
     /// # Errors
     /// What is missing, damaged or does not fit.
-    pub fn specs(&self) -> Result<Vec<ActorSpec>, DeployError> {
+    pub fn specs(&self, names: &ReplicaNames, first_rank: u32) -> Result<Vec<ActorSpec>, DeployError> {
         let config = ModelConfig::from_dir(&self.model)?;
         Checkpoint::open(&self.model)?.validate(&config)?;
         let layout = self.layout(&config)?;
@@ -103,32 +161,24 @@ impl Deployment {
         for rank in 0..size {
             let args = RankArgs {
                 rank,
+                prefix: names.prefix.clone(),
+                first_rank,
                 topology: self.topology.clone(),
                 model: self.model.clone(),
                 layout: layout.clone(),
                 engine: self.engine.clone(),
                 links: self.links.clone(),
             };
-            let mut spec = self.spec(&rank_name(rank), Rank::TYPE, &args)?;
+            let mut spec = self.spec(&names.rank(rank), Rank::TYPE, &args)?;
             spec.resources = Resources::device();
-            spec.group = Some(GroupMember { group: GROUP.to_owned(), rank, size });
+            spec.group = Some(GroupMember { group: names.group.clone(), rank, size });
+            spec.placement = if self.spread { Placement::Spread } else { Placement::Anywhere };
+            spec.selector = self.selector.clone();
             specs.push(spec);
         }
         let eplb = EplbArgs { layout, topology: self.topology.clone(), config: self.eplb.clone() };
-        specs.push(ActorSpec { subscribe: vec![GROUP.into()], ..self.spec(EPLB, Eplb::TYPE, &eplb)? });
-        let ingress = IngressArgs {
-            model: self.model.clone(),
-            model_name: self.model_name.clone(),
-            bind: self.http,
-            dp: self.topology.dp as u32,
-            max_model_len: self.engine.max_model_len,
-            block_size: self.engine.block_size,
-            max_waiting: self.engine.max_waiting,
-            body_bytes_max: self.body_bytes_max,
-            door: self.door.clone(),
-        };
-        let spec = self.spec(INGRESS, IngressActor::TYPE, &ingress)?;
-        specs.push(ActorSpec { subscribe: vec![GROUP.into()], mailbox_capacity: 65_536, ..spec });
+        let spec = self.spec(&names.eplb(), Eplb::TYPE, &eplb)?;
+        specs.push(ActorSpec { subscribe: vec![names.group.clone()], ..spec });
         Ok(specs)
     }
 
@@ -156,6 +206,23 @@ impl Deployment {
             None => Layout::initial(moe_layers, shape, self.strategy)?,
         })
     }
+}
+
+/// The ingress, which hears of every group that serves.
+///
+/// # Errors
+/// Arguments that do not encode.
+pub fn ingress_spec(args: &IngressArgs, restart: RestartPolicy) -> Result<ActorSpec, DeployError> {
+    let subscribe = vec![GROUP.to_owned(), format!("{GROUPS}*")];
+    Ok(ActorSpec { subscribe, mailbox_capacity: 65_536, ..spec(INGRESS, IngressActor::TYPE, args, restart)? })
+}
+
+/// The serve controller.
+///
+/// # Errors
+/// Arguments that do not encode.
+pub fn serve_spec(args: &ServeArgs, restart: RestartPolicy) -> Result<ActorSpec, DeployError> {
+    spec(SERVE, ServeController::TYPE, args, restart)
 }
 
 /// The jobs actor, which needs no model.

@@ -1,4 +1,4 @@
-//! The product: DP and EP ranks, EPLB, router, ingress, dashboard and jobs. The only room where runtime and engine meet.
+//! The product: DP and EP ranks, EPLB, router, ingress, dashboard, jobs, and the controller of what is served. The only room where runtime and engine meet.
 
 pub mod bench;
 pub mod dashboard;
@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod messages;
 pub mod monitor;
 pub mod rank;
+pub mod serve;
 pub mod state;
 
 use heliostat_runtime::actor::ActorTypes;
@@ -22,4 +23,5 @@ pub fn actor_types() -> ActorTypes {
         .with::<eplb::Eplb>()
         .with::<ingress_actor::IngressActor>()
         .with::<jobs::JobsActor>()
+        .with::<serve::ServeController>()
 }

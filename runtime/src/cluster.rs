@@ -6,6 +6,7 @@ mod owned;
 pub mod placement_group;
 mod spawn;
 pub mod status;
+pub mod values;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -52,7 +52,7 @@ pub struct ActorSpec {
     pub group: Option<GroupMember>,
     /// The shape of the mesh that its group is, if it is one; the group's size is then that of the shape.
     pub mesh: Option<Dims>,
-    /// Names of further groups whose views are delivered to this actor.
+    /// Names of further groups whose views are delivered to this actor; `serve.*` is every group whose name begins so.
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
     pub mailbox_capacity: u32,

@@ -11,7 +11,7 @@ use anyhow::Result;
 /// Checks everything that can be checked on this machine.
 pub(crate) fn run(args: &Check) -> Result<()> {
     let config = Config::load(args.file.as_deref())?;
-    let specs = deploy::specs(&config)
+    let plan = deploy::plan(&config)
         .map_err(|e| Failure::error(USAGE, format!("the model cannot be served: {}", failure::text(&e))))?;
     let p = config.parallel;
     let devices: u32 = config.nodes.iter().map(|n| n.devices.count()).sum();
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &Check) -> Result<()> {
              actors   {}\n",
             config.name,
             config.nodes.len(),
-            specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", "),
+            plan.names().join(", "),
         ));
     };
     print(&format!(
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Check) -> Result<()> {
         p.ep,
         config.nodes.len(),
         config.redundant_experts,
-        specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(", "),
+        plan.names().join(", "),
         config.serve_url(),
     ))
 }

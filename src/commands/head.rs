@@ -35,7 +35,7 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
         None => run_dir(Some(&config.run_dir), None)?,
     };
     run.create()?;
-    let specs = deploy::specs(&config)?;
+    let specs = deploy::plan(&config)?.kept;
     let head = head::run(head_config(&config, args.stood_down)).await?;
     run.set_address(&Access::of(&config).address)?;
     run.set_token(config.token.as_ref())?;

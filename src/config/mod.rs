@@ -220,6 +220,8 @@ pub(crate) struct Model {
     pub(crate) name: String,
     /// Longest sequence in tokens.
     pub(crate) max_model_len: u32,
+    /// Whether it is served from the start.
+    pub(crate) deploy: bool,
 }
 
 /// How ranks share the model.

@@ -208,6 +208,8 @@ section! {
         name: Option<String> = None,
         /// Longest sequence, prompt and answer together, in tokens. Without it: the model's own limit.
         max_model_len: Option<u32> = None,
+        /// Serve it from the start, as the application `cluster`. False: `helio serve deploy` says what is served.
+        deploy: bool = true,
     }
 }
 

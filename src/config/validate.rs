@@ -239,7 +239,7 @@ impl Check<'_> {
             format!("`max_model_len` = {max_model_len} is beyond the model's {context} positions"),
             format!("write {context} or less"),
         );
-        Some(Model { path, name, max_model_len })
+        Some(Model { path, name, max_model_len, deploy: written.deploy })
     }
 
     fn redundant_experts(&mut self, raw: &Raw, facts: &Facts, ep: u32) -> u32 {

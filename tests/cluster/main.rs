@@ -12,5 +12,6 @@ mod page;
 mod programs;
 mod rig;
 mod security;
+mod serve;
 mod serving;
 mod state;

@@ -82,7 +82,8 @@ impl Dashboard {
                 .app_data(door.clone())
                 .app_data(PayloadConfig::new(BODY_BYTES_MAX))
                 .wrap(from_fn(guard))
-                .route("/api/version", web::get().to(version));
+                .route("/api/version", web::get().to(version))
+                .route("/api/ray/version", web::get().to(version));
             let app = parts.iter().fold(app, |app, routes| app.configure(&**routes));
             app.default_service(web::to(no_such_route))
         };

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use bincode::{Decode, Encode};
+use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::{PlanProgress, Topology};
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::eplb::plan::{LayerPlan, Plan};
@@ -33,7 +34,7 @@ pub struct EplbArgs {
 }
 
 /// When and how the actor remaps.
-#[derive(Clone, Debug, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct EplbConfig {
     /// Whether remaps start by themselves; on request they do anyway.
     pub enabled: bool,
@@ -51,6 +52,18 @@ pub struct EplbConfig {
     pub plan_timeout: Duration,
     /// Log balancedness at every load report that fills the window.
     pub log_balancedness: bool,
+}
+
+impl EplbConfig {
+    /// The same for a model: what its experts weigh, and how they are grouped.
+    pub fn fit(&mut self, model: &ModelConfig) {
+        let values = 3 * model.hidden_size * model.moe.intermediate_size;
+        let bytes_per_value = if model.fp8_blocks { 1 } else { 2 };
+        self.bytes_per_expert = (values * bytes_per_value) as u64;
+        if let Policy::Deepseek { num_groups, .. } = &mut self.policy {
+            *num_groups = model.moe.router.n_group;
+        }
+    }
 }
 
 /// What the actor must do.

@@ -3,7 +3,7 @@
 //! The product implements [`EngineLink`] over remote handles; tests put an engine of their own behind it. In the other
 //! direction see `on_outputs`, `on_stats`, `on_ranks` and `on_refused` of [`super::Ingress`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use heliostat_engine::request::{Request, RequestId};
 
@@ -49,13 +49,43 @@ pub trait EngineLink: Send + 'static {
     fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable>;
 }
 
-/// Which ranks can take requests.
+/// Which ranks can take requests, of one group or of several that serve the same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ranks {
-    /// DP ranks of the group, ready or not.
+    /// DP ranks of a group, ready or not.
     pub size: u32,
     /// Those that are ready, each with its incarnation: a rank whose incarnation changed has forgotten its sequences.
     pub ready: BTreeMap<u32, u64>,
-    /// What the group still waits for, in words for people; empty when it is complete.
+    /// Those that finish what they have and take nothing new.
+    pub closed: BTreeSet<u32>,
+    /// Their numbers in their groups, where these are others: what clients call them.
+    pub local: BTreeMap<u32, u32>,
+    /// What is still waited for, in words for people; empty when a group is complete.
     pub missing: Vec<String>,
+}
+
+impl Ranks {
+    /// Whether a rank takes something new.
+    pub fn is_open(&self, rank: u32) -> bool {
+        self.ready.contains_key(&rank) && !self.closed.contains(&rank)
+    }
+
+    /// Those that take something new.
+    pub fn open(&self) -> impl Iterator<Item = u32> {
+        self.ready.keys().copied().filter(|rank| !self.closed.contains(rank))
+    }
+
+    /// The number of a rank in its group.
+    pub fn local(&self, rank: u32) -> u32 {
+        self.local.get(&rank).copied().unwrap_or(rank)
+    }
+}
+
+/// How many requests may be there, beside what the queues of the ranks take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// In flight at once; none: no bound.
+    pub in_flight_max: Option<usize>,
+    /// Whether requests may wait where no rank takes any: one is started for them.
+    pub may_wait: bool,
 }

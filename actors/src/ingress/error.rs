@@ -128,7 +128,7 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::QueueFull => Self::queue_full(message),
-            Failure::NoRank(_) | Failure::Stalled { .. } | Failure::MovedTooOften(_) => {
+            Failure::NoRank(_) | Failure::Stalled { .. } | Failure::Ended | Failure::MovedTooOften(_) => {
                 Self::not_ready(message).with_code("rank_lost")
             }
             Failure::Unservable(_) => Self::new(StatusCode::BAD_REQUEST, message).with_code("unservable"),

@@ -14,7 +14,7 @@ use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
-use super::engine::{EngineLink, RankCommand, Ranks, Refusal};
+use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
 use crate::monitor::trace::SequenceSpan;
@@ -63,10 +63,15 @@ pub enum Event {
 impl Ingress {
     /// An ingress that sends by `link`; no rank is ready yet.
     pub fn new(model_name: &str, config: DispatchConfig, link: impl EngineLink) -> Self {
+        Self::with_metrics(Metrics::new(model_name), config, link)
+    }
+
+    /// The same with metrics of its own.
+    pub fn with_metrics(metrics: Metrics, config: DispatchConfig, link: impl EngineLink) -> Self {
         let shell = Shell { dispatch: Dispatch::new(config), link: Box::new(link), clients: HashMap::new() };
         Self(Arc::new(Inner {
             shell: Mutex::new(shell),
-            metrics: Metrics::new(model_name),
+            metrics,
             started: Instant::now(),
             instance: rand::random(),
             next_id: AtomicU64::new(0),
@@ -89,6 +94,32 @@ impl Ingress {
     /// The set of ready ranks, or what is missing, changed. Sequences of lost ranks go on elsewhere.
     pub fn on_ranks(&self, ranks: Ranks) {
         self.act(|dispatch, now, effects| dispatch.set_ranks(now, ranks, effects));
+    }
+
+    /// What it served ends: requests in flight fail.
+    pub fn close(&self) {
+        self.stop_taking_requests();
+        self.act(|dispatch, _, effects| dispatch.close(effects));
+    }
+
+    /// How many requests may be there from now on.
+    pub fn set_admission(&self, admission: Admission) {
+        self.lock().dispatch.set_admission(admission);
+    }
+
+    /// Sequences in flight, those that wait for a rank included.
+    pub fn in_flight(&self) -> usize {
+        self.lock().dispatch.len()
+    }
+
+    /// Sequences at ranks of that range.
+    pub fn in_flight_at(&self, ranks: std::ops::Range<u32>) -> usize {
+        self.lock().dispatch.at(ranks)
+    }
+
+    /// Ranks that take something new.
+    pub fn open_ranks(&self) -> usize {
+        self.lock().dispatch.ranks().open().count()
     }
 
     /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
@@ -156,9 +187,9 @@ impl Ingress {
         }
         let shell = self.lock();
         let ranks = shell.dispatch.ranks();
-        match (ranks.ready.is_empty(), ranks.missing.is_empty()) {
-            (false, true) => Ok(()),
-            (true, true) => Err(vec!["no rank is ready".into()]),
+        match (shell.dispatch.is_open(), ranks.missing.is_empty()) {
+            (true, true) => Ok(()),
+            (false, true) => Err(vec!["no rank is ready".into()]),
             (_, false) => Err(ranks.missing.clone()),
         }
     }

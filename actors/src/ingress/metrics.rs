@@ -145,9 +145,16 @@ struct Watched {
 impl Metrics {
     /// Metrics that say `model_name` in every line.
     pub fn new(model_name: &str) -> Self {
+        Self::labelled(&[("model_name", model_name)])
+    }
+
+    /// Metrics that say `labels` in every line.
+    pub fn labelled(labels: &[(&'static str, &str)]) -> Self {
         let mut registry = Registry::default();
-        let label = ("model_name".into(), model_name.to_owned().into());
-        let vllm = &mut Names { registry: registry.sub_registry_with_label(label), prefix: "vllm:" };
+        let model = labels.iter().find(|(name, _)| *name == "model_name");
+        let model = model.map(|(_, value)| (*value).to_owned()).unwrap_or_default();
+        let labels = labels.iter().map(|(name, value)| ((*name).into(), (*value).to_owned().into()));
+        let vllm = &mut Names { registry: registry.sub_registry_with_labels(labels), prefix: "vllm:" };
         let running = vllm.add("num_requests_running", "Sequences in the running batch", gauge());
         let waiting = vllm.add("num_requests_waiting", "Sequences waiting", gauge());
         let kv_usage = vllm.add("kv_cache_usage_perc", "KV blocks in use, 1 is all", gauge());
@@ -199,7 +206,7 @@ impl Metrics {
             responses,
             phases,
             proxy,
-            watched: Watched { model: model_name.to_owned(), ..Watched::default() },
+            watched: Watched { model, ..Watched::default() },
         }
     }
 

@@ -1,8 +1,9 @@
 //! HTTP in front of the ranks: OpenAI's API, the router, metrics.
 //!
 //! [`Ingress`] is fed by the actor that hears the ranks and is driven by HTTP handlers; [`server::serve`] puts the
-//! server before it; [`engine::EngineLink`] is its line to the ranks. It never looks at an expert or a weight.
+//! server before it, [`apps::Apps`] finds the model of a request; [`engine::EngineLink`] is its line to the ranks. It never looks at an expert or a weight.
 
+pub mod apps;
 pub mod dispatch;
 pub mod engine;
 pub mod error;

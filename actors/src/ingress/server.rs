@@ -1,25 +1,27 @@
 //! The HTTP server: binds where it is told, routes, names every request, and drains when it stops.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix_cors::Cors;
 use actix_web::body::MessageBody;
-use actix_web::dev::{Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
-use actix_web::http::StatusCode;
+use actix_web::dev::{Extensions, Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::http::{Method, StatusCode, Uri};
 use actix_web::middleware::{Condition, Next, from_fn};
 use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
 use actix_web::{App, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError};
+use bytes::Bytes;
 use heliostat_runtime::wire::TlsError;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
+use super::apps::{AppRoute, Apps};
 use super::error::ApiError;
 use super::handle::Ingress;
 use super::metrics::CONTENT_TYPE as METRICS_CONTENT_TYPE;
-use super::model::ServedModel;
 use super::openai;
 use crate::http::{self, ApiKeys, BodyTime, Bounds, Caller, CertFiles, Rates};
 
@@ -89,12 +91,12 @@ pub enum ServeError {
 /// A running server. It ends with [`Self::stop`]; dropping it closes it at once.
 pub struct HttpService {
     bound: SocketAddr,
-    ingress: Ingress,
+    apps: Apps,
     handle: ServerHandle,
-    tasks: [JoinHandle<()>; 2],
+    task: JoinHandle<()>,
 }
 
-/// Serves `model` by `ingress`. `extend` adds routes of other parts; it runs once in each thread.
+/// Serves `apps`, as they are at each request. `extend` adds routes of other parts; it runs once in each thread.
 ///
 /// Must be called inside a tokio runtime.
 ///
@@ -102,37 +104,33 @@ pub struct HttpService {
 /// The address cannot be bound, or would be open to others without a key.
 pub fn serve(
     config: &HttpConfig,
-    ingress: Ingress,
-    model: ServedModel,
+    apps: Apps,
     extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
 ) -> Result<HttpService, ServeError> {
     if !config.bind.ip().is_loopback() && config.keys.is_empty() {
         return Err(ServeError::OpenWithoutKey(config.bind));
     }
-    let (server, bound) = start(config, &ingress, model, extend)?;
+    let (server, bound) = start(config, &apps, extend)?;
     let handle = server.handle();
-    let accept = tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         if let Err(error) = server.await {
             tracing::error!(%error, "the HTTP server ended");
         }
     });
-    let watch = tokio::spawn(ingress.clone().watch_time());
-    Ok(HttpService { bound, ingress, handle, tasks: [accept, watch] })
+    Ok(HttpService { bound, apps, handle, task })
 }
 
 fn start(
     config: &HttpConfig,
-    ingress: &Ingress,
-    model: ServedModel,
+    apps: &Apps,
     extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
 ) -> Result<(ActixServer, SocketAddr), ServeError> {
-    let (ingress, model) = (Data::new(ingress.clone()), Data::new(Arc::new(model)));
     let (body_max, door, origins) =
         (config.body_max, Data::new(Door::new(config)), config.cors_origins.clone());
+    let apps = Data::new(apps.clone());
     let app = move || {
         App::new()
-            .app_data(ingress.clone())
-            .app_data(model.clone())
+            .app_data(apps.clone())
             .app_data(door.clone())
             .app_data(PayloadConfig::new(body_max))
             .wrap(from_fn(around))
@@ -184,14 +182,14 @@ impl HttpService {
 
     /// Refuses new requests, lets those in flight finish for the configured time, then closes.
     pub async fn stop(self) {
-        self.ingress.stop_taking_requests();
+        self.apps.stop_taking_requests();
         self.handle.stop(true).await;
     }
 }
 
 impl Drop for HttpService {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
+        self.task.abort();
     }
 }
 
@@ -206,19 +204,88 @@ fn routes(app: &mut ServiceConfig) {
         .service(get("/detokenize", web::post().to(openai::detokenize)))
         .service(get("/v1/models", web::get().to(openai::models)))
         .service(get("/v1/models/{name:.+}", web::get().to(openai::model)))
+        .service(get("/-/healthz", web::get().to(|| async { "success" })))
+        .service(get("/-/routes", web::get().to(prefixes)))
         .service(get("/health", web::get().to(health)))
         .service(get("/metrics", web::get().to(metrics)));
 }
 
-async fn health(ingress: Data<Ingress>) -> Result<HttpResponse, ApiError> {
-    match ingress.ready() {
-        Ok(()) => Ok(HttpResponse::Ok().json(json!({"status": "ready"}))),
-        Err(missing) => Err(ApiError::not_ready(format!("not ready: {}", missing.join("; ")))),
+/// Of the application that the path names; without one of all.
+async fn health(apps: Data<Apps>, route: Option<Data<Arc<AppRoute>>>) -> Result<HttpResponse, ApiError> {
+    let routes = route.map_or_else(|| apps.all(), |route| vec![Arc::clone(&route)]);
+    if routes.is_empty() {
+        return Err(ApiError::not_ready("not ready: no application is deployed"));
     }
+    for route in routes {
+        if let Err(missing) = route.ready() {
+            return Err(ApiError::not_ready(format!("not ready: {}", missing.join("; "))));
+        }
+    }
+    Ok(HttpResponse::Ok().json(json!({"status": "ready"})))
 }
 
-async fn metrics(ingress: Data<Ingress>) -> HttpResponse {
-    HttpResponse::Ok().insert_header((CONTENT_TYPE, METRICS_CONTENT_TYPE)).body(ingress.metrics().render())
+/// Prefixes with the names of their applications, as Ray's proxies tell them.
+async fn prefixes(apps: Data<Apps>) -> HttpResponse {
+    let routes = apps.all().into_iter().map(|route| (route.prefix().to_owned(), route.name.clone().into()));
+    HttpResponse::Ok().json(serde_json::Value::Object(routes.collect()))
+}
+
+async fn metrics(apps: Data<Apps>) -> HttpResponse {
+    HttpResponse::Ok().insert_header((CONTENT_TYPE, METRICS_CONTENT_TYPE)).body(apps.metrics())
+}
+
+/// Whether a path is answered without an application.
+fn is_common(path: &str) -> bool {
+    path.starts_with("/-/") || path.starts_with("/api/") || matches!(path, "/health" | "/metrics")
+}
+
+/// The model that a request names, where there are several. The body is read for it, and put back.
+async fn model_named(request: &mut ServiceRequest) -> Result<Option<String>, ApiError> {
+    #[derive(serde::Deserialize)]
+    struct Named {
+        model: Option<String>,
+    }
+    let bytes = request.extract::<Bytes>().await.map_err(|error| openai::not_whole(&error))?;
+    let named = serde_json::from_slice::<Named>(&bytes).ok().and_then(|named| named.model);
+    request.set_payload(bytes.into());
+    Ok(named)
+}
+
+/// Finds the application of a request and takes its prefix off the path: handlers see their model, and a path that
+/// begins at the root.
+async fn find_app(apps: &Apps, request: &mut ServiceRequest) -> Result<(), ApiError> {
+    let path = request.path().to_owned();
+    let Some((route, rest)) = apps.find(&path) else {
+        if is_common(&path) {
+            return Ok(());
+        }
+        if apps.all().is_empty() {
+            return Err(ApiError::not_ready("The server is not ready: no application is deployed."));
+        }
+        let message = format!("No application answers at `{path}`; `GET /-/routes` lists their prefixes.");
+        return Err(ApiError::new(StatusCode::NOT_FOUND, message).with_code("unknown_url"));
+    };
+    if rest.len() != path.len() {
+        let rest = if rest.is_empty() { "/" } else { rest };
+        let query = request.query_string();
+        let target = if query.is_empty() { rest.to_owned() } else { format!("{rest}?{query}") };
+        let target = target.parse::<Uri>().map_err(|error| {
+            ApiError::new(StatusCode::BAD_REQUEST, format!("The path cannot be read: {error}."))
+        })?;
+        request.match_info_mut().get_mut().update(&target);
+        request.head_mut().uri = target;
+    }
+    let named = match route.has_several() && request.method() == Method::POST {
+        true => model_named(request).await?,
+        false => None,
+    };
+    let Some(model) = route.choose(named.as_deref()) else { return Ok(()) };
+    let mut found = Extensions::new();
+    found.insert(model.ingress.clone());
+    found.insert(model.model.clone());
+    found.insert(Data::new(route));
+    request.add_data_container(Rc::new(found));
+    Ok(())
 }
 
 async fn no_such_route(http: HttpRequest) -> HttpResponse {
@@ -252,7 +319,7 @@ impl Door {
 
     /// Lets a request in, or says why not.
     fn admit(&self, request: &mut ServiceRequest) -> Result<(), ApiError> {
-        if request.path() == "/health" {
+        if matches!(request.path(), "/health" | "/-/healthz") {
             return Ok(());
         }
         let key = self.keys.find(request.headers().get(AUTHORIZATION));
@@ -297,9 +364,14 @@ async fn around(
         .then(|| (Instant::now(), format!("{} {}", request.method(), request.path())));
     request.extensions_mut().insert(RequestName(name));
     let door = request.app_data::<Data<Door>>().cloned();
+    let mut admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
+    if admitted.is_ok()
+        && let Some(apps) = request.app_data::<Data<Apps>>().cloned()
+    {
+        admitted = find_app(&apps, &mut request).await;
+    }
     let ingress = request.app_data::<Data<Ingress>>().cloned();
     let ongoing = ingress.as_ref().map(|ingress| ingress.begin(&request));
-    let admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
     let mut response = match admitted {
         Ok(()) => next.call(request).await?.map_into_boxed_body(),
         Err(refusal) => request.into_response(refusal.error_response()),

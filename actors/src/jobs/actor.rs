@@ -17,7 +17,7 @@ use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::http::HttpDoor;
 use crate::ingress::server::ServeError;
 use crate::monitor::{self, Watcher};
-use crate::state;
+use crate::{serve, state};
 
 /// Arguments of the jobs actor.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -146,7 +146,8 @@ impl Spawn for JobsActor {
                 cx.cluster().cloned(),
                 watcher.clone(),
                 token.as_deref().map(str::trim),
-            ));
+            ))
+            .with(serve::http::routes(cx.cluster().cloned()));
         let server = dashboard.start(listener).map_err(failed)?;
         let watching = cx.cluster().cloned().map(|cluster| watcher.start(cluster));
         tracing::info!("the dashboard is at {url}, jobs are taken there");

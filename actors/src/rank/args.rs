@@ -13,6 +13,10 @@ use heliostat_engine::eplb::map::Layout;
 pub struct RankArgs {
     /// Index in the group.
     pub rank: u32,
+    /// Before the names of the actors of its group.
+    pub prefix: String,
+    /// The number by which the ingress knows the first DP rank of the group.
+    pub first_rank: u32,
     /// Shape of the group.
     pub topology: Topology,
     /// Checkpoint directory, on every node.
@@ -26,7 +30,7 @@ pub struct RankArgs {
 }
 
 /// Bounds of one rank's engine, in vLLM's names.
-#[derive(Clone, Debug, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct EngineArgs {
     /// Tokens per KV block.
     pub block_size: u32,
@@ -51,7 +55,7 @@ pub struct EngineArgs {
 }
 
 /// A rank's engine on a CUDA device.
-#[derive(Clone, Debug, Default, Encode, Decode)]
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
 pub struct CudaArgs {
     /// Folders to search for NVIDIA's libraries before the usual ones.
     pub library_dirs: Vec<PathBuf>,
@@ -92,7 +96,7 @@ pub enum KvCacheArgs {
 }
 
 /// How the ranks talk during a step.
-#[derive(Clone, Debug, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct LinkArgs {
     /// A rank that is silent for longer inside a step is treated as lost.
     pub timeout: Duration,

@@ -56,7 +56,8 @@ impl Experts {
             return Self::First;
         };
         let others = (0..args.topology.size() as u32).filter(|&rank| rank != args.rank);
-        let up = join_all(others.map(|rank| async move { cluster.lookup(&rank_name(rank)).await }));
+        let up =
+            join_all(others.map(|rank| async move { cluster.lookup(&rank_name(&args.prefix, rank)).await }));
         if up.await.iter().any(|found| matches!(found, Ok(Some(_)))) { Self::Joining } else { Self::First }
     }
 }
@@ -239,10 +240,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         .map_err(|why| CreateError::Failed(format!("cannot encode the address of the rank: {why}")))?;
     let (link, inbox) = link::link();
     let (notices, heard) = tokio::sync::mpsc::unbounded_channel();
-    let role = args.topology.role(args.rank as usize);
-    let me = cx.addr();
-    let place = (args.rank, role.dp.map(|dp| dp as u32));
-    let outlet = Outlet::new(cx.system().clone(), me, place, notices.clone());
+    let outlet = Outlet::new(&args, cx.system().clone(), cx.addr(), notices.clone());
     let (leases, probe) = (Leases::default(), loaded.engine.probe().map_err(CreateError::failed)?);
     let thread = StepThread {
         config: Arc::clone(&loaded.config),
@@ -269,7 +267,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
     };
     run_steps(thread, args.rank, notices)?;
     let stopping = link.clone();
-    tokio::spawn(heed(cx.clone(), heard, move || stopping.is_stopped()));
+    tokio::spawn(heed(cx.clone(), args.prefix.clone(), heard, move || stopping.is_stopped()));
     let mut peers = cx.system().peer_events();
     let (lost, lent) = (link.clone(), leases.clone());
     tokio::spawn(async move {

@@ -258,10 +258,11 @@ impl Handler<Submit> for Rank {
             tracing::error!("a request came to rank {}, which has no attention role", self.args.rank);
             return;
         };
+        let dp = dp as u32 + self.args.first_rank;
         match self.link.admit(self.args.engine.max_waiting) {
-            Ok(()) if message.request.grammar.is_some() => self.compile(message, dp as u32),
+            Ok(()) if message.request.grammar.is_some() => self.compile(message, dp),
             Ok(()) => self.link.submit(message.request, None, message.reply_to),
-            Err(why) => refuse(&self.cx, dp as u32, &message, why),
+            Err(why) => refuse(&self.cx, dp, &message, why),
         }
     }
 }

@@ -10,6 +10,7 @@ use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use heliostat_runtime::system::System;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::args::RankArgs;
 use super::plan::OpenPlan;
 use super::suspect::Notice;
 use crate::eplb::Eplb;
@@ -22,6 +23,8 @@ pub(super) struct Outlet {
     me: ActorAddr,
     rank: u32,
     dp: Option<u32>,
+    /// By what the ingress knows the first DP rank of the group.
+    first_rank: u32,
     /// Outputs that wait for each ingress that ever submitted something.
     outputs: HashMap<ActorAddr, Vec<Output>>,
     eplb: Option<ActorAddr>,
@@ -34,13 +37,27 @@ pub(super) struct Outlet {
 impl Outlet {
     /// Nobody to send to yet.
     pub(super) fn new(
+        args: &RankArgs,
         system: System,
         me: ActorAddr,
-        (rank, dp): (u32, Option<u32>),
         notices: UnboundedSender<Notice>,
     ) -> Self {
+        let RankArgs { rank, first_rank, .. } = *args;
+        let dp = args.topology.role(rank as usize).dp.map(|dp| dp as u32);
         let (outputs, load) = (HashMap::new(), Vec::new());
-        Self { system, me, rank, dp, outputs, eplb: None, joined: None, load, load_steps: 0, notices }
+        Self {
+            system,
+            me,
+            rank,
+            dp,
+            first_rank,
+            outputs,
+            eplb: None,
+            joined: None,
+            load,
+            load_steps: 0,
+            notices,
+        }
     }
 
     /// This rank's actor.
@@ -86,7 +103,7 @@ impl Outlet {
 
     /// Tells an ingress that a sequence cannot run here.
     pub(super) fn refuse(&mut self, id: RequestId, ingress: &ActorAddr, why: Busy) {
-        let Some(dp) = self.dp else { return };
+        let Some(dp) = self.dp.map(|dp| dp + self.first_rank) else { return };
         let ingress = self.system.handle::<IngressActor>(ingress.clone());
         if let Err(refused) = ingress.tell(RankRefused { dp, id, why }) {
             tracing::warn!("the ingress took no refusal: {}", refused.reason);
@@ -109,7 +126,7 @@ impl Outlet {
     }
 
     fn send(&mut self, stats: &RankStats, wanted: impl Fn(&[Output]) -> bool) {
-        let Some(dp) = self.dp else { return };
+        let Some(dp) = self.dp.map(|dp| dp + self.first_rank) else { return };
         for (ingress, waiting) in self.outputs.iter_mut().filter(|(_, waiting)| wanted(waiting)) {
             let message = RankOutputs { dp, outputs: std::mem::take(waiting), stats: stats.clone() };
             if let Err(refused) = self.system.handle::<IngressActor>(ingress.clone()).tell(message) {

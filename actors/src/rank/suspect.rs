@@ -31,13 +31,19 @@ pub(super) enum Notice {
 }
 
 /// Acts on notices until the step thread ends; `expected` says whether it was told to.
-pub(super) async fn heed(cx: ActorCx, mut notices: UnboundedReceiver<Notice>, expected: impl Fn() -> bool) {
+/// Names of the group's actors begin with `prefix`.
+pub(super) async fn heed(
+    cx: ActorCx,
+    prefix: String,
+    mut notices: UnboundedReceiver<Notice>,
+    expected: impl Fn() -> bool,
+) {
     while let Some(notice) = notices.recv().await {
         match notice {
             Notice::Failed(message) => return cx.exit(DeathCause::Failed { message }),
             Notice::DeviceFailed(message) => return cx.exit(DeathCause::GpuFault { message }),
             Notice::Panicked(panic) => return cx.exit(DeathCause::panicked(panic)),
-            Notice::Silent(rank, addr) => probe(&cx, rank, addr).await,
+            Notice::Silent(rank, addr) => probe(&cx, &rank_name(&prefix, rank), addr).await,
         }
     }
     if !expected() {
@@ -46,14 +52,14 @@ pub(super) async fn heed(cx: ActorCx, mut notices: UnboundedReceiver<Notice>, ex
     }
 }
 
-async fn probe(cx: &ActorCx, rank: u32, addr: ActorAddr) {
+async fn probe(cx: &ActorCx, rank: &str, addr: ActorAddr) {
     let answer = cx.system().handle::<Rank>(addr).with_deadline(PING_DEADLINE).ask(Ping).await;
     if !matches!(answer, Err(AskError::Deadline)) {
         return;
     }
     let Some(cluster) = cx.cluster() else { return };
     tracing::warn!(rank, "the rank is silent in its steps and does not answer: restarting it");
-    if let Err(why) = cluster.restart_actor(&rank_name(rank)).await {
+    if let Err(why) = cluster.restart_actor(rank).await {
         tracing::warn!(rank, "cannot have the rank restarted: {why}");
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use heliostat_actors::ingress::Ingress;
+use heliostat_actors::ingress::apps::Apps;
 use heliostat_actors::ingress::dispatch::DispatchConfig;
 use heliostat_actors::ingress::engine::{EngineLink, RankCommand, Ranks, Refusal, Unavailable};
 use heliostat_actors::ingress::model::ServedModel;
@@ -152,7 +153,8 @@ impl Rig {
             let (ingress, http) = (ingress.clone(), options.http);
             std::thread::spawn(move || {
                 actix_web::rt::System::new().block_on(async move {
-                    let service = serve(&http, ingress, model, |app| {
+                    let apps = Apps::single(ingress, model);
+                    let service = serve(&http, apps, |app| {
                         app.route("/extra", actix_web::web::get().to(|| async { "extra" }));
                     });
                     let service = service.unwrap();
@@ -211,7 +213,7 @@ impl Rig {
         let missing = (0..self.size).filter(|rank| !ready.contains_key(rank));
         let missing = missing.map(|rank| format!("rank {rank} is starting")).collect();
         drop(ranks);
-        self.ingress.on_ranks(Ranks { size: self.size, ready, missing });
+        self.ingress.on_ranks(Ranks { size: self.size, ready, missing, ..Ranks::default() });
     }
 
     /// The last report of a rank.

@@ -20,9 +20,6 @@ fn words(bytes: &[u8]) -> Option<[u32; 2]> {
     Some([word(0)?, word(4)?])
 }
 
-/// Tells the frames of [`EpGroup::largest`] from step headers, which have 0.
-const LARGEST_LAYER: u32 = 2;
-
 /// One rank's end of the group during one membership epoch.
 #[derive(Debug)]
 pub struct EpGroup {
@@ -137,7 +134,8 @@ impl EpGroup {
     /// # Errors
     /// A peer was lost, or sent something else.
     pub fn largest(&mut self, numbers: [u32; 2]) -> Result<[u32; 2], ExchangeError> {
-        let tag = Tag { kind: Kind::Header, step: self.step, layer: LARGEST_LAYER };
+        // A group that asks this sends no rows here. Among headers the next step's would come first.
+        let tag = Tag { kind: Kind::Dispatch, step: self.step, layer: 0 };
         for rank in 0..self.topology.size() {
             self.fabric.send(rank, tag, &numbers.map(u32::to_le_bytes).each_ref().map(|bytes| &bytes[..]))?;
         }

@@ -231,14 +231,19 @@ impl Nccl {
     /// Ends it, on this rank: its kernels give up, and it does nothing more. From any thread.
     pub fn abort(&self) {
         self.0.aborting.store(true, Ordering::Relaxed);
-        // The lock ends here: NCCL may wait below until recordings are dropped, whose owner must not wait for us.
-        let taken = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Handle(comm)) = taken
-            && self.0.device.bind().is_ok()
-        {
-            // SAFETY: taken out, so that it is used no more. A failure leaves nothing to do.
-            unsafe { (self.0.api.abort)(comm) };
-        }
+        let Some(comm) = self.0.comm.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let (api, device) = (self.0.api, self.0.device.clone());
+        let end = move || {
+            // The whole handle is moved here, not the pointer in it.
+            let Handle(comm) = { comm };
+            if device.bind().is_ok() {
+                // SAFETY: taken out, so that it is used no more. A failure leaves nothing to do.
+                unsafe { (api.abort)(comm) };
+            }
+        };
+        // NCCL tells its kernels to give up at once, and then waits until recordings that hold its transfers are dropped: not
+        // here, for their owner may be who calls. Without a thread its memory is lost, and its kernels end by the time-out.
+        drop(std::thread::Builder::new().name("nccl-abort".to_owned()).spawn(end));
     }
 
     /// Runs `call` and waits until the communicator has taken it in.

@@ -18,8 +18,8 @@ use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::messages::{
     Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, DriverBye,
-    DriverHello, Find, FindLog, Found, HeadSeen, Located, Lookup, MakePlacementGroup, NodeReport,
-    NodeVerdict, ProcessStatus, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker,
+    DriverHello, Find, FindLog, Found, GetValue, HeadSeen, Located, Lookup, MakePlacementGroup, NodeReport,
+    NodeVerdict, ProcessStatus, PutValue, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker,
     UndrainNode, Watch, WatchPlacementGroup, WorkerReport,
 };
 use super::packages::HeadPackages;
@@ -365,6 +365,7 @@ impl RemoteActor for HeadActor {
         m.accept::<MakePlacementGroup>().accept::<RemovePlacementGroup>().accept::<WatchPlacementGroup>();
         m.accept::<DrainNode>().accept::<UndrainNode>();
         m.accept::<Find>().accept::<DriverHello>().accept::<DriverBye>();
+        m.accept::<PutValue>().accept::<GetValue>();
         m.accept::<ListPackages>().accept::<RegisterPackage>().accept::<RemovePackage>();
     }
 }

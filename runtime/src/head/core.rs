@@ -21,6 +21,7 @@ mod simulation;
 mod supervisors;
 #[cfg(test)]
 mod tree_tests;
+mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use self::packages::Packages;
 pub use self::record::{Key, Record, Write};
 use self::roster::Roster;
 use self::supervisors::Supervisor;
+use self::values::Values;
 use super::messages::{CreateActor, NodeReport, PrepareBundles, StartWorker, WorkerReport};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
@@ -273,6 +275,7 @@ pub struct HeadState {
     /// Rounds of restarts so far.
     rounds: u64,
     packages: Packages,
+    values: Values,
     /// HD-1: incarnations rise over the whole life of the cluster and are never issued twice.
     incarnations: Reserve,
     /// After a restart of the head: places nothing before all nodes it knew have reported, or this moment.
@@ -305,6 +308,7 @@ impl HeadState {
             owned: Owned::default(),
             rounds: 0,
             packages: Packages::default(),
+            values: Values::default(),
             incarnations: Reserve::default(),
             hold: None,
             replan: false,
@@ -439,6 +443,7 @@ impl HeadState {
             self.forget(Key::Driver(id));
         }
         self.forget_placement_groups();
+        self.forget_values();
         let connected = self.nodes.values().filter(|node| node.is_connected());
         let commands: Vec<Command> =
             connected.map(|node| Command::StopNode { node: node.name().to_owned() }).collect();

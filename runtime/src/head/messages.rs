@@ -51,6 +51,8 @@ wire! {
     RemovePlacementGroup = "head.remove_placement_group" -> Result<(), String>;
     DrainNode = "head.drain" -> Result<(), String>;
     UndrainNode = "head.undrain" -> Result<(), String>;
+    PutValue = "head.put_value" -> Result<u64, PutError>;
+    GetValue = "head.get_value" -> Option<Kept>;
     WatchPlacementGroup = "head.watch_placement_group" -> Option<PlacementGroupStatus>;
     // To a node agent.
     StartWorker = "node.start" -> Result<Result<(), String>, Superseded>;
@@ -230,6 +232,64 @@ impl Apply {
     pub fn merge(specs: Vec<ActorSpec>) -> Self {
         Self { specs, supervisors: Vec::new(), mode: ApplyMode::Merge, by: String::new() }
     }
+}
+
+/// Keeps a value under a key.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PutValue {
+    /// The key.
+    pub key: String,
+    /// Revision of what is there; 0 for nothing.
+    pub expect: u64,
+    /// The value.
+    pub value: Vec<u8>,
+}
+
+/// Asks for what is kept under a key.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct GetValue {
+    /// The key.
+    pub key: String,
+}
+
+/// A value with the number of its changes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Kept {
+    /// Rises by one with each change, from 1.
+    pub revision: u64,
+    /// The value.
+    pub value: Vec<u8>,
+}
+
+/// Why a value is not kept.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
+pub enum PutError {
+    /// The key cannot name anything.
+    #[error("{0:?} is no key: it must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'")]
+    Key(String),
+    /// The value is too large.
+    #[error("the value has {bytes} bytes, and the head keeps at most {max}")]
+    TooLarge {
+        /// Its length.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// There are too many.
+    #[error("the head keeps at most {max} values")]
+    TooMany {
+        /// The limit.
+        max: u64,
+    },
+    /// What is there is not what was expected.
+    #[error("{key} was changed by somebody else meanwhile")]
+    Changed {
+        /// The key.
+        key: String,
+    },
+    /// The change took place, but a head that starts anew may not know of it.
+    #[error("not durable yet: {0}")]
+    NotDurable(String),
 }
 
 /// Why an apply is not acknowledged.

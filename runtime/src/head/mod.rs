@@ -17,6 +17,7 @@ mod reserve;
 mod service;
 pub mod supervise;
 pub mod tenure;
+mod values;
 
 pub(crate) use self::actor::HeadActor;
 pub use self::core::Patience;

@@ -54,8 +54,8 @@ pub(crate) async fn run(args: &args::Up) -> Result<()> {
 async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon: bool) -> Result<()> {
     let _lock = take(run)?;
     // Whatever is wrong with the model's files is better said before anything runs.
-    let specs = deploy::specs(config).map_err(|e| Failure::error(NOT_STARTED, failure::text(&e)))?;
-    let expected = specs.into_iter().map(|spec| spec.name).collect();
+    let plan = deploy::plan(config).map_err(|e| Failure::error(NOT_STARTED, failure::text(&e)))?;
+    let expected = plan.names();
     check_ports(config)?;
     for text in config.in_clear() {
         display.show(&Report::Note { text: format!("warning: {text}") })?;
@@ -64,7 +64,7 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
     let mut family = Family::new(run.clone(), deploy::restart(config))?;
     let ready = Ready {
         cluster: config.name.clone(),
-        model: config.model.as_ref().map(|model| model.name.clone()),
+        model: config.model.as_ref().filter(|model| model.deploy).map(|model| model.name.clone()),
         dashboard: config.dashboard_url(),
         url: config.serve_url(),
         head: config.bind.to_string(),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use heliostat_engine::request::{FinishReason, Output, RankStats, Request, RequestId};
 
-use super::engine::{RankCommand, Ranks, Refusal};
+use super::engine::{Admission, RankCommand, Ranks, Refusal};
 use super::router::{Job, Router, block_hashes};
 
 pub use outcome::{Effect, Failure, Refused};
@@ -41,6 +41,7 @@ pub struct Dispatch {
     config: DispatchConfig,
     router: Router,
     ranks: Ranks,
+    admission: Admission,
     sequences: HashMap<RequestId, Sequence>,
     /// Those without a rank.
     parked: BTreeSet<RequestId>,
@@ -91,6 +92,7 @@ impl Dispatch {
             config,
             router,
             ranks: Ranks::default(),
+            admission: Admission::default(),
             sequences: HashMap::new(),
             parked: BTreeSet::new(),
             moves: 0,
@@ -119,6 +121,30 @@ impl Dispatch {
         self.moves
     }
 
+    /// How many requests may be there from now on.
+    pub fn set_admission(&mut self, admission: Admission) {
+        self.admission = admission;
+    }
+
+    /// What it served ends, and its ranks with it.
+    pub fn close(&mut self, effects: &mut Vec<Effect>) {
+        for id in self.sequences.keys().copied().collect::<Vec<_>>() {
+            self.abort(id, effects);
+            effects.push(Effect::Fail(id, Failure::Ended));
+        }
+    }
+
+    /// Whether a request could be taken: a rank does, or it may wait for one.
+    pub fn is_open(&self) -> bool {
+        self.admission.may_wait || self.ranks.open().next().is_some()
+    }
+
+    /// Sequences at ranks of that range.
+    pub fn at(&self, ranks: std::ops::Range<u32>) -> usize {
+        let there = |sequence: &&Sequence| matches!(sequence.place, Place::On(rank) if ranks.contains(&rank));
+        self.sequences.values().filter(there).count()
+    }
+
     /// Takes all of `requests`, or none. `pinned` is the rank that the client asked for.
     ///
     /// # Errors
@@ -142,27 +168,39 @@ impl Dispatch {
                 pinned,
             };
             self.sequences.insert(id, sequence);
-            if !self.place(id, effects) {
+            if self.place(id, effects) {
+                continue;
+            }
+            if self.ranks.open().next().is_some() {
                 self.fail(id, Failure::QueueFull, effects);
+            } else {
+                // It was admitted to wait for the first rank.
+                self.sequences.get_mut(&id).expect("it was put in above").homeless_since = Some(now);
+                self.park(id);
             }
         }
         Ok(())
     }
 
     fn admit(&self, now: Duration, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
-        let Ranks { size, ready, missing } = &self.ranks;
-        if ready.is_empty() || self.is_stalled(now) {
+        let Ranks { size, missing, .. } = &self.ranks;
+        let open: Vec<u32> = self.ranks.open().collect();
+        if (open.is_empty() && !self.admission.may_wait) || self.is_stalled(now) {
             return Err(Refused::NotReady { missing: missing.clone() });
         }
-        let capacity = self.config.queue_max * if pinned.is_some() { 1 } else { ready.len() };
+        let named = |rank: &u32| pinned.is_none_or(|pinned| self.ranks.local(*rank) == pinned);
+        let takers: Vec<u32> = open.iter().copied().filter(named).collect();
+        let capacity = self.config.queue_max * takers.len().max(1);
         if requests > capacity {
             return Err(Refused::NeverFits { sequences: requests, capacity });
         }
+        let full = self.admission.in_flight_max.is_some_and(|max| self.sequences.len() + requests > max);
         let room = match pinned {
-            None => ready.keys().map(|&rank| self.router.room(rank)).sum(),
-            Some(rank) if ready.contains_key(&rank) => self.router.room(rank),
-            Some(rank) if rank < *size => return Err(Refused::RankNotReady(rank)),
-            Some(rank) => return Err(Refused::NoSuchRank { rank, size: *size }),
+            _ if full => 0,
+            _ if open.is_empty() => self.config.queue_max.saturating_sub(self.parked.len()),
+            Some(rank) if takers.is_empty() && rank < *size => return Err(Refused::RankNotReady(rank)),
+            Some(rank) if takers.is_empty() => return Err(Refused::NoSuchRank { rank, size: *size }),
+            _ => takers.iter().map(|&rank| self.router.room(rank)).sum(),
         };
         if room < requests { Err(Refused::QueueFull) } else { Ok(()) }
     }
@@ -354,7 +392,8 @@ impl Dispatch {
         let job = sequence.job(self.config.block_size);
         let moved = sequence.moves > 0;
         let allowed = |rank| {
-            sequence.pinned.is_none_or(|pinned| pinned == rank)
+            self.ranks.is_open(rank)
+                && sequence.pinned.is_none_or(|pinned| self.ranks.local(rank) == pinned)
                 && !sequence.refused_by.contains(&rank)
                 && (moved || self.router.room(rank) > 0)
         };

@@ -67,6 +67,9 @@ pub enum Failure {
         /// What the group lacks.
         missing: Vec<String>,
     },
+    /// What served it was removed, and its grace has passed.
+    #[error("the deployment was removed before the request ended")]
+    Ended,
     /// Its ranks were lost one after the other.
     #[error("the request was moved {0} times because its rank was lost, and lost it again")]
     MovedTooOften(u32),

@@ -29,7 +29,12 @@ fn output(id: u128, first_index: u32, tokens: &[u32], finish: Option<FinishReaso
 }
 
 fn ranks(ready: &[(u32, u64)]) -> Ranks {
-    Ranks { size: 4, ready: ready.iter().copied().collect(), missing: vec!["rank 3: starting".into()] }
+    Ranks {
+        size: 4,
+        ready: ready.iter().copied().collect(),
+        missing: vec!["rank 3: starting".into()],
+        ..Ranks::default()
+    }
 }
 
 fn dispatch(ready: &[(u32, u64)]) -> Dispatch {
@@ -253,7 +258,7 @@ impl World {
 
     fn tell_ranks(&mut self, effects: &mut Vec<Effect>) {
         let ready = self.up.iter().map(|(&rank, (incarnation, _))| (rank, *incarnation)).collect();
-        self.dispatch.set_ranks(NOW, Ranks { size: 3, ready, missing: vec![] }, effects);
+        self.dispatch.set_ranks(NOW, Ranks { size: 3, ready, ..Ranks::default() }, effects);
     }
 
     fn step(&mut self, rank: u32, tokens: u32, overlap: u32, effects: &mut Vec<Effect>) {

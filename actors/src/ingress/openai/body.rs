@@ -30,19 +30,7 @@ impl Body {
         http: &HttpRequest,
         bytes: Result<Bytes, actix_web::Error>,
     ) -> Result<Self, ApiError> {
-        let bytes = bytes.map_err(|error| match error.as_response_error().status_code() {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "The body is larger than this server accepts.")
-            }
-            _ => {
-                let late = matches!(
-                    error.as_error::<PayloadError>(),
-                    Some(PayloadError::Io(cause)) if cause.kind() == std::io::ErrorKind::TimedOut
-                );
-                let status = if late { StatusCode::REQUEST_TIMEOUT } else { StatusCode::BAD_REQUEST };
-                ApiError::new(status, format!("The body did not arrive whole: {error}."))
-            }
-        })?;
+        let bytes = bytes.map_err(|error| not_whole(&error))?;
         let is_json = |mime: mime::Mime| mime.subtype() == mime::JSON || mime.suffix() == Some(mime::JSON);
         let declared = http.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         if !declared.and_then(|declared| declared.parse().ok()).is_some_and(is_json) {
@@ -87,6 +75,20 @@ impl Body {
             ApiError::invalid(field.clone(), format!("Invalid `{field}`: {}.", error.inner()))
         })
     }
+}
+
+/// A body that did not come in.
+pub(crate) fn not_whole(error: &actix_web::Error) -> ApiError {
+    if error.as_response_error().status_code() == StatusCode::PAYLOAD_TOO_LARGE {
+        let message = "The body is larger than this server accepts.";
+        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message);
+    }
+    let late = matches!(
+        error.as_error::<PayloadError>(),
+        Some(PayloadError::Io(cause)) if cause.kind() == std::io::ErrorKind::TimedOut
+    );
+    let status = if late { StatusCode::REQUEST_TIMEOUT } else { StatusCode::BAD_REQUEST };
+    ApiError::new(status, format!("The body did not arrive whole: {error}."))
 }
 
 /// The name in serde's "missing field `x`".

@@ -17,6 +17,7 @@ mod structured;
 mod tokenize;
 mod tools;
 
+pub(crate) use body::not_whole;
 pub(crate) use chat::chat_completions;
 pub(crate) use completions::completions;
 pub(crate) use reply::{model, models};

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use crate::ingress::apps::AppRoute;
 use crate::ingress::error::ApiError;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::Ending;
@@ -247,20 +248,24 @@ pub(super) fn stop_reason(ending: Option<&Ending>, model: &ServedModel) -> Optio
 }
 
 /// `GET /v1/models`.
-pub(crate) async fn models(model: web::Data<Arc<ServedModel>>) -> HttpResponse {
-    let data: Vec<Json> = model.names.iter().map(|name| model_card(&model, name)).collect();
+pub(crate) async fn models(route: web::Data<Arc<AppRoute>>) -> HttpResponse {
+    let names = |model: &Arc<ServedModel>| {
+        model.names.iter().map(|name| model_card(model, name)).collect::<Vec<Json>>()
+    };
+    let data: Vec<Json> = route.models().flat_map(names).collect();
     HttpResponse::Ok().json(json!({"object": "list", "data": data}))
 }
 
 /// `GET /v1/models/NAME`.
 pub(crate) async fn model(
+    route: web::Data<Arc<AppRoute>>,
     model: web::Data<Arc<ServedModel>>,
     name: web::Path<String>,
 ) -> Result<HttpResponse, ApiError> {
-    if !model.is_called(&name) {
-        return Err(ApiError::no_such_model(&name, model.name()));
+    match route.models().find(|model| model.is_called(&name)) {
+        Some(model) => Ok(HttpResponse::Ok().json(model_card(model, &name))),
+        None => Err(ApiError::no_such_model(&name, model.name())),
     }
-    Ok(HttpResponse::Ok().json(model_card(&model, &name)))
 }
 
 fn model_card(model: &ServedModel, name: &str) -> Json {

@@ -56,6 +56,11 @@ impl Group {
     }
 }
 
+/// Whether who subscribes to `watched` hears of `group`: its name, or the start of it before a `*`.
+fn covers(watched: &str, group: &str) -> bool {
+    watched.strip_suffix('*').map_or(watched == group, |prefix| group.starts_with(prefix))
+}
+
 /// Whether the view shows this incarnation of the actor as one that serves.
 fn shows(view: &GroupView, actor: &Actor) -> bool {
     let Some(member) = &actor.spec.group else { return false };
@@ -105,9 +110,17 @@ impl HeadState {
                 group.size = group.size.max(member.size);
                 group.members.insert(member.rank, name.clone());
             }
-            for watched in &actor.spec.subscribe {
+            for watched in actor.spec.subscribe.iter().filter(|watched| !watched.ends_with('*')) {
                 let group = self.groups.entry(watched.clone()).or_insert_with(|| Group::new(watched));
                 group.subscribers.push(name.clone());
+            }
+        }
+        for (name, actor) in self.actors.iter() {
+            let prefixes = || actor.spec.subscribe.iter().filter(|watched| watched.ends_with('*'));
+            for (group, state) in self.groups.iter_mut() {
+                if prefixes().any(|prefix| covers(prefix, group)) && !state.members.is_empty() {
+                    state.subscribers.push(name.clone());
+                }
             }
         }
         // The first epochs are reserved before one is issued.
@@ -211,7 +224,7 @@ impl HeadState {
             .groups
             .iter()
             .filter(|(group, state)| {
-                let watched = actor.spec.subscribe.contains(group);
+                let watched = actor.spec.subscribe.iter().any(|watched| covers(watched, group));
                 let member = own.as_ref() == Some(group) && shows(&state.view, actor);
                 state.view.epoch > 0 && (watched || member)
             })

@@ -14,6 +14,7 @@ use super::supervisors::Supervisor;
 use super::{Command, HeadState, INCARNATION_BLOCK, Patience, Reserve};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation};
+use crate::head::messages::Kept;
 use crate::head::placement::{Places, Slot};
 use crate::head::supervise::History;
 use crate::package::{Digest, PackageInfo};
@@ -43,6 +44,8 @@ pub enum Record {
     Driver(DriverId, String),
     /// A registered package.
     Package(PackageInfo),
+    /// What an actor keeps under a key.
+    Value(String, Kept),
 }
 
 /// What became of an actor.
@@ -164,6 +167,8 @@ pub enum Key {
     Driver(DriverId),
     /// Of a package.
     Package(Digest),
+    /// Of a value.
+    Value(String),
 }
 
 impl Key {
@@ -179,6 +184,7 @@ impl Key {
             Key::Supervisor(name) => format!("supervisor/{name}"),
             Key::Driver(id) => format!("driver/{id}"),
             Key::Package(sha256) => format!("package/{sha256}"),
+            Key::Value(key) => format!("value/{key}"),
         }
     }
 }
@@ -196,6 +202,7 @@ impl Record {
             Record::Supervisor(record) => Key::Supervisor(record.spec.name.clone()),
             Record::Driver(id, _) => Key::Driver(*id),
             Record::Package(info) => Key::Package(info.id.sha256),
+            Record::Value(key, _) => Key::Value(key.clone()),
         }
     }
 }
@@ -259,6 +266,7 @@ impl HeadState {
                 }
                 Record::Driver(id, name) => state.recover_driver(id, name),
                 Record::Package(info) => state.packages.restore(info),
+                Record::Value(key, kept) => state.values.restore(key, kept),
                 Record::Incarnations(reserved) => state.incarnations = Reserve::recovered(reserved),
             }
         }

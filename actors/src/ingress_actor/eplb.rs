@@ -1,0 +1,67 @@
+//! `GET /api/eplb` and `POST /api/eplb/rebalance`, answered by the EPLB actor of a replica.
+
+use std::fmt::Display;
+use std::time::Duration;
+
+use actix_web::HttpResponse;
+use actix_web::web::{self, Data, Query, ServiceConfig};
+use heliostat_runtime::cluster::Cluster;
+use heliostat_runtime::handle::Handle;
+use serde::Deserialize;
+
+use crate::deployment::{GROUP, eplb_of_group};
+use crate::eplb::{Eplb, EplbMetrics};
+use crate::ingress::error::ApiError;
+use crate::messages::{GetStatus, Rebalance};
+
+/// How long the EPLB actor may take to answer a client.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Asks an EPLB actor for the figures of `/metrics`. One that is away answers next time.
+pub(super) async fn measure(cluster: Cluster, actor: String, metrics: EplbMetrics) {
+    let Ok(eplb) = cluster.handle::<Eplb>(&actor).await else { return };
+    let Ok(answer) = eplb.with_deadline(DEADLINE).ask(GetStatus).await else { return cluster.forget(&actor) };
+    match serde_json::from_str(&answer) {
+        Ok(status) => metrics.report(&status),
+        Err(why) => tracing::warn!(actor, "the EPLB actor's status is none: {why}"),
+    }
+}
+
+/// Whose map of experts.
+#[derive(Deserialize)]
+struct Which {
+    /// The group of the replica; without it that of cluster.toml's model.
+    group: Option<String>,
+}
+
+pub(super) fn routes(app: &mut ServiceConfig, cluster: Option<Cluster>) {
+    app.app_data(Data::new(cluster))
+        .route("/api/eplb", web::get().to(status))
+        .route("/api/eplb/rebalance", web::post().to(rebalance));
+}
+
+async fn status(cluster: Data<Option<Cluster>>, which: Query<Which>) -> Result<HttpResponse, ApiError> {
+    let answer = eplb(&cluster, &which).await?.ask(GetStatus).await.map_err(unavailable)?;
+    Ok(HttpResponse::Ok().content_type("application/json").body(answer))
+}
+
+async fn rebalance(cluster: Data<Option<Cluster>>, which: Query<Which>) -> Result<HttpResponse, ApiError> {
+    match eplb(&cluster, &which).await?.ask(Rebalance).await.map_err(unavailable)? {
+        Ok(started) => Ok(HttpResponse::Accepted().json(started)),
+        Err(refused) => {
+            let error = serde_json::json!({ "message": refused.to_string(), "detail": refused });
+            Ok(HttpResponse::Conflict().json(serde_json::json!({ "error": error })))
+        }
+    }
+}
+
+async fn eplb(cluster: &Data<Option<Cluster>>, which: &Which) -> Result<Handle<Eplb>, ApiError> {
+    let cluster = cluster.as_ref().as_ref().ok_or_else(|| unavailable("this process is in no cluster"))?;
+    let actor = eplb_of_group(which.group.as_deref().unwrap_or(GROUP));
+    let handle = cluster.handle::<Eplb>(&actor).await.map_err(unavailable)?;
+    Ok(handle.with_deadline(DEADLINE))
+}
+
+fn unavailable(why: impl Display) -> ApiError {
+    ApiError::not_ready(format!("the EPLB actor cannot be reached: {why}"))
+}

@@ -1,0 +1,279 @@
+//! What the ingress serves: a pool for each model of each deployment, with the ranks of all its replicas.
+//!
+//! A pool is one [`Ingress`]: its router sees all ranks of all replicas, so a request goes to the best of them, and one
+//! whose replica ends goes on at another.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use heliostat_engine::config::{GenerationDefaults, ModelConfig};
+use heliostat_runtime::group::{GroupView, Member, MemberState};
+use heliostat_runtime::handle::Handle;
+
+use crate::deployment::eplb_of_group;
+use crate::eplb::EplbMetrics;
+use crate::ingress::Ingress;
+use crate::ingress::apps::{AppRoute, Apps, ModelRoute};
+use crate::ingress::dispatch::DispatchConfig;
+use crate::ingress::engine::{Admission, EngineLink, Ranks};
+use crate::ingress::metrics::Metrics;
+use crate::ingress::model::ServedModel;
+use crate::ingress::text::TextModel;
+use crate::rank::Rank;
+use crate::serve::messages::{Table, TableDeployment, TableModel, TableReplica, TableReport};
+
+/// The ready DP ranks of all replicas, by their numbers here.
+pub(super) type Handles = Arc<Mutex<HashMap<u32, Handle<Rank>>>>;
+
+pub(super) fn lock(handles: &Handles) -> MutexGuard<'_, HashMap<u32, Handle<Rank>>> {
+    handles.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Which pool: application, deployment and model.
+type Key = (String, String, TableModel);
+
+/// All pools.
+pub(super) struct Pools {
+    apps: Apps,
+    table: Table,
+    pools: Vec<(Key, Pool)>,
+    /// Why a model is not served.
+    problems: Vec<(Key, String)>,
+    /// The newest view of each group.
+    views: BTreeMap<String, GroupView>,
+}
+
+struct Pool {
+    route: ModelRoute,
+    ingress: Ingress,
+    /// Of its first replica.
+    eplb: EplbMetrics,
+    ranks: Ranks,
+}
+
+/// A rank that is ready and that this ingress did not know in this incarnation.
+pub(super) struct NewRank<'a> {
+    pub(super) number: u32,
+    pub(super) member: &'a Member,
+}
+
+impl Pools {
+    pub(super) fn new(apps: Apps) -> Self {
+        Self {
+            apps,
+            table: Table::default(),
+            pools: Vec::new(),
+            problems: Vec::new(),
+            views: BTreeMap::new(),
+        }
+    }
+
+    /// Whether this is what it serves already.
+    pub(super) fn serves(&self, table: &Table) -> bool {
+        self.table == *table
+    }
+
+    /// Takes what is served. Returns the models that must be loaded for it.
+    pub(super) fn set_table(&mut self, table: Table) -> Vec<(String, String, TableModel)> {
+        self.table = table;
+        let wanted: Vec<Key> = each(&self.table).map(|(app, deployment)| key(app, deployment)).collect();
+        self.pools.retain(|(key, pool)| {
+            let stays = wanted.contains(key);
+            if !stays {
+                pool.ingress.close();
+            }
+            stays
+        });
+        self.problems.retain(|(key, _)| wanted.contains(key));
+        let known = |key: &Key| {
+            self.pools.iter().any(|(known, _)| known == key)
+                || self.problems.iter().any(|(known, _)| known == key)
+        };
+        wanted.into_iter().filter(|key| !known(key)).collect()
+    }
+
+    /// A model was loaded, or cannot be.
+    pub(super) fn loaded(&mut self, key: Key, model: Result<ServedModel, String>, link: impl EngineLink) {
+        if !each(&self.table).any(|(app, deployment)| self::key(app, deployment) == key)
+            || self.pools.iter().any(|(known, _)| *known == key)
+        {
+            return;
+        }
+        let model = match model {
+            Ok(model) => model,
+            Err(why) => return self.problems.push((key, why)),
+        };
+        let dispatch = DispatchConfig {
+            block_size: key.2.block_size as usize,
+            queue_max: key.2.max_waiting as usize,
+            ..DispatchConfig::default()
+        };
+        let metrics = Metrics::labelled(&[("application", &key.0), ("model_name", model.name())]);
+        let ingress = Ingress::with_metrics(metrics, dispatch, link);
+        let mut eplb = EplbMetrics::default();
+        ingress.metrics().register(|registry| eplb = EplbMetrics::new(registry));
+        let route = ModelRoute::new(ingress.clone(), Arc::new(model));
+        self.pools.push((key, Pool { route, ingress, eplb, ranks: Ranks::default() }));
+    }
+
+    /// Takes a group's view.
+    pub(super) fn set_view(&mut self, view: GroupView) {
+        self.views.insert(view.group.clone(), view);
+    }
+
+    /// Works out anew which rank serves in which pool, and which application answers where. Calls `meet` with every
+    /// ready rank.
+    pub(super) fn refresh(&mut self, mut meet: impl FnMut(NewRank<'_>)) {
+        for (key, pool) in &mut self.pools {
+            let Some((_, deployment)) = each(&self.table).find(|(app, it)| self::key(app, it) == *key) else {
+                continue;
+            };
+            let (ranks, ready) = ranks(deployment, &self.views);
+            ready.into_iter().for_each(&mut meet);
+            pool.ingress.set_admission(Admission {
+                in_flight_max: deployment.in_flight_max.map(|max| max as usize),
+                may_wait: deployment.may_wait,
+            });
+            pool.ranks = ranks;
+            pool.ingress.on_ranks(pool.ranks.clone());
+        }
+        let routes = self.table.apps.iter().filter_map(|app| {
+            let prefix = app.route_prefix.as_deref()?;
+            let pool = |it: &TableDeployment| self.pool(&key(&app.name, it)).map(|pool| pool.route.clone());
+            Some(AppRoute::new(&app.name, prefix, app.deployments.iter().filter_map(pool).collect()))
+        });
+        self.apps.set(routes.collect());
+    }
+
+    fn pool(&self, key: &Key) -> Option<&Pool> {
+        self.pools.iter().find(|(known, _)| known == key).map(|(_, pool)| pool)
+    }
+
+    /// The EPLB actor of the first replica of each pool, and where its figures go.
+    pub(super) fn eplb_actors(&self) -> Vec<(String, EplbMetrics)> {
+        let actor = |(key, pool): &(Key, Pool)| {
+            let (_, deployment) = each(&self.table).find(|(app, it)| self::key(app, it) == *key)?;
+            Some((eplb_of_group(&deployment.replicas.first()?.group), pool.eplb.clone()))
+        };
+        self.pools.iter().filter_map(actor).collect()
+    }
+
+    /// The pools' lines to their ranks.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Ingress> {
+        self.pools.iter().map(|(_, pool)| &pool.ingress)
+    }
+
+    /// The pool of a rank.
+    pub(super) fn of_rank(&self, rank: u32) -> Option<&Ingress> {
+        let (_, pool) = self.pools.iter().find(|(_, pool)| pool.ranks.local.contains_key(&rank))?;
+        Some(&pool.ingress)
+    }
+
+    /// Every pool hears again which ranks it has.
+    pub(super) fn repeat(&self) {
+        self.pools.iter().for_each(|(_, pool)| pool.ingress.on_ranks(pool.ranks.clone()));
+    }
+
+    /// From now on new requests are refused.
+    pub(super) fn stop_taking_requests(&self) {
+        self.pools.iter().for_each(|(_, pool)| pool.ingress.stop_taking_requests());
+    }
+
+    /// What is in flight.
+    pub(super) fn report(&self) -> TableReport {
+        let mut loads: BTreeMap<(String, String), u64> = BTreeMap::new();
+        let mut draining = Vec::new();
+        for (app, deployment) in each(&self.table) {
+            let pool = self.pool(&key(app, deployment));
+            let load = pool.map_or(0, |pool| pool.ingress.in_flight() as u64);
+            *loads.entry((app.clone(), deployment.name.clone())).or_default() += load;
+            for replica in deployment.replicas.iter().filter(|replica| replica.draining) {
+                let there = pool.map_or(0, |pool| pool.ingress.in_flight_at(numbers(replica)));
+                draining.push((replica.number, there as u64));
+            }
+        }
+        let problem =
+            |((app, deployment, _), why): &(Key, String)| (app.clone(), deployment.clone(), why.clone());
+        TableReport {
+            loads: loads.into_iter().map(|((app, deployment), load)| (app, deployment, load)).collect(),
+            draining,
+            problems: self.problems.iter().map(problem).collect(),
+        }
+    }
+}
+
+fn each(table: &Table) -> impl Iterator<Item = (&String, &TableDeployment)> {
+    table.apps.iter().flat_map(|app| app.deployments.iter().map(|deployment| (&app.name, deployment)))
+}
+
+fn key(app: &str, deployment: &TableDeployment) -> Key {
+    (app.to_owned(), deployment.name.clone(), deployment.model.clone())
+}
+
+fn numbers(replica: &TableReplica) -> std::ops::Range<u32> {
+    replica.first_rank..replica.first_rank + replica.dp
+}
+
+/// The ranks of all replicas of a deployment, and those of them that are ready.
+fn ranks<'a>(
+    deployment: &TableDeployment,
+    views: &'a BTreeMap<String, GroupView>,
+) -> (Ranks, Vec<NewRank<'a>>) {
+    let mut ranks = Ranks { size: deployment.replicas.first().map_or(0, |it| it.dp), ..Ranks::default() };
+    let (mut ready, mut missing, mut incomplete, mut whole) =
+        (Vec::new(), Vec::new(), BTreeSet::new(), false);
+    for replica in &deployment.replicas {
+        ranks.local.extend(numbers(replica).zip(0..));
+        let Some(view) = views.get(&replica.group) else {
+            missing.push(format!("group {} has no rank yet", replica.group));
+            continue;
+        };
+        for member in view.members.iter().filter(|member| member.rank < replica.dp) {
+            let Some(addr) = &member.addr else { continue };
+            let number = replica.first_rank + member.rank;
+            ranks.ready.insert(number, addr.incarnation.0);
+            if replica.draining {
+                ranks.closed.insert(number);
+            } else if !view.is_complete() {
+                incomplete.insert(number);
+            }
+            ready.push(NewRank { number, member });
+        }
+        whole |= view.is_complete() && !replica.draining;
+        missing.extend(view.members.iter().filter_map(self::missing));
+    }
+    // A group that lacks a rank waits for it; new requests need not, where another one is whole.
+    if whole {
+        ranks.closed.extend(incomplete);
+    } else {
+        ranks.missing = missing;
+        if deployment.replicas.is_empty() && !deployment.may_wait {
+            ranks.missing.push(format!("deployment {} has no replica yet", deployment.name));
+        }
+    }
+    (ranks, ready)
+}
+
+/// What a rank that is not ready lacks, in words.
+fn missing(member: &Member) -> Option<String> {
+    match member.state {
+        MemberState::Ready => None,
+        MemberState::Starting => Some(format!("rank {} is starting", member.rank)),
+        MemberState::Absent => Some(format!("rank {} has no process", member.rank)),
+    }
+}
+
+/// Reads what HTTP needs of a model.
+pub(super) fn load(model: &TableModel) -> Result<ServedModel, String> {
+    let failed = |why: &dyn std::fmt::Display| format!("{}: {why}", model.path.display());
+    let config = ModelConfig::from_dir(&model.path).map_err(|why| failed(&why))?;
+    Ok(ServedModel {
+        names: model.names.clone(),
+        context_length: model.max_model_len as usize,
+        vocab_size: config.vocab_size,
+        text: TextModel::load(&model.path).map_err(|why| failed(&why))?,
+        defaults: GenerationDefaults::from_dir(&model.path).map_err(|why| failed(&why))?,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    })
+}

@@ -1,0 +1,115 @@
+//! The serve controller as an actor: takes documents, answers questions, and has its service run.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use actix::{Actor, Context, Handler, ResponseFuture};
+use bincode::{Decode, Encode};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::messages::{DeleteApps, DeployApps, DeployRefused, GetDetails, GetTable, Table};
+use super::service::Service;
+use super::target::{AppTarget, DeploymentTarget, Rollout, Settings, Source};
+use crate::deployment::ModelDeployment;
+
+/// Arguments of the controller.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct ServeArgs {
+    /// What cluster.toml says of a model; documents say what differs.
+    pub base: ModelDeployment,
+    /// The application of that model, if it is to be served.
+    pub application: Option<String>,
+    /// Where relative paths of documents start.
+    pub dir: PathBuf,
+    /// Where HTTP is served.
+    pub http: SocketAddr,
+}
+
+impl ServeArgs {
+    /// cluster.toml's application. It has the devices of the cluster to itself, so an update makes room first.
+    pub(super) fn base_app(&self) -> Option<AppTarget> {
+        let rollout = Rollout::InPlace { thousandths: 1000 };
+        let deployment = DeploymentTarget {
+            name: self.base.model_name.clone(),
+            model: self.base.clone(),
+            settings: Settings { rollout, ..Settings::default() },
+        };
+        Some(AppTarget {
+            name: self.application.clone()?,
+            route_prefix: Some("/".to_owned()),
+            source: Source::Cluster,
+            // Not JSON, so not taken for a document; told apart by what cluster.toml says.
+            config: format!("{} {:?} {:?}", self.base.model.display(), self.base.topology, self.base.engine),
+            deployments: vec![deployment],
+        })
+    }
+}
+
+/// The actor.
+pub struct ServeController {
+    service: Service,
+    /// Runs for as long as the actor lives.
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl Actor for ServeController {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for ServeController {
+    const TYPE: &'static str = "serve";
+
+    fn messages(m: &mut Accepts<Self>) {
+        m.accept::<DeployApps>().accept::<DeleteApps>().accept::<GetDetails>().accept::<GetTable>();
+    }
+}
+
+impl Spawn for ServeController {
+    type Args = ServeArgs;
+
+    async fn create(args: ServeArgs, cx: ActorCx) -> Result<Self, CreateError> {
+        let cluster = cx.cluster().cloned();
+        let cluster =
+            cluster.ok_or_else(|| CreateError::Failed("this process is in no cluster".to_owned()))?;
+        let service = Service::open(args, cluster).await.map_err(CreateError::Failed)?;
+        let driver = AbortOnDropHandle::new(tokio::spawn(service.clone().drive()));
+        Ok(Self { service, _driver: driver })
+    }
+}
+
+impl Handler<DeployApps> for ServeController {
+    type Result = ResponseFuture<Result<(), DeployRefused>>;
+
+    fn handle(&mut self, deploy: DeployApps, _: &mut Self::Context) -> Self::Result {
+        let service = self.service.clone();
+        Box::pin(async move { service.deploy(deploy.json).await })
+    }
+}
+
+impl Handler<DeleteApps> for ServeController {
+    type Result = ResponseFuture<Result<(), DeployRefused>>;
+
+    fn handle(&mut self, _: DeleteApps, _: &mut Self::Context) -> Self::Result {
+        let service = self.service.clone();
+        Box::pin(async move { service.delete_all().await })
+    }
+}
+
+impl Handler<GetDetails> for ServeController {
+    type Result = ResponseFuture<String>;
+
+    fn handle(&mut self, _: GetDetails, _: &mut Self::Context) -> Self::Result {
+        let service = self.service.clone();
+        Box::pin(async move { service.details().await })
+    }
+}
+
+impl Handler<GetTable> for ServeController {
+    type Result = actix::MessageResult<GetTable>;
+
+    fn handle(&mut self, _: GetTable, _: &mut Self::Context) -> Self::Result {
+        let table: Table = self.service.table();
+        actix::MessageResult(table)
+    }
+}

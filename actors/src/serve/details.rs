@@ -1,0 +1,160 @@
+//! What is served, as Ray Serve tells it (`ServeInstanceDetails`).
+//!
+//! Pure. Ray's clients refuse fields that they do not know, so nothing is added to its shape.
+
+use std::net::SocketAddr;
+
+use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
+use serde_json::{Map, Value as Json, json};
+
+use super::core::{App, Deployment, DeploymentState, Replica, Seen, ServeState, Stage};
+use super::target::{Scale, Source};
+use crate::deployment::{INGRESS, SERVE};
+
+/// Everything.
+pub(super) fn instance(
+    core: &ServeState,
+    seen: &Seen,
+    status: Option<&ClusterStatus>,
+    http: SocketAddr,
+) -> Json {
+    let actor = |name: &str| status.and_then(|status| status.actor(name));
+    let mut controller = who(actor(SERVE));
+    controller.remove("pid");
+    let mut proxies = Map::new();
+    if let Some(ingress) = actor(INGRESS) {
+        let mut proxy = who(Some(ingress));
+        proxy.remove("pid");
+        let healthy = ingress.state == ActorState::Ready;
+        proxy.insert("status".into(), if healthy { "HEALTHY" } else { "STARTING" }.into());
+        proxies.insert(ingress.node.clone().unwrap_or_else(|| INGRESS.to_owned()), Json::Object(proxy));
+    }
+    let apps = core.apps().iter().map(|(name, app)| (name.clone(), application(name, app, seen, status)));
+    json!({
+        "controller_info": controller,
+        "proxy_location": "HeadOnly",
+        "http_options": { "host": http.ip().to_string(), "port": http.port() },
+        "proxies": proxies,
+        "applications": apps.collect::<Map<_, _>>(),
+        "target_capacity": null,
+    })
+}
+
+/// Where an actor is, in Ray's words.
+fn who(actor: Option<&ActorStatus>) -> Map<String, Json> {
+    let mut who = Map::new();
+    if let Some(actor) = actor {
+        who.insert("node_id".into(), actor.node.clone().into());
+        who.insert(
+            "node_ip".into(),
+            actor.endpoint.as_deref().and_then(|it| it.rsplit_once(':')).map(|it| it.0).into(),
+        );
+        who.insert("actor_id".into(), format!("{:032x}", actor.incarnation.0).into());
+        who.insert("actor_name".into(), actor.name.clone().into());
+        who.insert("pid".into(), actor.pid.into());
+    }
+    who
+}
+
+fn application(name: &str, app: &App, seen: &Seen, status: Option<&ClusterStatus>) -> Json {
+    let deployments: Vec<(&String, &Deployment)> = app.deployments.iter().collect();
+    let states: Vec<(DeploymentState, String)> = deployments.iter().map(|(_, it)| it.state()).collect();
+    let problem = deployments.iter().find_map(|(it, _)| seen.problems.get(&(name.to_owned(), (*it).clone())));
+    let any = |state| states.iter().any(|(other, _)| *other == state);
+    let state = if app.deleting {
+        "DELETING"
+    } else if any(DeploymentState::DeployFailed) || problem.is_some() {
+        "DEPLOY_FAILED"
+    } else if any(DeploymentState::Updating) {
+        "DEPLOYING"
+    } else if any(DeploymentState::Unhealthy) {
+        "UNHEALTHY"
+    } else {
+        "RUNNING"
+    };
+    let said = deployments.iter().zip(&states).filter(|(_, (_, message))| !message.is_empty());
+    let mut message: Vec<String> = said.map(|((it, _), (_, message))| format!("{it}: {message}")).collect();
+    message.extend(problem.cloned());
+    let shown = deployments.iter().map(|(it, state)| ((*it).clone(), deployment((name, it), state, status)));
+    json!({
+        "name": name,
+        "route_prefix": app.route_prefix,
+        "docs_path": null,
+        "status": state,
+        "message": message.join("; "),
+        "last_deployed_time_s": app.deployed_at_ms as f64 / 1000.0,
+        "deployed_app_config": serde_json::from_str::<Json>(&app.config).unwrap_or(Json::Null),
+        "source": match app.source {
+            Source::Cluster => "imperative",
+            Source::Document => "declarative",
+        },
+        "deployments": shown.collect::<Map<_, _>>(),
+        "external_scaler_enabled": false,
+        "deployment_topology": null,
+    })
+}
+
+fn deployment((app, name): (&str, &str), deployment: &Deployment, status: Option<&ClusterStatus>) -> Json {
+    let (state, message) = deployment.state();
+    let (state, trigger) = match state {
+        DeploymentState::Updating => ("UPDATING", "CONFIG_UPDATE_STARTED"),
+        DeploymentState::Healthy => ("HEALTHY", "CONFIG_UPDATE_COMPLETED"),
+        DeploymentState::Unhealthy => ("UNHEALTHY", "HEALTH_CHECK_FAILED"),
+        DeploymentState::DeployFailed => ("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED"),
+        DeploymentState::Upscaling => ("UPSCALING", "AUTOSCALING"),
+        DeploymentState::Downscaling => ("DOWNSCALING", "AUTOSCALING"),
+    };
+    let settings = deployment.settings();
+    let mut config = json!({
+        "name": name,
+        "graceful_shutdown_timeout_s": settings.graceful_shutdown_timeout.as_secs_f64(),
+    });
+    match &settings.scale {
+        Scale::Fixed(replicas) => config["num_replicas"] = (*replicas).into(),
+        Scale::Auto(auto) => {
+            config["autoscaling_config"] = json!({
+                "min_replicas": auto.min_replicas,
+                "initial_replicas": auto.initial_replicas,
+                "max_replicas": auto.max_replicas,
+                "target_ongoing_requests": auto.target_ongoing_requests,
+                "look_back_period_s": auto.look_back.as_secs_f64(),
+                "upscale_delay_s": auto.upscale_delay.as_secs_f64(),
+                "downscale_delay_s": auto.downscale_delay.as_secs_f64(),
+                "downscale_to_zero_delay_s": auto.downscale_to_zero_delay.as_secs_f64(),
+                "upscaling_factor": auto.upscaling_factor,
+                "downscaling_factor": auto.downscaling_factor,
+            });
+        }
+    }
+    if let Some(max) = settings.max_ongoing_requests {
+        config["max_ongoing_requests"] = max.into();
+    }
+    if let Some(max) = settings.max_queued_requests {
+        config["max_queued_requests"] = max.into();
+    }
+    let replicas = deployment.replicas().iter().map(|it| replica((app, name), it, status));
+    json!({
+        "name": name,
+        "status": state,
+        "status_trigger": trigger,
+        "message": message,
+        "deployment_config": config,
+        "target_num_replicas": deployment.replicas_wanted(),
+        "required_resources": { "devices": deployment.model().topology.size() },
+        "replicas": replicas.collect::<Vec<_>>(),
+    })
+}
+
+fn replica((app, name): (&str, &str), replica: &Replica, status: Option<&ClusterStatus>) -> Json {
+    let first = replica.names(app, name).rank(0);
+    let mut shown = who(status.and_then(|status| status.actor(&first)));
+    let state = match replica.stage {
+        Stage::Starting => "STARTING",
+        Stage::Running => "RUNNING",
+        Stage::Draining | Stage::Stopping => "STOPPING",
+    };
+    shown.insert("replica_id".into(), format!("{}", replica.number).into());
+    shown.insert("state".into(), state.into());
+    shown.insert("start_time_s".into(), (replica.started_at_ms as f64 / 1000.0).into());
+    Json::Object(shown)
+}

@@ -1,0 +1,286 @@
+//! Ray Serve's document (`ServeDeploySchema` as JSON) -> applications to serve.
+//!
+//! Pure: what lies outside of the document comes in as facts. Everything that is not supported is refused by its path in
+//! the document; nothing is ignored in silence.
+
+mod fields;
+mod llm;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use heliostat_engine::config::ModelConfig;
+use serde_json::Value as Json;
+
+use self::fields::{Fields, Problems, Refused, no};
+pub use self::llm::default_redundancy;
+use super::target::{AppTarget, DeploymentTarget, Source};
+use crate::deployment::ModelDeployment;
+
+/// Applications of a document at most.
+const APPS_MAX: usize = 64;
+
+/// What lies outside of a document.
+pub struct Facts<'a> {
+    /// What cluster.toml says of a model; a document says what differs.
+    pub base: &'a ModelDeployment,
+    /// Where relative paths start.
+    pub dir: &'a Path,
+    /// Where HTTP is served.
+    pub http: SocketAddr,
+    /// Nodes of the cluster.
+    pub num_nodes: usize,
+    /// Reads the shape of the model in a directory.
+    pub look: &'a dyn Fn(&Path) -> Result<ModelConfig, String>,
+}
+
+/// Who makes deployments of an application's arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Builder {
+    /// Ray's, of one or several models.
+    OpenAi,
+    /// Ray's, of one model with data-parallel ranks.
+    DataParallel,
+    /// Ours: as Ray's, with the ranks of cluster.toml where none are written.
+    Own,
+}
+
+/// Import paths, by the part behind the module.
+const IMPORT_PATHS: &str =
+    "ray.serve.llm:build_openai_app, ray.serve.llm:build_dp_openai_app and heliostat:build_openai_app";
+
+impl Builder {
+    fn parse(import_path: &str) -> Result<Self, String> {
+        match import_path {
+            "ray.serve.llm:build_openai_app" => Ok(Self::OpenAi),
+            "ray.serve.llm:build_dp_openai_app" => Ok(Self::DataParallel),
+            "heliostat:build_openai_app" => Ok(Self::Own),
+            "ray.serve.llm:build_pd_openai_app" => Err(format!(
+                "{import_path} is not supported: prefill and decode are not separated; use ray.serve.llm:build_dp_openai_app"
+            )),
+            other => Err(format!("{other:?} cannot be imported; there are {IMPORT_PATHS}")),
+        }
+    }
+
+    /// The name of a deployment that is not named, as Ray makes it.
+    fn deployment_name(self, model_id: &str) -> String {
+        let server = match self {
+            Self::OpenAi | Self::Own => "LLMServer",
+            Self::DataParallel => "DPServer",
+        };
+        format!("{server}:{}", model_id.replace('/', "--").replace('.', "_"))
+    }
+}
+
+const TOP_REFUSED: &[Refused] = &[
+    no("proxy_location", &["\"EveryNode\"", "\"HeadOnly\""], "one ingress serves all nodes"),
+    no("grpc_options", &["{}", "{\"port\":9000,\"grpc_servicer_functions\":[]}"], "there is no gRPC proxy"),
+    no("controller_options", &["{}"], ""),
+    no("tracing_config", &["{}"], ""),
+    no("target_capacity", &[], "say num_replicas of each deployment"),
+];
+
+const APP_REFUSED: &[Refused] = &[
+    no("runtime_env", &["{}"], "models need none"),
+    no("autoscaling_policy", &[], "use autoscaling_config of the deployments"),
+    no("external_scaler_enabled", &["false"], ""),
+];
+
+/// Reads a document.
+///
+/// # Errors
+/// Everything that is wrong, one line each.
+pub fn read(json: &str, facts: &Facts<'_>) -> Result<Vec<AppTarget>, Vec<String>> {
+    let value: Json = serde_json::from_str(json).map_err(|why| vec![format!("it is not JSON: {why}")])?;
+    if !value.is_object() {
+        return Err(vec!["the document must be an object with `applications`".to_owned()]);
+    }
+    let problems = Problems::default();
+    let mut top = Fields::open("", value, &problems);
+    http_options(&mut top, facts.http);
+    logging(&mut top);
+    top.refuse(TOP_REFUSED);
+    let written = top.list("applications");
+    top.finish();
+    if written.len() > APPS_MAX {
+        problems.add("applications", format!("there are {}, and {APPS_MAX} are the limit", written.len()));
+    }
+    let mut apps: Vec<AppTarget> = Vec::new();
+    for (path, value) in written.into_iter().take(APPS_MAX) {
+        let app = app(&path, value, facts, &problems);
+        if apps.iter().any(|other| other.name == app.name) {
+            problems
+                .add(&format!("{path}.name"), format!("{:?} is the name of another application", app.name));
+        }
+        apps.push(app);
+    }
+    problems.into_result(apps)
+}
+
+/// Where HTTP is served is cluster.toml's.
+fn http_options(top: &mut Fields<'_>, http: SocketAddr) {
+    let Some(mut options) = top.object("http_options") else { return };
+    let fix = "it is set in [serve] of cluster.toml";
+    if let Some(host) = options.take::<String>("host")
+        && host != http.ip().to_string()
+    {
+        options.wrong("host", format!("HTTP is served at {}, not at {host}; {fix}", http.ip()));
+    }
+    if let Some(port) = options.take::<u16>("port")
+        && port != http.port()
+    {
+        options.wrong("port", format!("HTTP is served at port {}, not at {port}; {fix}", http.port()));
+    }
+    options.refuse(&[
+        no("root_path", &["\"\""], "use route_prefix"),
+        no("request_timeout_s", &[], "clients end what takes too long for them"),
+        no("keep_alive_timeout_s", &["75", "90"], ""),
+        no("ssl_keyfile", &[], "set tls_key in [serve] of cluster.toml"),
+        no("ssl_certfile", &[], "set tls_cert in [serve] of cluster.toml"),
+        no("ssl_keyfile_password", &[], ""),
+        no("ssl_ca_certs", &[], ""),
+    ]);
+    options.finish();
+}
+
+fn logging(fields: &mut Fields<'_>) {
+    let Some(mut config) = fields.object("logging_config") else { return };
+    config.refuse(&[
+        no("encoding", &["\"TEXT\""], ""),
+        no("log_level", &["\"INFO\"", "20"], "HELIO_LOG changes the level"),
+        no("logs_dir", &[], "logs lie in the run directory"),
+        no("enable_access_log", &["true", "false"], ""),
+        no("additional_log_standard_attrs", &["[]"], ""),
+    ]);
+    config.finish();
+}
+
+fn app(path: &str, value: Json, facts: &Facts<'_>, problems: &Problems) -> AppTarget {
+    let config = value.to_string();
+    let mut app = Fields::open(path, value.clone(), problems);
+    let name: String = app.take("name").unwrap_or_else(|| "default".to_owned());
+    if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
+        app.wrong("name", "it must have 1 to 128 letters");
+    }
+    // A prefix that is null is one that was written so; one that is missing is the root.
+    let written = value.as_object().and_then(|object| object.get("route_prefix"));
+    let prefix: Option<String> = app.take("route_prefix");
+    let route_prefix = match (written, prefix) {
+        (Some(Json::Null), _) => None,
+        (_, prefix) => Some(prefix.unwrap_or_else(|| "/".to_owned())),
+    };
+    if let Some(prefix) = &route_prefix {
+        check_prefix(&app, prefix);
+    }
+    let builder = match app.take::<String>("import_path") {
+        None => {
+            app.wrong("import_path", format!("it is missing; there are {IMPORT_PATHS}"));
+            None
+        }
+        Some(import_path) => Builder::parse(&import_path).map_err(|why| app.wrong("import_path", why)).ok(),
+    };
+    for (key, own) in [("host", facts.http.ip().to_string()), ("port", facts.http.port().to_string())] {
+        let neutral = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned) == own;
+        if app.raw(key).is_some_and(|value| !neutral(&value)) {
+            app.wrong(key, "HTTP is set in [serve] of cluster.toml");
+        }
+    }
+    logging(&mut app);
+    app.refuse(APP_REFUSED);
+    let args = app.object("args");
+    let overrides = app.list("deployments");
+    app.finish();
+    let deployments = match (builder, args) {
+        (Some(builder), Some(args)) => deployments(builder, args, overrides, (path, facts, problems)),
+        (Some(_), None) => {
+            problems.add(&format!("{path}.args"), "it is missing: the builder needs the model");
+            Vec::new()
+        }
+        (None, _) => Vec::new(),
+    };
+    AppTarget { name, route_prefix, source: Source::Document, config, deployments }
+}
+
+fn check_prefix(app: &Fields<'_>, prefix: &str) {
+    let odd = |c: char| !c.is_ascii_graphic() || matches!(c, '{' | '}' | '?' | '#' | '%');
+    if !prefix.starts_with('/') || (prefix.len() > 1 && prefix.ends_with('/')) || prefix.contains(odd) {
+        app.wrong(
+            "route_prefix",
+            format!("{prefix:?} must begin with / and not end with one, without {{}} ? # %"),
+        );
+    }
+    for own in ["/-", "/api", "/health", "/metrics"] {
+        if prefix == own || prefix.strip_prefix(own).is_some_and(|rest| rest.starts_with('/')) {
+            app.wrong("route_prefix", format!("paths below {own} are the server's own; choose another"));
+        }
+    }
+}
+
+fn deployments(
+    builder: Builder,
+    mut args: Fields<'_>,
+    overrides: Vec<(String, Json)>,
+    (path, facts, problems): (&str, &Facts<'_>, &Problems),
+) -> Vec<DeploymentTarget> {
+    let mut configs = match builder {
+        Builder::OpenAi | Builder::Own => args.list("llm_configs"),
+        Builder::DataParallel => {
+            args.raw("llm_config").map(|config| (args.at("llm_config"), config)).into_iter().collect()
+        }
+    };
+    if configs.is_empty() {
+        let key = if builder == Builder::DataParallel { "llm_config" } else { "llm_configs" };
+        args.wrong(key, "it is missing: the builder needs a model");
+    }
+    configs.retain(|(path, config)| {
+        let is_path = config.is_string();
+        if is_path {
+            problems.add(path, "a file is not supported; write the LLMConfig itself");
+        }
+        !is_path
+    });
+    let why = "one ingress serves the cluster: see [serve] in cluster.toml";
+    args.refuse(&[no("ingress_cls_config", &["{}"], why), no("ingress_deployment_config", &["{}"], why)]);
+    args.finish();
+    let mut made: Vec<DeploymentTarget> = Vec::new();
+    let mut used = vec![false; overrides.len()];
+    for (config_path, config) in configs {
+        let (mut target, mut under) = llm::deployment(config, (&config_path, builder), facts, problems);
+        if made
+            .iter()
+            .any(|other| other.name == target.name || other.model.model_name == target.model.model_name)
+        {
+            problems.add(&config_path, format!("model {:?} is listed twice", target.model.model_name));
+        }
+        let over = overrides
+            .iter()
+            .position(|(_, value)| value.get("name").and_then(Json::as_str) == Some(target.name.as_str()));
+        if let Some(at) = over {
+            used[at] = true;
+        }
+        let mut over = over.map(|at| overrides[at].1.clone());
+        let options_path = format!("{config_path}.deployment_config");
+        for (options, path) in [(Some(&mut under), options_path.as_str()), (over.as_mut(), path)] {
+            let config = options.and_then(Json::as_object_mut).and_then(|it| it.shift_remove("user_config"));
+            if let Some(config) = config {
+                let shape = (facts.look)(&target.model.model).ok();
+                let fields = Fields::open(format!("{path}.user_config"), config, problems);
+                llm::user_config(fields, &mut target.model, shape.as_ref());
+            }
+        }
+        target.settings = llm::options(under, over, &options_path, problems);
+        made.push(target);
+    }
+    let names: Vec<&str> = made.iter().map(|target| target.name.as_str()).collect();
+    for ((path, value), _) in overrides.iter().zip(used).filter(|(_, used)| !used) {
+        let name = value.get("name").cloned().unwrap_or_default();
+        problems.add(
+            &format!("{path}.name"),
+            format!("no deployment is named {name}; there are {}", names.join(", ")),
+        );
+    }
+    made
+}

@@ -1,0 +1,207 @@
+//! Documents of Ray and of vLLM, and what is said of those that ask for too much.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use heliostat_engine::config::ModelConfig;
+use heliostat_engine::eplb::Policy;
+use serde_json::json;
+
+use super::*;
+use crate::rank::KvCacheArgs;
+use crate::serve::core::test_model;
+use crate::serve::target::{Rollout, Scale};
+
+fn bundled() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/sundial-20m")
+}
+
+fn read_with(
+    document: Json,
+    look: &dyn Fn(&Path) -> Result<ModelConfig, String>,
+) -> Result<Vec<AppTarget>, Vec<String>> {
+    let mut base = test_model("sundial-20m", 64);
+    base.model = bundled();
+    base.model_name = "sundial-20m".into();
+    let facts = Facts {
+        base: &base,
+        dir: Path::new("/models"),
+        http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
+        num_nodes: 1,
+        look,
+    };
+    read(&document.to_string(), &facts)
+}
+
+fn read_document(document: Json) -> Result<Vec<AppTarget>, Vec<String>> {
+    let shape = ModelConfig::from_dir(&bundled()).unwrap();
+    read_with(document, &move |_| Ok(shape.clone()))
+}
+
+/// A document with one model, and what is added to its parts.
+fn document(engine_kwargs: Json, deployment_config: Json) -> Json {
+    json!({ "applications": [{
+        "name": "chat",
+        "route_prefix": "/chat",
+        "import_path": "ray.serve.llm:build_dp_openai_app",
+        "args": { "llm_config": {
+            "model_loading_config": { "model_id": "sundial-20m" },
+            "engine_kwargs": engine_kwargs,
+            "deployment_config": deployment_config,
+        } },
+    }] })
+}
+
+fn one(document: Json) -> DeploymentTarget {
+    read_document(document).unwrap().remove(0).deployments.remove(0)
+}
+
+fn problems(document: Json) -> Vec<String> {
+    read_document(document).unwrap_err()
+}
+
+#[test]
+fn rays_wide_ep_document_is_understood() {
+    let made = one(document(
+        json!({
+            "data_parallel_size": 4, "enable_expert_parallel": true, "enable_eplb": true,
+            "eplb_config": { "window_size": 7, "step_interval": 9, "num_redundant_experts": 8, "policy": "incremental" },
+            "max_num_seqs": 3, "max_num_batched_tokens": 32, "max_model_len": 48, "block_size": 8,
+            "enable_prefix_caching": false, "kv_cache_memory_bytes": 4096, "enable_dbo": false, "seed": 0,
+            "tensor_parallel_size": 1, "trust_remote_code": true,
+        }),
+        json!({ "num_replicas": 2, "max_ongoing_requests": 10, "max_queued_requests": 5, "graceful_shutdown_timeout_s": 3 }),
+    ));
+    assert_eq!(made.name, "DPServer:sundial-20m");
+    let model = &made.model;
+    assert_eq!((model.topology.dp, model.topology.ep, model.redundant_experts), (4, 4, 8));
+    assert_eq!((model.eplb.window_size, model.eplb.step_interval), (7, 9));
+    assert!(matches!(model.eplb.policy, Policy::Incremental(_)));
+    let engine = &model.engine;
+    assert_eq!((engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_model_len), (3, 32, 48));
+    assert_eq!((engine.block_size, engine.enable_prefix_caching), (8, false));
+    assert_eq!(engine.kv_cache, KvCacheArgs::Bytes(4096));
+    assert_eq!(made.settings.scale, Scale::Fixed(2));
+    assert_eq!((made.settings.max_ongoing_requests, made.settings.max_queued_requests), (Some(10), Some(5)));
+    assert_eq!(made.settings.graceful_shutdown_timeout, Duration::from_secs(3));
+}
+
+#[test]
+fn every_mistake_is_named_with_its_place() {
+    let mut wrong = document(
+        json!({ "data_parallel_size": 2, "enable_expert_parallel": false, "tensor_parallel_size": 8, "spec": 1 }),
+        json!({ "num_replicas": 0, "gang_scheduling_config": { "gang_size": 4 } }),
+    );
+    wrong["grpc_options"] = json!({ "port": 9001 });
+    wrong["http_options"] = json!({ "host": "0.0.0.0", "port": 8000 });
+    let kwargs = "applications.0.args.llm_config.engine_kwargs";
+    let options = "applications.0.args.llm_config.deployment_config";
+    let said = problems(wrong);
+    for start in [
+        "grpc_options: ".to_owned(),
+        "http_options.host: HTTP is served at 127.0.0.1, not at 0.0.0.0".to_owned(),
+        format!("{kwargs}.enable_expert_parallel: "),
+        format!("{kwargs}.tensor_parallel_size: 8 is not supported"),
+        format!("{kwargs}.spec: there is no such field"),
+        format!("{options}.num_replicas: 0 is neither"),
+        format!("{options}.gang_scheduling_config: "),
+    ] {
+        assert!(said.iter().any(|line| line.starts_with(&start)), "{start}\n{}", said.join("\n"));
+    }
+    assert_eq!(said.len(), 7, "{}", said.join("\n"));
+}
+
+#[test]
+fn builders_are_rays_and_ours_and_no_others() {
+    let with = |import_path: &str, args: Json| {
+        read_document(json!({ "applications": [{ "import_path": import_path, "args": args }] }))
+    };
+    let llm = |id: &str| json!({ "model_loading_config": { "model_id": id, "model_source": "sundial-20m" } });
+    let apps =
+        with("ray.serve.llm:build_openai_app", json!({ "llm_configs": [llm("org/a.b"), llm("c")] })).unwrap();
+    assert_eq!((apps[0].name.as_str(), apps[0].route_prefix.as_deref()), ("default", Some("/")));
+    let names: Vec<&str> = apps[0].deployments.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(names, ["LLMServer:org--a_b", "LLMServer:c"]);
+    assert_eq!(apps[0].deployments[0].model.topology.dp, 1);
+    assert_eq!(apps[0].deployments[0].model.model, Path::new("/models/sundial-20m"));
+    let own = with("heliostat:build_openai_app", json!({ "llm_configs": [llm("a")] })).unwrap();
+    assert_eq!(own[0].deployments[0].model.topology.dp, 2, "as in cluster.toml");
+    let said = with("ray.serve.llm:build_pd_openai_app", json!({})).unwrap_err();
+    assert!(
+        said[0].starts_with("applications.0.import_path: ray.serve.llm:build_pd_openai_app is not supported")
+    );
+    let said = with("my.app:main", json!({})).unwrap_err();
+    assert!(said[0].contains("there are ray.serve.llm:build_openai_app"), "{said:?}");
+    let said =
+        with("ray.serve.llm:build_openai_app", json!({ "llm_configs": [llm("a"), llm("a")] })).unwrap_err();
+    assert!(
+        said[0].starts_with("applications.0.args.llm_configs.1: model \"a\" is listed twice"),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn deployments_of_the_document_override_by_name() {
+    let mut it = document(json!({}), json!({ "autoscaling_config": { "max_replicas": 3 } }));
+    it["applications"][0]["deployments"] = json!([{ "name": "DPServer:sundial-20m", "num_replicas": 4 }]);
+    assert_eq!(one(it.clone()).settings.scale, Scale::Fixed(4));
+    it["applications"][0]["deployments"] = json!([{ "name": "other", "num_replicas": 4 }]);
+    let said = problems(it);
+    assert_eq!(said.len(), 1);
+    assert!(
+        said[0].starts_with("applications.0.deployments.0.name: no deployment is named \"other\""),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn user_config_sets_what_changes_live() {
+    let made = one(document(
+        json!({}),
+        json!({ "user_config": { "enable_eplb": false, "eplb_config": { "step_interval": 5 } } }),
+    ));
+    assert_eq!((made.model.eplb.enabled, made.model.eplb.step_interval), (false, 5));
+    let said = problems(document(json!({}), json!({ "user_config": { "temperature": 1 } })));
+    assert!(said[0].contains("user_config.temperature: there is no such field"), "{said:?}");
+}
+
+#[test]
+fn scaling_and_roll_outs_have_rays_defaults() {
+    let auto = |config: Json| one(document(json!({}), config)).settings;
+    let Scale::Auto(made) = auto(json!({ "num_replicas": "auto" })).scale else { panic!("it is auto") };
+    assert_eq!((made.min_replicas, made.max_replicas, made.target_ongoing_requests), (1, 100, 2.0));
+    assert_eq!((made.upscale_delay.as_secs(), made.downscale_to_zero_delay.as_secs()), (30, 600));
+    let zero =
+        json!({ "autoscaling_config": { "min_replicas": 0, "max_replicas": 2, "downscale_delay_s": 1.5 } });
+    let Scale::Auto(made) = auto(zero).scale else { panic!("it is auto") };
+    assert_eq!((made.min_replicas, made.initial_replicas), (0, 0));
+    assert_eq!(made.downscale_to_zero_delay, Duration::from_millis(1500));
+    assert_eq!(auto(json!({})).rollout, Rollout::Surge { percent: 20 });
+    assert_eq!(auto(json!({ "max_surge_percent": 0 })).rollout, Rollout::InPlace { thousandths: 200 });
+    let said = problems(document(json!({}), json!({ "num_replicas": 2, "autoscaling_config": {} })));
+    assert!(said[0].contains("num_replicas: it excludes autoscaling_config"), "{said:?}");
+}
+
+#[test]
+fn a_model_that_is_not_there_is_named() {
+    let said =
+        read_with(document(json!({}), json!({})), &|dir| Err(format!("{} is not there", dir.display())))
+            .unwrap_err();
+    assert!(
+        said[0].starts_with("applications.0.args.llm_config.model_loading_config.model_id: "),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn prefixes_are_checked() {
+    for prefix in ["chat", "/chat/", "/api", "/-/x", "/a b", "/{a}"] {
+        let mut it = document(json!({}), json!({}));
+        it["applications"][0]["route_prefix"] = json!(prefix);
+        assert!(problems(it)[0].starts_with("applications.0.route_prefix: "), "{prefix}");
+    }
+    let mut it = document(json!({}), json!({}));
+    it["applications"][0]["route_prefix"] = Json::Null;
+    assert_eq!(read_document(it).unwrap()[0].route_prefix, None);
+}

@@ -1,0 +1,141 @@
+//! All messages of the serve controller, and of the ingress that it tells what is served.
+
+use std::path::PathBuf;
+
+use actix::Message;
+use bincode::{Decode, Encode};
+use heliostat_runtime::actor::WireMessage;
+
+macro_rules! wire {
+    ($($message:ty => $name:literal),* $(,)?) => {
+        $(impl WireMessage for $message { const NAME: &'static str = $name; })*
+    };
+}
+
+wire! {
+    DeployApps => "serve.deploy",
+    DeleteApps => "serve.delete",
+    GetDetails => "serve.details",
+    GetTable => "serve.table",
+    SetTable => "ingress.table",
+}
+
+// ---- to the controller ---------------------------------------------------------------------------------------------
+
+/// Serve what this document says, Ray's `ServeDeploySchema` as JSON, and nothing else but cluster.toml's model.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<(), DeployRefused>")]
+pub struct DeployApps {
+    /// The document.
+    pub json: String,
+}
+
+/// Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum DeployRefused {
+    /// The document says what is wrong or not supported; each line names where.
+    #[error("{0}")]
+    Document(String),
+    /// The cluster cannot keep it at present.
+    #[error("the deployment cannot be kept: {0}; try again")]
+    NotKept(String),
+}
+
+/// Drain and end all applications.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Result<(), DeployRefused>")]
+pub struct DeleteApps;
+
+/// All that is known, as Ray's `ServeInstanceDetails` in JSON.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "String")]
+pub struct GetDetails;
+
+/// What is served, for an ingress that starts.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Table")]
+pub struct GetTable;
+
+// ---- to the ingress ------------------------------------------------------------------------------------------------
+
+/// Serve exactly this from now on. Answered with what is in flight under it.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "TableReport")]
+pub struct SetTable {
+    /// What is served.
+    pub table: Table,
+}
+
+/// Everything that is served.
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+pub struct Table {
+    /// By name.
+    pub apps: Vec<TableApp>,
+}
+
+/// An application.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct TableApp {
+    /// Its name.
+    pub name: String,
+    /// Start of its paths; none: no HTTP.
+    pub route_prefix: Option<String>,
+    /// By name.
+    pub deployments: Vec<TableDeployment>,
+}
+
+/// A deployment.
+#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+pub struct TableDeployment {
+    /// Its name.
+    pub name: String,
+    /// The model that it serves.
+    pub model: TableModel,
+    /// Requests that may be in flight at once; none: no bound but the queues of the ranks.
+    pub in_flight_max: Option<u64>,
+    /// Requests may wait for the first replica: one is started for them.
+    pub may_wait: bool,
+    /// Its replicas that have ranks.
+    pub replicas: Vec<TableReplica>,
+}
+
+/// What an ingress must know of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TableModel {
+    /// Names in the API; at least one.
+    pub names: Vec<String>,
+    /// Checkpoint directory, for tokenizer and template.
+    pub path: PathBuf,
+    /// Tokens per sequence.
+    pub max_model_len: u32,
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// Sequences that may wait at one rank.
+    pub max_waiting: u32,
+}
+
+/// A replica: a whole DP x EP group.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TableReplica {
+    /// Its number.
+    pub number: u64,
+    /// The group of its ranks.
+    pub group: String,
+    /// The number by which its first DP rank is known; the others follow.
+    pub first_rank: u32,
+    /// Its DP ranks.
+    pub dp: u32,
+    /// It takes nothing new, and ends when it has nothing left.
+    pub draining: bool,
+}
+
+/// What is in flight.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct TableReport {
+    /// Sequences in flight, waiting ones included, by application and deployment.
+    pub loads: Vec<(String, String, u64)>,
+    /// Sequences at each replica that takes nothing new, by number.
+    pub draining: Vec<(u64, u64)>,
+    /// Deployments that cannot be served here, and why.
+    pub problems: Vec<(String, String, String)>,
+}

@@ -1,0 +1,333 @@
+//! Carries out what the core decides: looks at the cluster, keeps the state with the head, applies and removes actors,
+//! tells the ingress.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::join_all;
+use heliostat_engine::config::ModelConfig;
+use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
+use heliostat_runtime::cluster::{Cluster, ClusterError};
+use heliostat_runtime::spec::{ActorSpec, DeathCause, Lifetime};
+use tokio::sync::Notify;
+
+use super::controller::ServeArgs;
+use super::core::{Command, Health, Replica, Seen, ServeState, Stage};
+use super::details;
+use super::document::{self, Facts};
+use super::messages::{DeployRefused, SetTable, Table};
+use crate::deployment::{INGRESS, ReplicaNames};
+use crate::ingress_actor::IngressActor;
+
+/// Under which the state is kept.
+const KEY: &str = "serve";
+/// Between two looks while something is under way, and else.
+const LOOK: Duration = Duration::from_millis(100);
+const LOOK_IDLE: Duration = Duration::from_millis(500);
+/// How long the ingress may take to take a table.
+const INGRESS_DEADLINE: Duration = Duration::from_secs(2);
+
+/// The controller's service. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Service(Arc<Inner>);
+
+struct Inner {
+    args: ServeArgs,
+    cluster: Cluster,
+    started: Instant,
+    state: Mutex<State>,
+    /// Held by whoever changes what is kept: the revision that is there.
+    kept: tokio::sync::Mutex<u64>,
+    woken: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    core: ServeState,
+    seen: Seen,
+    /// Replicas whose actors the head does not take, and why.
+    refused: BTreeMap<u64, String>,
+}
+
+/// What is to be done for one replica.
+struct Order {
+    replica: Replica,
+    names: ReplicaNames,
+    remove: bool,
+}
+
+impl Service {
+    /// Goes on with what an earlier controller kept.
+    pub(super) async fn open(args: ServeArgs, cluster: Cluster) -> Result<Self, String> {
+        let kept = cluster.value(KEY).await.map_err(|why| why.to_string())?;
+        let revision = kept.as_ref().map_or(0, |kept| kept.revision);
+        let core = match &kept {
+            Some(kept) => ServeState::restore(&kept.value)
+                .map_err(|why| format!("what is served was written down by another version: {why}"))?,
+            None => ServeState::default(),
+        };
+        let service = Self(Arc::new(Inner {
+            args,
+            cluster,
+            started: Instant::now(),
+            state: Mutex::new(State { core, ..State::default() }),
+            kept: tokio::sync::Mutex::new(revision),
+            woken: Notify::new(),
+        }));
+        let base = service.0.args.base_app();
+        service
+            .change(|core| {
+                core.set_base(base, unix_ms());
+                Ok(())
+            })
+            .await
+            .map_err(|why| why.to_string())?;
+        Ok(service)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is wanted: it takes place once it is kept, or not at all.
+    async fn change(
+        &self,
+        change: impl FnOnce(&mut ServeState) -> Result<(), String>,
+    ) -> Result<(), DeployRefused> {
+        let mut kept = self.0.kept.lock().await;
+        let mut core = self.lock().core.clone();
+        change(&mut core).map_err(DeployRefused::Document)?;
+        *kept = self.keep(&core, *kept).await.map_err(DeployRefused::NotKept)?;
+        self.lock().core = core;
+        self.0.woken.notify_one();
+        Ok(())
+    }
+
+    async fn keep(&self, core: &ServeState, revision: u64) -> Result<u64, String> {
+        let value = core.snapshot().map_err(|why| why.to_string())?;
+        self.0.cluster.put_value(KEY, revision, value).await.map_err(|why| why.to_string())
+    }
+
+    /// Serves what a document says.
+    pub(super) async fn deploy(&self, json: String) -> Result<(), DeployRefused> {
+        let args = self.0.args.clone();
+        let nodes = self.0.cluster.status().await.map_or(1, |status| status.nodes.len().max(1));
+        let read = tokio::task::spawn_blocking(move || {
+            let look = |dir: &std::path::Path| ModelConfig::from_dir(dir).map_err(|why| why.to_string());
+            let facts =
+                Facts { base: &args.base, dir: &args.dir, http: args.http, num_nodes: nodes, look: &look };
+            document::read(&json, &facts)
+        });
+        let targets = read.await.map_err(|why| DeployRefused::NotKept(why.to_string()))?;
+        let targets = targets.map_err(|problems| DeployRefused::Document(problems.join("\n")))?;
+        self.change(|core| core.deploy(targets, unix_ms()).map_err(|clash| clash.to_string())).await
+    }
+
+    /// Drains and ends all applications.
+    pub(super) async fn delete_all(&self) -> Result<(), DeployRefused> {
+        self.change(|core| {
+            core.delete_all();
+            Ok(())
+        })
+        .await
+    }
+
+    /// What an ingress serves.
+    pub(super) fn table(&self) -> Table {
+        self.lock().core.table()
+    }
+
+    /// All that is known, for people and for Ray's tools.
+    pub(super) async fn details(&self) -> String {
+        let status = self.0.cluster.status().await.ok();
+        let state = self.lock();
+        details::instance(&state.core, &state.seen, status.as_ref(), self.0.args.http).to_string()
+    }
+
+    /// Looks and acts, for as long as the controller lives.
+    pub(super) async fn drive(self) {
+        let mut version = 0;
+        loop {
+            match self.look(version).await {
+                Ok(status) => {
+                    version = status.version;
+                    let told = self.hear_ingress().await;
+                    self.act(&status).await;
+                    // What was decided is told at once, not at the next look.
+                    if self.table() != told {
+                        self.hear_ingress().await;
+                    }
+                }
+                Err(why) => {
+                    tracing::debug!("the head does not answer: {why}");
+                    tokio::time::sleep(LOOK_IDLE).await;
+                }
+            }
+        }
+    }
+
+    async fn look(&self, version: u64) -> Result<ClusterStatus, ClusterError> {
+        let wait = if self.lock().core.is_moving() { LOOK } else { LOOK_IDLE };
+        tokio::select! {
+            status = self.0.cluster.watch(version, wait) => status,
+            () = self.0.woken.notified() => self.0.cluster.status().await,
+        }
+    }
+
+    /// Tells the ingress what is served, which is returned, and takes in what is in flight.
+    async fn hear_ingress(&self) -> Table {
+        let told = self.table();
+        let Ok(handle) = self.0.cluster.handle::<IngressActor>(INGRESS).await else { return told };
+        match handle.with_deadline(INGRESS_DEADLINE).ask(SetTable { table: told.clone() }).await {
+            Ok(report) => {
+                let seen = &mut self.lock().seen;
+                seen.loads = report.loads.into_iter().map(|(app, it, load)| ((app, it), load)).collect();
+                seen.draining = report.draining.into_iter().collect();
+                seen.problems = report.problems.into_iter().map(|(app, it, why)| ((app, it), why)).collect();
+            }
+            Err(why) => {
+                tracing::debug!("the ingress does not answer: {why}");
+                self.0.cluster.forget(INGRESS);
+            }
+        }
+        told
+    }
+
+    /// Has the core decide, keeps what it says, and does it.
+    async fn act(&self, status: &ClusterStatus) {
+        let mut kept = self.0.kept.lock().await;
+        let (orders, changed) = {
+            let mut state = self.lock();
+            state.look_at(status);
+            let now = self.0.started.elapsed();
+            let State { core, seen, .. } = &mut *state;
+            let commands = core.step(now, unix_ms(), seen);
+            let changed = commands.contains(&Command::Persist).then(|| core.clone());
+            let orders: Vec<Order> = commands.iter().filter_map(|command| order(core, command)).collect();
+            (orders, changed)
+        };
+        if let Some(core) = changed {
+            match self.keep(&core, *kept).await {
+                Ok(revision) => *kept = revision,
+                Err(why) => {
+                    tracing::warn!("what is served cannot be kept, and nothing is done: {why}");
+                    self.lock().core.not_kept();
+                    // Somebody else's revision may be there: the one that this actor was replaced by, or its own.
+                    if let Ok(Some(there)) = self.0.cluster.value(KEY).await {
+                        *kept = there.revision;
+                    }
+                    return;
+                }
+            }
+        }
+        drop(kept);
+        join_all(orders.into_iter().map(|order| self.carry_out(order))).await;
+    }
+
+    async fn carry_out(&self, order: Order) {
+        let Order { replica, names, remove } = order;
+        if remove {
+            let actors = replica.model.actors(&names);
+            join_all(actors.iter().map(|actor| self.0.cluster.remove_actor(actor))).await;
+            self.lock().refused.remove(&replica.number);
+            return;
+        }
+        let number = replica.number;
+        let specs = tokio::task::spawn_blocking(move || replica.model.specs(&names, replica.first_rank));
+        let specs = match specs.await {
+            Ok(Ok(specs)) => specs,
+            Ok(Err(why)) => return self.refuse(number, why.to_string()),
+            Err(why) => return self.refuse(number, why.to_string()),
+        };
+        // They outlive the controller.
+        let specs = specs.into_iter().map(|spec| ActorSpec { lifetime: Lifetime::Detached, ..spec });
+        match self.0.cluster.apply(specs.collect()).await {
+            Ok(_) => {}
+            Err(ClusterError::Spec(invalid)) => self.refuse(number, invalid.to_string()),
+            Err(why) => tracing::warn!(number, "the actors of a replica cannot be applied yet: {why}"),
+        }
+    }
+
+    fn refuse(&self, number: u64, why: String) {
+        self.lock().refused.insert(number, why);
+        self.0.woken.notify_one();
+    }
+}
+
+impl State {
+    /// Takes in how the actors of all replicas are.
+    fn look_at(&mut self, status: &ClusterStatus) {
+        let actors: HashMap<&str, &ActorStatus> =
+            status.actors.iter().map(|actor| (actor.name.as_str(), actor)).collect();
+        let health = self.core.replicas().map(|(app, deployment, replica)| {
+            let names = replica.names(app, deployment);
+            let group = status.group(&names.group).is_some_and(|group| group.complete);
+            let of: Vec<(String, Option<&ActorStatus>)> = replica
+                .model
+                .actors(&names)
+                .into_iter()
+                .map(|name| (name.clone(), actors.get(name.as_str()).copied()))
+                .collect();
+            let refused = self.refused.get(&replica.number).filter(|_| replica.stage != Stage::Stopping);
+            let health = match refused {
+                Some(why) => Health::Broken(why.clone()),
+                None => health(&of, group, replica.stage),
+            };
+            (replica.number, health)
+        });
+        self.seen.health = health.collect();
+    }
+}
+
+fn order(core: &ServeState, command: &Command) -> Option<Order> {
+    let (number, remove) = match command {
+        Command::Persist => return None,
+        Command::Ensure(number) => (*number, false),
+        Command::Remove(number) => (*number, true),
+    };
+    let (app, deployment, replica) = core.replica(number)?;
+    Some(Order { replica: replica.clone(), names: replica.names(app, deployment), remove })
+}
+
+/// How a replica is, by its actors.
+fn health(actors: &[(String, Option<&ActorStatus>)], complete: bool, stage: Stage) -> Health {
+    if actors.iter().all(|(_, actor)| actor.is_none()) {
+        return Health::Gone;
+    }
+    let (mut unplaced, mut starting) = (None, None);
+    for (name, actor) in actors {
+        let Some(actor) = actor else {
+            starting.get_or_insert_with(|| format!("{name} is to be deployed"));
+            continue;
+        };
+        match &actor.state {
+            ActorState::Ready => {}
+            ActorState::Dead { cause } => return Health::Broken(format!("{name} is dead: {cause}")),
+            ActorState::Pending { reason } => {
+                unplaced.get_or_insert_with(|| format!("{name} waits: {reason}"));
+            }
+            ActorState::Starting { .. } | ActorState::Restarting { .. } | ActorState::Stopping => {
+                // A constructor that fails does so again; one that has served may be short of something for a while.
+                if let (
+                    Stage::Starting,
+                    Some(cause @ (DeathCause::CreateFailed { .. } | DeathCause::StartFailed { .. })),
+                ) = (stage, &actor.last_death)
+                {
+                    return Health::Broken(format!("{name}: {cause}"));
+                }
+                starting.get_or_insert_with(|| format!("{name} is starting"));
+            }
+        }
+    }
+    match (unplaced, starting, complete) {
+        (Some(why), _, _) => Health::Unplaced(why),
+        (None, Some(why), _) => Health::Starting(why),
+        (None, None, true) => Health::Ready,
+        (None, None, false) => Health::Starting("its ranks have not met yet".to_owned()),
+    }
+}
+
+pub(super) fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
