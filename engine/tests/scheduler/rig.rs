@@ -208,6 +208,7 @@ pub(crate) fn simple(id: u128, prompt: Vec<u32>, max_tokens: u32) -> Request {
         prompt_logprobs: None,
         grammar: None,
         priority: 0,
+        turn: 0,
     }
 }
 

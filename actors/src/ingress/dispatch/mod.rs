@@ -5,6 +5,7 @@
 //! tokens it already has, so its client sees neither a gap nor a repetition.
 
 mod outcome;
+mod shares;
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -13,8 +14,10 @@ use heliostat_engine::request::{FinishReason, Output, RankStats, Request, Reques
 
 use super::engine::{RankCommand, Ranks, Refusal};
 use super::router::{Job, Router, block_hashes};
+use crate::http::Caller;
 
 pub use outcome::{Effect, Failure, Refused};
+use shares::{Shares, Ticket};
 
 /// Bounds of the dispatch.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,11 +38,27 @@ impl Default for DispatchConfig {
     }
 }
 
+/// Whom a request comes from, and where it wants to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The client, for its fair share.
+    pub client: Caller,
+    /// The rank that it asks for.
+    pub pinned: Option<u32>,
+}
+
+impl Default for Origin {
+    fn default() -> Self {
+        Self { client: Caller::Other, pinned: None }
+    }
+}
+
 /// All sequences in flight.
 #[derive(Debug)]
 pub struct Dispatch {
     config: DispatchConfig,
     router: Router,
+    shares: Shares,
     ranks: Ranks,
     sequences: HashMap<RequestId, Sequence>,
     /// Those without a rank.
@@ -60,8 +79,11 @@ struct Sequence {
     moves: u32,
     /// Ranks that refused it since it last had one.
     refused_by: Vec<u32>,
-    /// The client's choice; holds until the rank is lost.
-    pinned: Option<u32>,
+    /// The client, and its choice of a rank, which holds until that is lost.
+    origin: Origin,
+    ticket: Ticket,
+    /// It has its first token.
+    began: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,6 +112,7 @@ impl Dispatch {
         Self {
             config,
             router,
+            shares: Shares::default(),
             ranks: Ranks::default(),
             sequences: HashMap::new(),
             parked: BTreeSet::new(),
@@ -119,27 +142,38 @@ impl Dispatch {
         self.moves
     }
 
-    /// Takes all of `requests`, or none. `pinned` is the rank that the client asked for.
+    /// Takes all of `requests`, or none.
     ///
     /// # Errors
-    /// No rank is ready, the queues are full, or the pinned rank is not there.
+    /// No rank is ready, the queues are full, or the rank that was asked for is not there.
     pub fn submit(
         &mut self,
         now: Duration,
         requests: Vec<Request>,
-        pinned: Option<u32>,
+        origin: Origin,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Refused> {
-        self.admit(now, requests.len(), pinned)?;
-        for request in requests {
+        self.admit(now, requests.len(), origin).inspect_err(|refused| match refused {
+            Refused::QueueFull => self.shares.turned_away(origin.client, now),
+            Refused::OverShare
+            | Refused::NotReady { .. }
+            | Refused::NeverFits { .. }
+            | Refused::NoSuchRank { .. }
+            | Refused::RankNotReady(_) => {}
+        })?;
+        for mut request in requests {
             let id = request.id;
+            let ticket = self.shares.enter(origin.client, request.prompt.len(), request.stop.max_tokens);
+            request.turn = ticket.turn;
             let sequence = Sequence {
                 request,
                 place: Place::Nowhere,
                 homeless_since: None,
                 moves: 0,
                 refused_by: Vec::new(),
-                pinned,
+                origin,
+                ticket,
+                began: false,
             };
             self.sequences.insert(id, sequence);
             if !self.place(id, effects) {
@@ -149,7 +183,8 @@ impl Dispatch {
         Ok(())
     }
 
-    fn admit(&self, now: Duration, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
+    fn admit(&self, now: Duration, requests: usize, origin: Origin) -> Result<(), Refused> {
+        let Origin { client, pinned } = origin;
         let Ranks { size, ready, missing } = &self.ranks;
         if ready.is_empty() || self.is_stalled(now) {
             return Err(Refused::NotReady { missing: missing.clone() });
@@ -164,7 +199,12 @@ impl Dispatch {
             Some(rank) if rank < *size => return Err(Refused::RankNotReady(rank)),
             Some(rank) => return Err(Refused::NoSuchRank { rank, size: *size }),
         };
-        if room < requests { Err(Refused::QueueFull) } else { Ok(()) }
+        let all = self.config.queue_max * ready.len();
+        match room < requests {
+            true => Err(Refused::QueueFull),
+            false if !self.shares.admits(client, requests, all, now) => Err(Refused::OverShare),
+            false => Ok(()),
+        }
     }
 
     /// The client is gone, or has all it wanted.
@@ -206,6 +246,10 @@ impl Dispatch {
             sequence.request.prompt_logprobs = None;
         }
         sequence.homeless_since = None;
+        if !sequence.began && !output.tokens.is_empty() {
+            sequence.began = true;
+            self.shares.began(sequence.origin.client, sequence.ticket);
+        }
         self.last_output = now;
         self.router.started(rank, id);
         match &output.finish {
@@ -332,7 +376,7 @@ impl Dispatch {
         sequence.place = Place::Nowhere;
         sequence.homeless_since.get_or_insert(now);
         sequence.moves += 1;
-        sequence.pinned = None;
+        sequence.origin.pinned = None;
         sequence.refused_by.clear();
         self.moves += 1;
         let complete = sequence.request.generated.len() >= sequence.request.stop.max_tokens as usize;
@@ -354,7 +398,7 @@ impl Dispatch {
         let job = sequence.job(self.config.block_size);
         let moved = sequence.moves > 0;
         let allowed = |rank| {
-            sequence.pinned.is_none_or(|pinned| pinned == rank)
+            sequence.origin.pinned.is_none_or(|pinned| pinned == rank)
                 && !sequence.refused_by.contains(&rank)
                 && (moved || self.router.room(rank) > 0)
         };
@@ -389,6 +433,8 @@ impl Dispatch {
     fn remove(&mut self, id: RequestId) -> Option<Place> {
         let sequence = self.sequences.remove(&id)?;
         self.parked.remove(&id);
+        let drawn = sequence.began.then_some(sequence.request.generated.len());
+        self.shares.left(sequence.origin.client, sequence.ticket, drawn);
         if let Place::On(rank) = sequence.place {
             self.router.left(rank, id, &sequence.job(self.config.block_size).blocks);
         }
