@@ -8,7 +8,7 @@ use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::StatusCode;
-use actix_web::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use actix_web::middleware::{Condition, Next, from_fn};
 use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
 use actix_web::{App, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError};
@@ -167,7 +167,8 @@ fn start(
 fn cors(origins: &[String]) -> Cors {
     let cors = Cors::default()
         .allowed_methods(["GET", "POST"])
-        .allowed_headers([AUTHORIZATION, CONTENT_TYPE, ACCEPT, REQUEST_ID])
+        // Clients have headers of their own (`x-stainless-...` of OpenAI's), and none that we read does harm.
+        .allow_any_header()
         .expose_headers([REQUEST_ID, RETRY_AFTER])
         .max_age(PREFLIGHT_KEPT_S);
     match origins.iter().any(|origin| origin == "*") {

@@ -74,9 +74,10 @@ impl Run {
             let events = match &mut self.limit {
                 None => self.generation.next().await,
                 Some((over, time)) => tokio::select! {
+                    // First, so that it ends a request for whose client there is always something.
                     biased;
-                    events = self.generation.next() => events,
                     () = over => return Err(Failure::TimedOut(*time)),
+                    events = self.generation.next() => events,
                 },
             };
             if events.is_empty() {
