@@ -192,6 +192,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
                 prompt_logprobs: reports.1,
                 grammar: None,
                 priority,
+                turn: 0,
             }
         },
     )
