@@ -82,6 +82,8 @@ fn door(config: &Config) -> HttpDoor {
             requests_per_s: serve.max_requests_per_s,
             header_timeout: Duration::from_secs_f64(serve.header_timeout_s),
             body_timeout: Duration::from_secs_f64(serve.body_timeout_s),
+            request_timeout: (serve.request_timeout_s > 0.0)
+                .then(|| Duration::from_secs_f64(serve.request_timeout_s)),
         },
     }
 }

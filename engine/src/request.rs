@@ -83,8 +83,10 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Likewise for each prompt token but the first. Switches the prefix cache off for this sequence.
     pub prompt_logprobs: Option<u32>,
-    /// Smaller runs first; equal ones in order of arrival.
+    /// Smaller runs first.
     pub priority: i32,
+    /// Among equal priorities smaller runs first, equal ones in order of arrival: how clients take turns.
+    pub turn: u64,
 }
 
 /// Log-probability of one token and of the most likely alternatives at its position.

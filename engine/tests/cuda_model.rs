@@ -434,6 +434,7 @@ fn steps_scheduled_ahead_draw_the_same() {
                 prompt_logprobs: None,
                 grammar: None,
                 priority: 0,
+                turn: 0,
                 logprobs: Some(2),
             };
             let _ = rig;

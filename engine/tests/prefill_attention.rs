@@ -136,6 +136,7 @@ fn request(id: u128, prompt: Vec<u32>) -> Request {
         prompt_logprobs: None,
         grammar: None,
         priority: 0,
+        turn: 0,
     }
 }
 

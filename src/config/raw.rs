@@ -198,8 +198,8 @@ section! {
 }
 
 section! {
-    /// The model that is served. Without this section none is: the cluster runs actors and jobs, and [parallel], [eplb],
-    /// [engine] and [serve] say nothing.
+    /// The model that is served. Without this section none is: the cluster runs actors and jobs, and `[parallel]`, `[eplb]`,
+    /// `[engine]` and `[serve]` say nothing.
     Model = "model" {
         /// A Hugging Face checkpoint directory: config.json, safetensors, tokenizer.json. A relative path starts at the
         /// directory of cluster.toml.
@@ -322,6 +322,9 @@ section! {
         header_timeout_s: f64 = 10.0,
         /// How long a client may take to send the body of a request, in seconds.
         body_timeout_s: f64 = 60.0,
+        /// How long a request to the model may take until the end of its answer, in seconds; then its client gets 408, or, in a
+        /// stream, an error as the last event. 0: as long as it takes.
+        request_timeout_s: f64 = 0.0,
         /// Requests that may wait per DP rank; beyond that clients get 429 with Retry-After.
         max_queued_requests: u32 = 256,
         /// Largest body of a request.

@@ -257,6 +257,7 @@ fn request(id: usize, len: usize, max_tokens: usize, vocab: usize) -> Request {
         prompt_logprobs: None,
         grammar: None,
         priority: 0,
+        turn: 0,
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Bounds {
     pub header_timeout: Duration,
     /// How long a request's body may take.
     pub body_timeout: Duration,
+    /// How long a request to the model may take from its head to the end of its answer; without it as long as it does.
+    pub request_timeout: Option<Duration>,
 }
 
 impl Default for Bounds {
@@ -59,6 +61,7 @@ impl Default for Bounds {
             requests_per_s: 0,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),
+            request_timeout: None,
         }
     }
 }

@@ -73,6 +73,11 @@ impl ApiError {
         Self { retry_after: Some(seconds), ..error }
     }
 
+    /// 408: it was not done in the time that the server gives a request.
+    fn timed_out(message: String) -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, message).with_code("request_timeout")
+    }
+
     fn queue_full(message: String) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full");
         Self { retry_after: Some(RETRY_FULL_SECONDS), ..error }
@@ -116,7 +121,7 @@ impl From<Refused> for ApiError {
         let message = refused.to_string();
         match refused {
             Refused::NotReady { .. } | Refused::RankNotReady(_) => Self::not_ready(message),
-            Refused::QueueFull => Self::queue_full(message),
+            Refused::QueueFull | Refused::OverShare => Self::queue_full(message),
             Refused::NeverFits { .. } => Self::invalid("n", message),
             Refused::NoSuchRank { .. } => Self::invalid("X-data-parallel-rank", message),
         }
@@ -128,6 +133,7 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::QueueFull => Self::queue_full(message),
+            Failure::TimedOut(_) => Self::timed_out(message),
             Failure::NoRank(_) | Failure::Stalled { .. } | Failure::Ended | Failure::MovedTooOften(_) => {
                 Self::not_ready(message).with_code("rank_lost")
             }

@@ -13,7 +13,7 @@ use actix_web::dev::ServiceRequest;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
-use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Refused};
+use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Origin, Refused};
 use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
@@ -135,17 +135,17 @@ impl Ingress {
     /// Submits the sequences of one request that came at `arrived`: all of them or none.
     ///
     /// # Errors
-    /// No rank is ready, or all queues are full, or `pinned` names no ready rank.
+    /// No rank is ready, or the queues are full, or `origin` names no ready rank.
     pub fn submit(
         &self,
         requests: Vec<Request>,
-        pinned: Option<u32>,
+        origin: Origin,
         arrived: Instant,
     ) -> Result<Generation, Refused> {
         let (events, receiver) = mpsc::unbounded_channel();
         let open = requests.iter().map(|request| Open {
             id: request.id,
-            rank: pinned.unwrap_or(0),
+            rank: origin.pinned.unwrap_or(0),
             prompt_tokens: request.prompt.len(),
             first_token: None,
             finished: false,
@@ -159,7 +159,7 @@ impl Ingress {
             shell.clients.insert(request.id, client);
         }
         let ids: Vec<RequestId> = requests.iter().map(|request| request.id).collect();
-        let submitted = shell.dispatch.submit(self.now(), requests, pinned, &mut effects);
+        let submitted = shell.dispatch.submit(self.now(), requests, origin, &mut effects);
         if let Err(refused) = submitted {
             ids.iter().for_each(|id| drop(shell.clients.remove(id)));
             drop(shell);

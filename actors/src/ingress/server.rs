@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{Extensions, Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
-use actix_web::http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use actix_web::http::{Method, StatusCode, Uri};
 use actix_web::middleware::{Condition, Next, from_fn};
 use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
@@ -165,7 +165,8 @@ fn start(
 fn cors(origins: &[String]) -> Cors {
     let cors = Cors::default()
         .allowed_methods(["GET", "POST"])
-        .allowed_headers([AUTHORIZATION, CONTENT_TYPE, ACCEPT, REQUEST_ID])
+        // Clients have headers of their own (`x-stainless-...` of OpenAI's), and none that we read does harm.
+        .allow_any_header()
         .expose_headers([REQUEST_ID, RETRY_AFTER])
         .max_age(PREFLIGHT_KEPT_S);
     match origins.iter().any(|origin| origin == "*") {
@@ -202,6 +203,7 @@ fn routes(app: &mut ServiceConfig) {
         .service(get("/v1/embeddings", web::post().to(openai::embeddings)))
         .service(get("/tokenize", web::post().to(openai::tokenize)))
         .service(get("/detokenize", web::post().to(openai::detokenize)))
+        .service(get("/tokenizer_info", web::get().to(openai::tokenizer_info)))
         .service(get("/v1/models", web::get().to(openai::models)))
         .service(get("/v1/models/{name:.+}", web::get().to(openai::model)))
         .service(get("/-/healthz", web::get().to(|| async { "success" })))
@@ -303,6 +305,7 @@ struct Door {
     keys: ApiKeys,
     rates: Option<Mutex<Rates>>,
     body_time: BodyTime,
+    request_time: Option<Duration>,
     opened: Instant,
 }
 
@@ -313,6 +316,7 @@ impl Door {
             keys: config.keys.clone(),
             rates: (per_s > 0).then(|| Mutex::new(Rates::new(per_s))),
             body_time: BodyTime::Whole(config.bounds.body_timeout),
+            request_time: config.bounds.request_timeout,
             opened: Instant::now(),
         }
     }
@@ -327,15 +331,37 @@ impl Door {
             let message = "The header `Authorization: Bearer KEY` is missing or has another key.";
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key"));
         }
+        let from = || request.peer_addr().map_or(Caller::Other, |from| Caller::at(from.ip()));
+        let caller = key.map_or_else(from, Caller::Key);
+        let until = self.request_time.map(|time| (tokio::time::Instant::now() + time, time));
+        request.extensions_mut().insert(Admitted { caller, until });
         if let Some(rates) = &self.rates {
-            let from = || request.peer_addr().map_or(Caller::Other, |from| Caller::at(from.ip()));
-            let caller = key.map_or_else(from, Caller::Key);
             let mut rates = rates.lock().unwrap_or_else(PoisonError::into_inner);
             rates.count(caller, self.opened.elapsed()).map_err(ApiError::too_many)?;
         }
         http::within(request, self.body_time);
         Ok(())
     }
+}
+
+/// Whom a request that was let in is from, and until when it must be done.
+#[derive(Clone, Copy)]
+struct Admitted {
+    caller: Caller,
+    until: Option<RequestLimit>,
+}
+
+/// When a request must be done, and how long it had from its start.
+pub(crate) type RequestLimit = (tokio::time::Instant, Duration);
+
+/// Whom a request is from.
+pub(crate) fn client(http: &HttpRequest) -> Caller {
+    http.extensions().get::<Admitted>().map_or(Caller::Other, |admitted| admitted.caller)
+}
+
+/// Until when a request must be done.
+pub(crate) fn request_limit(http: &HttpRequest) -> Option<RequestLimit> {
+    http.extensions().get::<Admitted>()?.until
 }
 
 /// The name of a request, the client's if it gave one.

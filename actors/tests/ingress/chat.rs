@@ -91,3 +91,16 @@ async fn without_a_limit_it_answers_until_it_stops_or_generation_config_says() {
     }
     assert!(!choice["message"]["content"].as_str().unwrap().contains("<|"));
 }
+
+#[tokio::test]
+async fn the_usage_comes_with_every_chunk_where_it_is_wanted() {
+    let mut body = ask(json!("What is a Vec?"));
+    body["max_tokens"] = json!(6);
+    body["stream_options"] = json!({"include_usage": true, "continuous_usage_stats": true});
+    let events = shared().stream(PATH, body.clone()).await;
+    let counts: Vec<u64> =
+        events.iter().map(|event| event["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+    assert!(counts.is_sorted() && counts.last() == Some(&6) && counts[0] < 6, "{counts:?}");
+    body["stream_options"] = json!({"continuous_usage_stats": true});
+    assert!(shared().stream(PATH, body).await.iter().all(|event| event.get("usage").is_none()));
+}

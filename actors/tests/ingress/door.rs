@@ -79,7 +79,8 @@ async fn web_pages_of_named_origins_may_ask() {
     let preflight = async |rig: &Rig, origin: &str| {
         let request = rig.http.request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", rig.url));
         let request = request.header("origin", origin).header("access-control-request-method", "POST");
-        let request = request.header("access-control-request-headers", "authorization, content-type");
+        let request =
+            request.header("access-control-request-headers", "authorization, content-type, x-stainless-os");
         let answer = request.send().await.unwrap();
         let allowed = answer.headers().get("access-control-allow-origin").cloned();
         (answer.status().as_u16(), allowed.map(|origin| origin.to_str().unwrap().to_owned()))

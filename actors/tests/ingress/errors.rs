@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use heliostat_actors::http::ApiKeys;
+use heliostat_actors::http::{ApiKeys, Bounds};
 use heliostat_actors::ingress::dispatch::DispatchConfig;
 use heliostat_actors::ingress::server::HttpConfig;
 use serde_json::{Value as Json, json};
@@ -216,6 +216,58 @@ async fn full_queues_and_mailboxes_answer_429() {
     assert_eq!(error(rig.post("/v1/completions", json!({"prompt": "The"})).await).await.0, 429);
     rig.mailbox_full.store(false, Ordering::Relaxed);
     rig.ask("/v1/completions", json!({"prompt": "The"})).await;
+}
+
+#[tokio::test]
+async fn a_request_that_takes_too_long_ends() {
+    let bounds = Bounds { request_timeout: Some(Duration::from_millis(300)), ..Bounds::default() };
+    let http = HttpConfig { bounds, ..Options::default().http };
+    let rig = Rig::start(Options { http, ..Options::default() });
+    rig.ask("/v1/completions", json!({"prompt": "The", "max_tokens": 1})).await;
+    let long = json!({"prompt": "The", "max_tokens": 2000, "ignore_eos": true});
+    let (status, late) = error(rig.post("/v1/completions", long.clone()).await).await;
+    assert_eq!((status, &late["code"]), (408, &json!("request_timeout")), "{late}");
+    assert!(late["message"].as_str().unwrap().contains("within 0.3 s"), "{late}");
+    let mut streamed = long;
+    streamed["stream"] = json!(true);
+    let text = rig.post("/v1/completions", streamed).await.text().await.unwrap();
+    let last = text.trim_end().rsplit("data: ").next().unwrap();
+    let last: Json = serde_json::from_str(last).unwrap();
+    assert_eq!(last["error"]["code"], "request_timeout");
+    // What nobody waits for is not generated.
+    rig.idle(Duration::from_secs(10)).await;
+}
+
+/// One with a key of its own gets its turn, and its part of the queue, while another has queued all it could.
+#[tokio::test]
+async fn a_client_that_queues_much_does_not_shut_another_out() {
+    let dispatch = DispatchConfig { queue_max: 48, ..DispatchConfig::default() };
+    let http = HttpConfig { keys: ApiKeys::new(["greedy", "modest"]), ..Options::default().http };
+    let rig = Rig::start(Options { dispatch, http, ..Options::default() });
+    rig.paused.store(true, Ordering::Relaxed);
+    let post = |key: &str, body: Json| {
+        rig.http.post(format!("{}/v1/completions", rig.url)).bearer_auth(key).json(&body).send()
+    };
+    let long = json!({"prompt": "The", "n": 48, "max_tokens": 100, "ignore_eos": true});
+    let greedy = tokio::spawn(post("greedy", long));
+    let queued = |count: &str| format!("sequences_in_flight{{model_name=\"sundial\"}} {count}\n");
+    while !rig.ingress.metrics().render().contains(&queued("48")) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let short = json!({"prompt": "fn", "max_tokens": 2});
+    assert_eq!(post("modest", short.clone()).await.unwrap().status(), 429, "the queue is full");
+    rig.paused.store(false, Ordering::Relaxed);
+    // 16 run at a time: there is room as soon as they have left the queue, and its turn comes before the other's rest.
+    let modest = loop {
+        let response = post("modest", short.clone()).await.unwrap();
+        if response.status() == 200 {
+            break response;
+        }
+        assert_eq!(response.status(), 429);
+    };
+    assert_eq!(modest.json::<Json>().await.unwrap()["usage"]["completion_tokens"], 2);
+    assert!(!greedy.is_finished(), "it was served after all of the other's");
+    assert_eq!(greedy.await.unwrap().unwrap().status(), 200);
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod completions;
 mod door;
 mod errors;
 mod failover;
+mod fuzz;
 mod responses;
 mod rig;
 mod structured;

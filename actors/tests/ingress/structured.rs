@@ -93,6 +93,10 @@ async fn the_best_are_the_likeliest() {
 
 #[tokio::test]
 async fn texts_become_tokens_and_tokens_texts() {
+    let info = shared().http.get(format!("{}/tokenizer_info", shared().url)).send().await.unwrap();
+    let info: Json = info.json().await.unwrap();
+    assert_eq!(info["eos_token"], "<|end_of_sentence|>");
+    assert!(info["chat_template"].as_str().unwrap().contains("messages"));
     let tokens = shared().ask("/tokenize", json!({"prompt": "The sun", "return_token_strs": true})).await;
     assert_eq!(tokens["count"], tokens["tokens"].as_array().unwrap().len());
     assert_eq!(tokens["token_strs"][1], "The");

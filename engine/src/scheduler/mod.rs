@@ -40,10 +40,11 @@ use sequence::Sequence;
 pub use share::PROMPT_LOGPROB_ROWS_MAX;
 use share::{Found, StepBuilder, advance, chunk};
 
-/// Who goes first: smaller priority, then earlier arrival. Never used twice, so it also names a sequence.
+/// Who goes first: smaller priority, then smaller turn of its client, then earlier arrival. Never used twice, so it also names a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Turn {
     priority: i32,
+    turn: u64,
     arrival: u64,
 }
 
@@ -123,7 +124,7 @@ impl Scheduler {
         if let Err(reason) = checked {
             return Err(Refused { request: Box::new(request), reason });
         }
-        let turn = Turn { priority: request.priority, arrival: self.arrivals };
+        let turn = Turn { priority: request.priority, turn: request.turn, arrival: self.arrivals };
         let sequence = match constraint {
             None => Sequence::new(request, self.config.prefill_attention),
             Some(constraint) => Sequence::constrained(request, constraint, self.config.prefill_attention)

@@ -276,6 +276,16 @@ fn the_latest_of_the_lowest_priority_is_preempted() {
 }
 
 #[test]
+fn clients_take_turns_within_a_priority() {
+    let mut run = Run::new(&SchedulerConfig { max_num_seqs: 1, ..roomy() });
+    for (id, priority, turn) in [(0, 0, 30), (1, 0, 10), (2, 1, 0), (3, 0, 20)] {
+        run.add(Request { priority, turn, ..simple(id, vec![1, 2, 3], 2) });
+    }
+    let order = run.rank.scheduler.take_back().into_iter().map(|request| request.id);
+    assert_eq!(order.collect::<Vec<_>>(), [1, 3, 0, 2].map(RequestId));
+}
+
+#[test]
 fn bad_logits_end_their_sequence_only() {
     let mut run = Run::new(&roomy());
     run.add(simple(0, vec![1], 3));

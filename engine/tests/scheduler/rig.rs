@@ -192,6 +192,7 @@ pub(crate) fn request() -> impl Strategy<Value = Request> {
                 prompt_logprobs: reports.1,
                 grammar: None,
                 priority,
+                turn: 0,
             }
         },
     )
@@ -208,6 +209,7 @@ pub(crate) fn simple(id: u128, prompt: Vec<u32>, max_tokens: u32) -> Request {
         prompt_logprobs: None,
         grammar: None,
         priority: 0,
+        turn: 0,
     }
 }
 

@@ -146,7 +146,7 @@ mod tests {
         drop(here);
         let mut inbox = Inbox::default();
         for n in 0..20u64 {
-            let carries = |message: &(u64, Vec<u8>)| message.0 % 3 == 0;
+            let carries = |message: &(u64, Vec<u8>)| message.0.is_multiple_of(3);
             let ((number, _), fd) = inbox.next(&there, carries).await.unwrap().unwrap();
             assert_eq!(number, n);
             let size = fd.map(|fd| rustix::fs::fstat(fd).unwrap().st_size as u64);

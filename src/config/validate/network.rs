@@ -137,6 +137,10 @@ impl Check<'_> {
         ] {
             self.positive(key, value);
         }
+        let time = raw.serve.request_timeout_s;
+        let message = format!("`request_timeout_s` is {time}");
+        let help = "a number of seconds, or 0 for no limit";
+        self.require(time == 0.0 || time.is_finite() && time > 0.0, "serve.request_timeout_s", message, help);
         let bare = |origin: &String| {
             let host = origin.strip_prefix("https://").or(origin.strip_prefix("http://"));
             origin == "*" || host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*', ' ']))

@@ -5,6 +5,7 @@
 //! tokens it already has, so its client sees neither a gap nor a repetition.
 
 mod outcome;
+mod shares;
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -13,8 +14,10 @@ use heliostat_engine::request::{FinishReason, Output, RankStats, Request, Reques
 
 use super::engine::{Admission, RankCommand, Ranks, Refusal};
 use super::router::{Job, Router, block_hashes};
+use crate::http::Caller;
 
 pub use outcome::{Effect, Failure, Refused};
+use shares::{Shares, Ticket};
 
 /// Bounds of the dispatch.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,11 +38,27 @@ impl Default for DispatchConfig {
     }
 }
 
+/// Whom a request comes from, and where it wants to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The client, for its fair share.
+    pub client: Caller,
+    /// The rank that it asks for.
+    pub pinned: Option<u32>,
+}
+
+impl Default for Origin {
+    fn default() -> Self {
+        Self { client: Caller::Other, pinned: None }
+    }
+}
+
 /// All sequences in flight.
 #[derive(Debug)]
 pub struct Dispatch {
     config: DispatchConfig,
     router: Router,
+    shares: Shares,
     ranks: Ranks,
     admission: Admission,
     sequences: HashMap<RequestId, Sequence>,
@@ -61,8 +80,11 @@ struct Sequence {
     moves: u32,
     /// Ranks that refused it since it last had one.
     refused_by: Vec<u32>,
-    /// The client's choice; holds until the rank is lost.
-    pinned: Option<u32>,
+    /// The client, and its choice of a rank, which holds until that is lost.
+    origin: Origin,
+    ticket: Ticket,
+    /// It has its first token.
+    began: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -91,6 +113,7 @@ impl Dispatch {
         Self {
             config,
             router,
+            shares: Shares::default(),
             ranks: Ranks::default(),
             admission: Admission::default(),
             sequences: HashMap::new(),
@@ -145,27 +168,38 @@ impl Dispatch {
         self.sequences.values().filter(there).count()
     }
 
-    /// Takes all of `requests`, or none. `pinned` is the rank that the client asked for.
+    /// Takes all of `requests`, or none.
     ///
     /// # Errors
-    /// No rank is ready, the queues are full, or the pinned rank is not there.
+    /// No rank is ready, the queues are full, or the rank that was asked for is not there.
     pub fn submit(
         &mut self,
         now: Duration,
         requests: Vec<Request>,
-        pinned: Option<u32>,
+        origin: Origin,
         effects: &mut Vec<Effect>,
     ) -> Result<(), Refused> {
-        self.admit(now, requests.len(), pinned)?;
-        for request in requests {
+        self.admit(now, requests.len(), origin).inspect_err(|refused| match refused {
+            Refused::QueueFull => self.shares.turned_away(origin.client, now),
+            Refused::OverShare
+            | Refused::NotReady { .. }
+            | Refused::NeverFits { .. }
+            | Refused::NoSuchRank { .. }
+            | Refused::RankNotReady(_) => {}
+        })?;
+        for mut request in requests {
             let id = request.id;
+            let ticket = self.shares.enter(origin.client, request.prompt.len(), request.stop.max_tokens);
+            request.turn = ticket.turn;
             let sequence = Sequence {
                 request,
                 place: Place::Nowhere,
                 homeless_since: None,
                 moves: 0,
                 refused_by: Vec::new(),
-                pinned,
+                origin,
+                ticket,
+                began: false,
             };
             self.sequences.insert(id, sequence);
             if self.place(id, effects) {
@@ -182,7 +216,8 @@ impl Dispatch {
         Ok(())
     }
 
-    fn admit(&self, now: Duration, requests: usize, pinned: Option<u32>) -> Result<(), Refused> {
+    fn admit(&self, now: Duration, requests: usize, origin: Origin) -> Result<(), Refused> {
+        let Origin { client, pinned } = origin;
         let Ranks { size, missing, .. } = &self.ranks;
         let open: Vec<u32> = self.ranks.open().collect();
         if (open.is_empty() && !self.admission.may_wait) || self.is_stalled(now) {
@@ -202,7 +237,12 @@ impl Dispatch {
             Some(rank) if takers.is_empty() => return Err(Refused::NoSuchRank { rank, size: *size }),
             _ => takers.iter().map(|&rank| self.router.room(rank)).sum(),
         };
-        if room < requests { Err(Refused::QueueFull) } else { Ok(()) }
+        let all = self.config.queue_max * open.len().max(1);
+        match room < requests {
+            true => Err(Refused::QueueFull),
+            false if !self.shares.admits(client, requests, all, now) => Err(Refused::OverShare),
+            false => Ok(()),
+        }
     }
 
     /// The client is gone, or has all it wanted.
@@ -244,6 +284,10 @@ impl Dispatch {
             sequence.request.prompt_logprobs = None;
         }
         sequence.homeless_since = None;
+        if !sequence.began && !output.tokens.is_empty() {
+            sequence.began = true;
+            self.shares.began(sequence.origin.client, sequence.ticket);
+        }
         self.last_output = now;
         self.router.started(rank, id);
         match &output.finish {
@@ -370,7 +414,7 @@ impl Dispatch {
         sequence.place = Place::Nowhere;
         sequence.homeless_since.get_or_insert(now);
         sequence.moves += 1;
-        sequence.pinned = None;
+        sequence.origin.pinned = None;
         sequence.refused_by.clear();
         self.moves += 1;
         let complete = sequence.request.generated.len() >= sequence.request.stop.max_tokens as usize;
@@ -393,7 +437,7 @@ impl Dispatch {
         let moved = sequence.moves > 0;
         let allowed = |rank| {
             self.ranks.is_open(rank)
-                && sequence.pinned.is_none_or(|pinned| self.ranks.local(rank) == pinned)
+                && sequence.origin.pinned.is_none_or(|pinned| self.ranks.local(rank) == pinned)
                 && !sequence.refused_by.contains(&rank)
                 && (moved || self.router.room(rank) > 0)
         };
@@ -428,6 +472,8 @@ impl Dispatch {
     fn remove(&mut self, id: RequestId) -> Option<Place> {
         let sequence = self.sequences.remove(&id)?;
         self.parked.remove(&id);
+        let drawn = sequence.began.then_some(sequence.request.generated.len());
+        self.shares.left(sequence.origin.client, sequence.ticket, drawn);
         if let Place::On(rank) = sequence.place {
             self.router.left(rank, id, &sequence.job(self.config.block_size).blocks);
         }

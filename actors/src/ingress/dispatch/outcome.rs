@@ -29,6 +29,9 @@ pub enum Refused {
     /// All queues are full.
     #[error("all queues are full; try again later")]
     QueueFull,
+    /// The client has its share of the queues, and others wait for theirs.
+    #[error("your share of the queues is full, and others wait; try again later")]
+    OverShare,
     /// Even empty queues could not take it.
     #[error("the request is {sequences} sequences, but the queues hold {capacity}: send fewer at once")]
     NeverFits {
@@ -76,6 +79,9 @@ pub enum Failure {
     /// No rank can run it.
     #[error("{0}")]
     Unservable(String),
+    /// It took longer than the server gives a request.
+    #[error("the request was not done within {} s", .0.as_secs_f64())]
+    TimedOut(Duration),
     /// The rank reported an error.
     #[error("the rank failed: {0}")]
     Rank(String),

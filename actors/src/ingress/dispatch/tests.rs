@@ -21,7 +21,13 @@ fn request(id: u128, max_tokens: u32) -> Request {
         prompt_logprobs: None,
         grammar: None,
         priority: 0,
+        turn: 0,
     }
+}
+
+/// From a client who wants this rank.
+fn at(rank: u32) -> Origin {
+    Origin { pinned: Some(rank), ..Origin::default() }
 }
 
 fn output(id: u128, first_index: u32, tokens: &[u32], finish: Option<FinishReason>) -> Output {
@@ -55,10 +61,10 @@ fn submitted(effects: &mut Vec<Effect>) -> (u32, usize) {
 #[test]
 fn requests_wait_for_no_one_who_is_not_there() {
     let mut none = dispatch(&[]);
-    let refused = none.submit(NOW, vec![request(1, 4)], None, &mut Vec::new()).unwrap_err();
+    let refused = none.submit(NOW, vec![request(1, 4)], Origin::default(), &mut Vec::new()).unwrap_err();
     assert_eq!(refused.to_string(), "the model is not ready: rank 3: starting");
     let mut two = dispatch(&[(0, 1), (1, 1)]);
-    let mut submit = |pinned| two.submit(NOW, vec![request(1, 4)], Some(pinned), &mut Vec::new());
+    let mut submit = |pinned| two.submit(NOW, vec![request(1, 4)], at(pinned), &mut Vec::new());
     assert_eq!(submit(3), Err(Refused::RankNotReady(3)));
     assert_eq!(submit(4), Err(Refused::NoSuchRank { rank: 4, size: 4 }));
     assert_eq!(submit(1), Ok(()));
@@ -69,7 +75,7 @@ fn full_queues_refuse_all_of_a_request_or_none() {
     let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
     let mut effects = Vec::new();
     let mut submit = |ids: std::ops::Range<u128>, effects: &mut Vec<Effect>| {
-        dispatch.submit(NOW, ids.map(|id| request(id, 4)).collect(), None, effects)
+        dispatch.submit(NOW, ids.map(|id| request(id, 4)).collect(), Origin::default(), effects)
     };
     assert_eq!(submit(0..9, &mut effects), Err(Refused::NeverFits { sequences: 9, capacity: 8 }));
     assert_eq!(submit(0..5, &mut effects), Ok(()));
@@ -82,7 +88,7 @@ fn full_queues_refuse_all_of_a_request_or_none() {
 fn a_refused_sequence_tries_the_others_then_fails() {
     let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects).unwrap();
     let (first, _) = submitted(&mut effects);
     dispatch.refused(NOW, first, RequestId(1), Refusal::Full, &mut effects);
     assert_eq!(submitted(&mut effects).0, 1 - first);
@@ -95,7 +101,7 @@ fn a_refused_sequence_tries_the_others_then_fails() {
 fn a_restarted_rank_has_forgotten_its_sequences() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], Some(0), &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], at(0), &mut effects).unwrap();
     effects.clear();
     dispatch.outputs(NOW, 0, vec![output(1, 0, &[7, 8], None)], &mut effects);
     effects.clear();
@@ -109,7 +115,7 @@ fn a_sequence_without_a_rank_waits_so_long_then_fails() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
     dispatch.set_ranks(NOW, Ranks { missing: vec![], ..ranks(&[(0, 1)]) }, &mut effects);
-    dispatch.submit(NOW, vec![request(1, 4), request(2, 4)], None, &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4), request(2, 4)], Origin::default(), &mut effects).unwrap();
     effects.clear();
     dispatch.outputs(NOW, 0, vec![output(2, 0, &[1, 2, 3, 4], None)], &mut effects);
     effects.clear();
@@ -126,7 +132,7 @@ fn a_sequence_without_a_rank_waits_so_long_then_fails() {
 fn a_sequence_that_is_refused_again_and_again_does_not_wait_for_ever() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects).unwrap();
     for second in 0..=120 {
         let now = NOW + Duration::from_secs(second);
         dispatch.refused(now, 0, RequestId(1), Refusal::Gone, &mut effects);
@@ -140,7 +146,7 @@ fn a_sequence_that_is_refused_again_and_again_does_not_wait_for_ever() {
 fn a_group_that_lacks_a_rank_and_makes_nothing_fails_its_sequences() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects).unwrap();
     let later = |seconds| NOW + Duration::from_secs(seconds);
     dispatch.outputs(later(60), 0, vec![output(1, 0, &[7], None)], &mut effects);
     effects.clear();
@@ -150,11 +156,11 @@ fn a_group_that_lacks_a_rank_and_makes_nothing_fails_its_sequences() {
         panic!("{effects:?}")
     };
     assert_eq!(failure.to_string(), "the group generated nothing for 120 seconds: rank 3: starting");
-    let refused = dispatch.submit(later(181), vec![request(2, 4)], None, &mut effects);
+    let refused = dispatch.submit(later(181), vec![request(2, 4)], Origin::default(), &mut effects);
     assert!(matches!(refused, Err(Refused::NotReady { .. })));
     let complete = Ranks { missing: vec![], ..ranks(&[(0, 1)]) };
     dispatch.set_ranks(later(182), complete, &mut effects);
-    assert_eq!(dispatch.submit(later(183), vec![request(2, 4)], None, &mut effects), Ok(()));
+    assert_eq!(dispatch.submit(later(183), vec![request(2, 4)], Origin::default(), &mut effects), Ok(()));
     assert!(!dispatch.needs_tick());
 }
 
@@ -162,7 +168,7 @@ fn a_group_that_lacks_a_rank_and_makes_nothing_fails_its_sequences() {
 fn ranks_lost_again_and_again_end_in_an_error() {
     let mut dispatch = dispatch(&[(0, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], None, &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects).unwrap();
     for incarnation in 2..5 {
         effects.clear();
         dispatch.set_ranks(NOW, ranks(&[(0, incarnation)]), &mut effects);
@@ -174,7 +180,7 @@ fn ranks_lost_again_and_again_end_in_an_error() {
 fn outputs_of_a_sequence_that_is_gone_are_answered_by_an_abort() {
     let mut dispatch = dispatch(&[(0, 1), (1, 1)]);
     let mut effects = Vec::new();
-    dispatch.submit(NOW, vec![request(1, 4)], Some(0), &mut effects).unwrap();
+    dispatch.submit(NOW, vec![request(1, 4)], at(0), &mut effects).unwrap();
     dispatch.abort(RequestId(1), &mut effects);
     effects.clear();
     dispatch.outputs(
@@ -222,7 +228,8 @@ impl World {
         match op {
             Op::Submit => {
                 let id = RequestId(u128::from(step));
-                if self.dispatch.submit(NOW, vec![request(id.0, 12)], None, &mut effects).is_ok() {
+                if self.dispatch.submit(NOW, vec![request(id.0, 12)], Origin::default(), &mut effects).is_ok()
+                {
                     self.got.insert(id, Default::default());
                 }
             }

@@ -6,13 +6,14 @@ use actix_web::http::header::CONTENT_TYPE;
 use actix_web::{HttpRequest, mime};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value as Json};
+use serde_json::Value as Json;
 
 use crate::ingress::error::ApiError;
 
 /// A request's JSON object.
 pub(super) struct Body {
-    object: Map<String, Json>,
+    /// An object.
+    json: Json,
     /// Length of its text.
     pub(super) bytes: usize,
 }
@@ -38,7 +39,7 @@ impl Body {
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
         match serde_json::from_slice(&bytes) {
-            Ok(Json::Object(object)) => Ok(Self { object, bytes: bytes.len() }),
+            Ok(json @ Json::Object(_)) => Ok(Self { json, bytes: bytes.len() }),
             Ok(_) => Err(ApiError::new(StatusCode::BAD_REQUEST, "The body must be a JSON object.")),
             Err(error) => {
                 let message = format!("The body is not JSON: {error}.");
@@ -50,7 +51,7 @@ impl Body {
     /// Refuses the first field of `table` that asks for something.
     pub(super) fn refuse(&self, table: &[Refusal]) -> Result<(), ApiError> {
         let asked = |refusal: &&Refusal| {
-            let value = self.object.get(refusal.field);
+            let value = self.json.get(refusal.field);
             value.is_some_and(|value| !value.is_null() && !(refusal.neutral)(value))
         };
         let Some(Refusal { field, instead, .. }) = table.iter().find(asked) else { return Ok(()) };
@@ -63,13 +64,12 @@ impl Body {
 
     /// Whether any of these fields says something.
     pub(super) fn has_any(&self, fields: &[&str]) -> bool {
-        fields.iter().any(|&field| self.object.get(field).is_some_and(|value| !value.is_null()))
+        fields.iter().any(|&field| self.json.get(field).is_some_and(|value| !value.is_null()))
     }
 
     /// Reads the fields of `T`, ignoring others.
     pub(super) fn fields<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        let object = Json::Object(self.object.clone());
-        serde_path_to_error::deserialize(&object).map_err(|error| {
+        serde_path_to_error::deserialize(&self.json).map_err(|error| {
             let path = error.path().to_string();
             let field = if path == "." { missing_field(&error.inner().to_string()) } else { path };
             ApiError::invalid(field.clone(), format!("Invalid `{field}`: {}.", error.inner()))

@@ -7,9 +7,11 @@ use actix_web::{HttpRequest, web};
 use heliostat_engine::grammar::Grammar;
 use heliostat_engine::request::{Request, SamplingParams, StopConditions};
 
+use crate::ingress::dispatch::Origin;
 use crate::ingress::error::ApiError;
 use crate::ingress::handle::Ingress;
 use crate::ingress::model::ServedModel;
+use crate::ingress::server::{client, request_limit};
 use crate::ingress::text::{SequenceText, TextOptions};
 
 use super::body::Body;
@@ -114,13 +116,13 @@ impl Job {
         if ingress.is_stopping() {
             return Err(ApiError::not_ready("The server is stopping."));
         }
-        let pinned = pinned_rank(http)?;
+        let origin = Origin { client: client(http), pinned: pinned_rank(http)? };
         let requests = self.requests(ingress);
         let texts =
             requests.iter().map(|_| SequenceText::new(model.text.clone(), self.text.clone())).collect();
-        let generation = ingress.submit(requests, pinned, arrived)?;
+        let generation = ingress.submit(requests, origin, arrived)?;
         let prompt_tokens = self.prompts.iter().map(|prompt| prompt.ids.len()).sum();
-        Ok(Run::new(generation, texts, self.choices, prompt_tokens))
+        Ok(Run::new(generation, texts, (self.choices, prompt_tokens), request_limit(http)))
     }
 
     fn requests(&self, ingress: &Ingress) -> Vec<Request> {
@@ -142,6 +144,8 @@ impl Job {
             prompt_logprobs: self.prompt_logprobs,
             grammar: self.grammar.clone().map(Box::new),
             priority: self.priority,
+            // The dispatch knows whose turn it is.
+            turn: 0,
         };
         choices.map(request).collect()
     }

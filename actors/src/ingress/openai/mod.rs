@@ -22,4 +22,4 @@ pub(crate) use chat::chat_completions;
 pub(crate) use completions::completions;
 pub(crate) use reply::{model, models};
 pub(crate) use responses::responses;
-pub(crate) use tokenize::{detokenize, embeddings, tokenize};
+pub(crate) use tokenize::{detokenize, embeddings, tokenize, tokenizer_info};

@@ -67,6 +67,7 @@ enum Stop {
 #[derive(Debug, Default, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
 }
 
 /// How an answer is sent.
@@ -74,8 +75,19 @@ struct StreamOptions {
 pub(super) enum Delivery {
     /// In one piece.
     Whole,
-    /// As server-sent events; with a last chunk for the usage if it was asked for.
-    Stream { usage: bool },
+    /// As server-sent events.
+    Stream { usage: ShownUsage },
+}
+
+/// Where a stream shows the usage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum ShownUsage {
+    #[default]
+    Nowhere,
+    /// In a last chunk of its own.
+    AtEnd,
+    /// In every chunk (vLLM's `continuous_usage_stats`), and at the end.
+    Always,
 }
 
 impl Params {
@@ -203,9 +215,16 @@ impl Params {
     }
 
     pub(super) fn delivery(&self) -> Result<Delivery, ApiError> {
-        let usage = self.stream_options.as_ref().map(|options| options.include_usage == Some(true));
+        let usage = self.stream_options.as_ref().map(|options| {
+            match (options.include_usage == Some(true), options.continuous_usage_stats == Some(true)) {
+                (true, true) => ShownUsage::Always,
+                (true, false) => ShownUsage::AtEnd,
+                // As in vLLM, the one is nothing without the other.
+                (false, _) => ShownUsage::Nowhere,
+            }
+        });
         match (self.stream == Some(true), usage) {
-            (true, usage) => Ok(Delivery::Stream { usage: usage.unwrap_or(false) }),
+            (true, usage) => Ok(Delivery::Stream { usage: usage.unwrap_or_default() }),
             (false, None) => Ok(Delivery::Whole),
             (false, Some(_)) => {
                 let message = "`stream_options` is only allowed when `stream` is true.";

@@ -14,7 +14,7 @@ use crate::ingress::error::ApiError;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::Ending;
 
-use super::params::Delivery;
+use super::params::{Delivery, ShownUsage};
 use super::run::{Progress, Run, Usage};
 
 /// What differs between the endpoints.
@@ -157,8 +157,7 @@ struct Stream<D> {
     run: Run,
     dialect: D,
     envelope: Envelope,
-    /// Send the usage at the end.
-    usage: bool,
+    usage: ShownUsage,
     next: Next,
 }
 
@@ -194,7 +193,7 @@ impl<D: Dialect> Stream<D> {
         match progress {
             Ok(progress) if progress.is_empty() => {
                 self.next = Next::End;
-                if self.usage {
+                if self.usage != ShownUsage::Nowhere {
                     let usage = self.dialect.usage(self.run.usage());
                     let none: &[D::Choice] = &[];
                     event(&mut out, &self.envelope.reply(D::CHUNK, none, Some(Some(usage))));
@@ -202,8 +201,13 @@ impl<D: Dialect> Stream<D> {
                 out.extend_from_slice(b"data: [DONE]\n\n");
             }
             Ok(progress) => {
+                let usage = match self.usage {
+                    ShownUsage::Nowhere => None,
+                    ShownUsage::AtEnd => Some(None),
+                    ShownUsage::Always => Some(Some(self.dialect.usage(self.run.usage()))),
+                };
                 for choice in progress.into_iter().flat_map(|progress| self.dialect.chunks(progress)) {
-                    event(&mut out, &self.envelope.reply(D::CHUNK, &[choice], self.usage.then_some(None)));
+                    event(&mut out, &self.envelope.reply(D::CHUNK, &[choice], usage.clone()));
                 }
             }
             Err(failure) => {

@@ -1,11 +1,16 @@
 //! A submitted request under way: waits for the ranks, turns tokens into text, counts the usage.
 
+use std::pin::Pin;
+use std::time::Duration;
+
 use heliostat_engine::request::{Output, TokenLogprob};
 use serde::Serialize;
+use tokio::time::Sleep;
 
 use crate::ingress::dispatch::Failure;
 use crate::ingress::handle::{Event, Generation};
 use crate::ingress::metrics::Finish;
+use crate::ingress::server::RequestLimit;
 use crate::ingress::text::{Delta, Ending, SequenceText};
 
 /// All sequences of a request. Dropping it aborts them.
@@ -14,6 +19,7 @@ pub(super) struct Run {
     sequences: Vec<Sequence>,
     choices: usize,
     prompt_tokens: usize,
+    limit: Option<(Pin<Box<Sleep>>, Duration)>,
 }
 
 struct Sequence {
@@ -49,20 +55,31 @@ pub(super) struct PromptTokensDetails {
 }
 
 impl Run {
+    /// `choices` sequences of each prompt; the prompts have `prompt_tokens` together.
     pub(super) fn new(
         generation: Generation,
         texts: Vec<SequenceText>,
-        choices: usize,
-        prompt_tokens: usize,
+        (choices, prompt_tokens): (usize, usize),
+        limit: Option<RequestLimit>,
     ) -> Self {
         let sequence = |text| Sequence { text, cached_tokens: 0, begun: false };
-        Self { generation, sequences: texts.into_iter().map(sequence).collect(), choices, prompt_tokens }
+        let sequences = texts.into_iter().map(sequence).collect();
+        let limit = limit.map(|(until, time)| (Box::pin(tokio::time::sleep_until(until)), time));
+        Self { generation, sequences, choices, prompt_tokens, limit }
     }
 
     /// Waits until some sequences have something to show, and returns all there is; nothing at the end.
     pub(super) async fn next(&mut self) -> Result<Vec<Progress>, Failure> {
         loop {
-            let events = self.generation.next().await;
+            let events = match &mut self.limit {
+                None => self.generation.next().await,
+                Some((over, time)) => tokio::select! {
+                    // First, so that it ends a request for whose client there is always something.
+                    biased;
+                    () = over => return Err(Failure::TimedOut(*time)),
+                    events = self.generation.next() => events,
+                },
+            };
             if events.is_empty() {
                 return Ok(Vec::new());
             }

@@ -1,4 +1,4 @@
-//! vLLM's `POST /tokenize` and `POST /detokenize`; and `POST /v1/embeddings`, which these models do not make.
+//! vLLM's `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`; and `POST /v1/embeddings`, which these models do not make.
 
 use std::sync::Arc;
 
@@ -90,6 +90,11 @@ pub(crate) async fn detokenize(
         return Err(ApiError::invalid("tokens", message));
     }
     Ok(HttpResponse::Ok().json(json!({"prompt": model.text.decode(&fields.tokens, false)})))
+}
+
+/// What the tokenizer is.
+pub(crate) async fn tokenizer_info(model: web::Data<Arc<ServedModel>>) -> HttpResponse {
+    HttpResponse::Ok().json(model.text.info())
 }
 
 /// Refuses: the models served here generate text.

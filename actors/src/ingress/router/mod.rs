@@ -1,5 +1,5 @@
-//! Picks the DP rank of each sequence: by KV blocks in use, prompt tokens queued, and which prompt prefixes the rank has
-//! probably cached.
+//! Picks the DP rank of each sequence: by KV blocks in use, prompt tokens queued, which prompt prefixes the rank has
+//! probably cached, and how long its steps take.
 //!
 //! Pure. Ranks report their load after a step; what was sent since and is not in a report yet is counted here, so that
 //! a burst spreads evenly.
@@ -16,8 +16,16 @@ pub use prefix::{PrefixIndex, block_hashes};
 const INDEX_BLOCKS_DEFAULT: usize = 4096;
 /// A report may have left before a sequence arrived: the second one after it surely counts it.
 const REPORTS_UNTIL_SEEN: u8 = 2;
+/// Blocks that a sequence takes for its output, at first.
+const OUTPUT_BLOCKS: u64 = 1;
 /// What a block beyond the rank's capacity costs, in blocks: its sequence would wait or preempt another.
 const OVERFLOW_COST: u64 = 4;
+
+/// The pace of a rank is counted in this part of that of the fastest.
+const PACE: u64 = 16;
+/// Ranks whose steps take less than this many sixteenths of the fastest one's are as fast: steps of equal ranks vary, too.
+const PACE_DIFFERS: u64 = 20;
+const PACE_MAX: u64 = 16 * PACE;
 
 /// What the router must know of a sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +51,11 @@ struct RankLoad {
     stats: RankStats,
     /// Sent, and not in a report yet.
     unseen: HashMap<RequestId, Unseen>,
+    /// Sums over `unseen`.
+    unseen_tokens: u64,
+    unseen_blocks: u64,
+    /// How long its steps take, smoothed; 0 before the first.
+    step_us: u64,
     in_flight: usize,
     index: PrefixIndex,
     picked_at: u64,
@@ -66,6 +79,9 @@ impl Router {
         let load = RankLoad {
             stats: RankStats::default(),
             unseen: HashMap::new(),
+            unseen_tokens: 0,
+            unseen_blocks: 0,
+            step_us: 0,
             in_flight: 0,
             index: PrefixIndex::new(INDEX_BLOCKS_DEFAULT),
             picked_at: 0,
@@ -81,10 +97,11 @@ impl Router {
     /// Takes a rank's report.
     pub fn report(&mut self, rank: u32, stats: RankStats) {
         let Some(load) = self.ranks.get_mut(&rank) else { return };
-        load.unseen.retain(|_, unseen| {
-            unseen.reports += 1;
-            unseen.reports < REPORTS_UNTIL_SEEN
-        });
+        load.age();
+        if stats.steps > load.stats.steps {
+            load.step_us =
+                if load.step_us == 0 { stats.step_us } else { (7 * load.step_us + stats.step_us) / 8 };
+        }
         load.index.set_capacity(stats.kv_blocks.max(1) as usize);
         load.stats = stats;
     }
@@ -96,20 +113,19 @@ impl Router {
 
     /// The rank where `job` costs least among those that `allowed` admits.
     pub fn pick(&self, job: &Job, allowed: impl Fn(u32) -> bool) -> Option<u32> {
+        let fastest = self.ranks.values().map(|load| load.step_us).filter(|&us| us > 0).min().unwrap_or(1);
         let candidates = self.ranks.iter().filter(|(rank, _)| allowed(**rank));
-        candidates.min_by_key(|(_, load)| self.cost(load, job)).map(|(&rank, _)| rank)
+        candidates.min_by_key(|(_, load)| self.cost(load, job, fastest)).map(|(&rank, _)| rank)
     }
 
     /// Records that a sequence was sent to `rank`.
     pub fn sent(&mut self, rank: u32, id: RequestId, job: &Job) {
         self.picks += 1;
         let Some(load) = self.ranks.get_mut(&rank) else { return };
-        let new = Unseen {
-            uncached_tokens: load.uncached_tokens(job, self.block_size),
-            blocks: load.new_blocks(job, self.block_size),
-            reports: 0,
-        };
-        load.unseen.insert(id, new);
+        let uncached_tokens = load.uncached_tokens(job, self.block_size);
+        let blocks = uncached_tokens.div_ceil(self.block_size as u64) + OUTPUT_BLOCKS;
+        let new = Unseen { uncached_tokens, blocks, reports: 0 };
+        load.note(id, new);
         load.in_flight += 1;
         load.picked_at = self.picks;
         load.index.insert(&job.blocks);
@@ -118,31 +134,33 @@ impl Router {
     /// A sequence has its first token: nothing of its prompt is queued any more.
     pub fn started(&mut self, rank: u32, id: RequestId) {
         if let Some(load) = self.ranks.get_mut(&rank) {
-            load.unseen.remove(&id);
+            load.forget(id);
         }
     }
 
     /// A sequence left the rank; the blocks of `tokens`, prompt and output, may stay cached there.
     pub fn left(&mut self, rank: u32, id: RequestId, blocks: &[u64]) {
         if let Some(load) = self.ranks.get_mut(&rank) {
-            load.unseen.remove(&id);
+            load.forget(id);
             load.in_flight = load.in_flight.saturating_sub(1);
             load.index.insert(blocks);
         }
     }
 
-    /// Blocks' worth of work and memory, then the emptier rank, then the one picked longer ago.
-    fn cost(&self, load: &RankLoad, job: &Job) -> (u64, usize, u64) {
+    /// Blocks' worth of work and memory at the rank's pace, then the emptier rank, then the one picked longer ago.
+    /// `fastest` is the shortest step of all ranks.
+    fn cost(&self, load: &RankLoad, job: &Job, fastest: u64) -> (u64, usize, u64) {
         let block_size = self.block_size as u64;
-        let unseen_tokens: u64 = load.unseen.values().map(|unseen| unseen.uncached_tokens).sum();
-        let unseen_blocks: u64 = load.unseen.values().map(|unseen| unseen.blocks).sum();
-        let prefill =
-            load.stats.queued_prefill_tokens + unseen_tokens + load.uncached_tokens(job, self.block_size);
-        let blocks =
-            u64::from(load.stats.kv_blocks_used) + unseen_blocks + load.new_blocks(job, self.block_size);
+        let uncached = load.uncached_tokens(job, self.block_size);
+        let prefill = load.stats.queued_prefill_tokens + load.unseen_tokens + uncached;
+        let blocks = u64::from(load.stats.kv_blocks_used)
+            + load.unseen_blocks
+            + uncached.div_ceil(block_size)
+            + OUTPUT_BLOCKS;
         let capacity = if load.stats.kv_blocks == 0 { u64::MAX } else { u64::from(load.stats.kv_blocks) };
         let overflow = blocks.saturating_sub(capacity);
-        let cost = prefill.div_ceil(block_size) + blocks + OVERFLOW_COST * overflow;
+        let work = prefill.div_ceil(block_size) + blocks;
+        let cost = work * load.pace(fastest) / PACE + OVERFLOW_COST * overflow;
         (cost, load.in_flight, load.picked_at)
     }
 }
@@ -156,9 +174,38 @@ impl RankLoad {
         job.tokens.saturating_sub(self.index.matched(&job.blocks) * block_size) as u64
     }
 
-    /// Blocks that the sequence adds, with one for its output.
-    fn new_blocks(&self, job: &Job, block_size: usize) -> u64 {
-        self.uncached_tokens(job, block_size).div_ceil(block_size as u64) + 1
+    /// How long its steps take, in sixteenths of the fastest rank's.
+    fn pace(&self, fastest_us: u64) -> u64 {
+        let pace = self.step_us * PACE / fastest_us.max(1);
+        if pace < PACE_DIFFERS { PACE } else { pace.min(PACE_MAX) }
+    }
+
+    fn note(&mut self, id: RequestId, new: Unseen) {
+        self.forget(id);
+        self.unseen_tokens += new.uncached_tokens;
+        self.unseen_blocks += new.blocks;
+        self.unseen.insert(id, new);
+    }
+
+    fn forget(&mut self, id: RequestId) {
+        if let Some(old) = self.unseen.remove(&id) {
+            self.unseen_tokens -= old.uncached_tokens;
+            self.unseen_blocks -= old.blocks;
+        }
+    }
+
+    /// Another report has come: what it surely counts is not unseen any more.
+    fn age(&mut self) {
+        let (tokens, blocks) = (&mut self.unseen_tokens, &mut self.unseen_blocks);
+        self.unseen.retain(|_, unseen| {
+            unseen.reports += 1;
+            let kept = unseen.reports < REPORTS_UNTIL_SEEN;
+            if !kept {
+                *tokens -= unseen.uncached_tokens;
+                *blocks -= unseen.blocks;
+            }
+            kept
+        });
     }
 }
 
@@ -237,6 +284,30 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_rank_gets_less() {
+        let mut router = router(2);
+        for step in 1..=10 {
+            for (rank, step_us) in [(0, 10_000), (1, 30_000)] {
+                router.report(rank, RankStats { steps: step, step_us, ..RankStats::default() });
+            }
+        }
+        let mut count = [0; 2];
+        for id in 0..40 {
+            count[send(&mut router, id, &job(&[id as u32; 100])) as usize] += 1;
+        }
+        assert!((28..=32).contains(&count[0]), "{count:?}");
+    }
+
+    #[test]
+    fn steps_that_are_nearly_as_long_make_no_difference() {
+        let mut router = router(2);
+        router.report(0, RankStats { steps: 1, step_us: 10_000, ..RankStats::default() });
+        router.report(1, RankStats { steps: 1, step_us: 11_900, ..RankStats::default() });
+        let first: Vec<u32> = (0..4).map(|id| send(&mut router, id, &job(&[id as u32; 100]))).collect();
+        assert_eq!(first, [0, 1, 0, 1]);
+    }
+
+    #[test]
     fn a_full_queue_has_no_room_until_reports_say_so() {
         let mut router = router(1);
         for id in 0..8 {
@@ -269,6 +340,7 @@ mod tests {
             }
             for load in router.ranks.values() {
                 prop_assert!(load.unseen.is_empty());
+                prop_assert_eq!((load.unseen_tokens, load.unseen_blocks), (0, 0));
                 prop_assert_eq!(load.in_flight, 0);
             }
         }

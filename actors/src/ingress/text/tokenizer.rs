@@ -22,6 +22,8 @@ pub struct TextModel {
     /// Prepended to prompts whose tokenizer.json does not do it itself.
     bos: Option<u32>,
     template: Option<ChatTemplate>,
+    /// What clients that tokenise by this server want to know of it.
+    info: Map<String, Json>,
     /// The tokens as grammars see them; made when it is first asked for.
     vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
 }
@@ -69,6 +71,7 @@ impl TextModel {
             bytes,
             special,
             bos: bos.filter(|_| wants_bos),
+            info: info(config, template.as_ref()),
             template,
             tokenizer,
             vocabulary: OnceLock::new(),
@@ -120,6 +123,11 @@ impl TextModel {
     /// Whether that text is one control token.
     pub fn is_control(&self, text: &str) -> bool {
         self.tokenizer.token_to_id(text).is_some_and(|id| self.is_special(id))
+    }
+
+    /// Class, special tokens and chat template, in the words of tokenizer_config.json.
+    pub fn info(&self) -> &Map<String, Json> {
+        &self.info
     }
 
     /// The model's chat template, if it has one.
@@ -184,6 +192,13 @@ fn load_template(dir: &Path, config: &Map<String, Json>) -> Result<Option<ChatTe
     let problem =
         |error| LoadError { file, problem: format!("the chat template does not compile: {error:#}") };
     template.map(Some).map_err(problem)
+}
+
+fn info(config: &Map<String, Json>, template: Option<&ChatTemplate>) -> Map<String, Json> {
+    let kept = ["tokenizer_class", "model_max_length", "add_bos_token", "add_eos_token"];
+    let kept = kept.into_iter().filter_map(|name| Some((name.to_owned(), config.get(name)?.clone())));
+    let template = template.map(|template| ("chat_template".to_owned(), Json::from(template.source())));
+    kept.chain(special_tokens(config)).chain(template).collect()
 }
 
 fn special_tokens(config: &Map<String, Json>) -> Map<String, Json> {
