@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, PrefillAttention, Sampling, Step};
@@ -275,8 +275,15 @@ fn on_cpu((dir, prefill): (&Path, PrefillAttention), sequences: &[(Vec<u32>, Vec
 /// Rounding to BF16 moves a router's choice now and then, and a row with another expert is far off, in transformers as
 /// well: the median is the measure. First logits of transformers in BF16 differ from those in f32 by up
 /// to 9e-3 on these models.
+/// One test at a time: what one queues on the device could spoil another's recording.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn logits_are_those_of_the_cpu_and_of_transformers() {
+    let _alone = alone();
     let Some(device) = device() else { return };
     let table: Vec<u32> = (0..16).rev().collect();
     for (dir, prefill) in cases() {
@@ -314,6 +321,7 @@ fn logits_are_those_of_the_cpu_and_of_transformers() {
 
 #[test]
 fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
+    let _alone = alone();
     let Some(device) = device() else { return };
     for (dir, prefill) in cases() {
         let Some(mut eager) = Rig::load(&device, (&dir, prefill), 0) else { continue };
@@ -407,6 +415,7 @@ fn run(rig: &mut Rig, depth: usize, requests: Vec<Request>) -> Vec<(RequestId, V
 
 #[test]
 fn steps_scheduled_ahead_draw_the_same() {
+    let _alone = alone();
     let Some(device) = device() else { return };
     let dir = root().join("models/sundial-20m");
     for prefill in [PrefillAttention::Absorbed, PrefillAttention::Expanded] {

@@ -4,6 +4,7 @@
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -195,8 +196,16 @@ async fn top_timeline_and_metrics_tell_of_the_load() {
         assert!(count(name) > 0, "no {name} among {} events", events.len());
     }
 
-    let samples = json_of(&cluster, "/api/serving").await;
-    assert!(samples[0]["samples"].as_array().unwrap().len() > 1, "{samples}");
+    // One a second.
+    let began = Instant::now();
+    let samples = loop {
+        let samples = json_of(&cluster, "/api/serving").await;
+        if samples[0]["samples"].as_array().unwrap().len() > 1 {
+            break samples;
+        }
+        assert!(began.elapsed() < Duration::from_secs(15), "{samples}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
     let last = samples[0]["samples"].as_array().unwrap().last().unwrap()["at_ms"].as_u64().unwrap();
     let later = json_of(&cluster, &format!("/api/serving?since_ms={last}")).await;
     assert!(later[0]["samples"].as_array().unwrap().len() < 5, "only what came since");

@@ -11,6 +11,7 @@ pub(crate) mod finder;
 mod keeper;
 mod meshes;
 pub mod messages;
+mod orders;
 mod packages;
 pub mod placement;
 mod reserve;
