@@ -22,7 +22,7 @@ const LOAD_REPORT_STEPS: u32 = 16;
 /// Layers of a remap that a rank stages ahead of their commits.
 const STAGE_AHEAD: u32 = 2;
 /// Name of the application that serves the model of cluster.toml.
-const APPLICATION: &str = "cluster";
+pub(crate) const APPLICATION: &str = "cluster";
 
 /// What a configuration asks for.
 pub(crate) struct Plan {

@@ -302,14 +302,14 @@ async fn another_protocol_version_is_named_on_both_sides() {
         Err(AskError::Refused(refused)) => refused.reason.to_string(),
         other => panic!("{other:?}"),
     };
-    assert!(why.contains("speaks protocol version 9, this process speaks 3"), "{why}");
+    assert!(why.contains("speaks protocol version 9, this process speaks 4"), "{why}");
     peer.abort();
     // As the side that accepts: the peer gets our version, so that it can say the same.
     let mut stream = TcpStream::connect(home.endpoint()).await.unwrap();
     stream.write_all(b"heliowir\x09\x00\x00\x00\x00\x00").await.unwrap();
     let mut answer = [0; 10];
     stream.read_exact(&mut answer).await.unwrap();
-    assert_eq!(&answer, b"heliowir\x03\x00");
+    assert_eq!(&answer, b"heliowir\x04\x00");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -334,7 +334,7 @@ async fn greet(home: &System) -> TcpStream {
     hello.extend(1u64.to_le_bytes());
     hello.extend(b"x\x00");
     hello.extend([0; 32]);
-    stream.write_all(b"heliowir\x03\x00").await.unwrap();
+    stream.write_all(b"heliowir\x04\x00").await.unwrap();
     stream.write_all(&(hello.len() as u32).to_le_bytes()).await.unwrap();
     stream.write_all(&hello).await.unwrap();
     let mut fixed = [0; 14];

@@ -60,6 +60,16 @@ pub(crate) async fn run(args: &ServeArgs) -> Result<()> {
     }
 }
 
+/// Why an application will not serve by itself any more; `None` where it may yet, or the controller does not say.
+pub(crate) async fn given_up(cluster: &Cluster, application: &str) -> Option<String> {
+    let client = Client { cluster: cluster.clone() };
+    let apps = client.apps(Some(application)).await.ok()?;
+    let app = apps.get(application).filter(|app| app["status"] == "DEPLOY_FAILED")?;
+    let deployments = app["deployments"].as_object().into_iter().flat_map(|all| all.values());
+    let said = deployments.chain([app]).filter_map(|it| it["message"].as_str()).find(|said| !said.is_empty());
+    Some(said.unwrap_or("it could not be deployed").to_owned())
+}
+
 struct Client {
     cluster: Cluster,
 }

@@ -4,6 +4,9 @@
 
 use super::report::{Row, RowState};
 use crate::cluster::Access;
+use crate::commands::serve;
+use crate::deploy::APPLICATION;
+use heliostat_actors::deployment::SERVE;
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::spec::DeathCause;
 use std::time::Duration;
@@ -56,7 +59,11 @@ impl Watch {
                 match cluster.watch(version, LONGEST_LOOK).await {
                     Ok(status) => {
                         version = status.version;
-                        send(&sender, see(&status, &expected)).await;
+                        let mut seen = see(&status, &expected);
+                        if seen.failed.is_none() && awaits_controller(&status, &expected) {
+                            seen.failed = serve::given_up(&cluster, APPLICATION).await;
+                        }
+                        send(&sender, seen).await;
                     }
                     Err(e) => tracing::debug!("no status: {e}"),
                 }
@@ -84,6 +91,12 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Whether the serve controller has yet to add an actor, or has removed one that failed.
+fn awaits_controller(status: &ClusterStatus, expected: &[String]) -> bool {
+    let asked = status.actor(SERVE).is_some_and(|controller| controller.state == ActorState::Ready);
+    asked && expected.iter().any(|name| status.actor(name).is_none())
 }
 
 /// What the status means for somebody who waits for the cluster to serve.
