@@ -23,6 +23,7 @@ fn body(number: usize) -> Value {
 
 /// Texts of an undisturbed run.
 pub(crate) async fn undisturbed(cluster: &Cluster) -> Vec<String> {
+    cluster.until_served().await;
     let asks = (0..STREAMS).map(|number| {
         let body = body(number);
         async move { cluster.stream(&body, |_| ()).await.unwrap() }

@@ -158,6 +158,15 @@ impl Cluster {
         .await;
     }
 
+    /// Waits until the ingress has heard of a rank: after the head has, by a message.
+    pub(crate) async fn until_served(&self) {
+        let started = Instant::now();
+        while self.get("/health").await.0 != 200 {
+            assert!(started.elapsed() < PATIENCE, "nothing is served; status {:#?}", self.status());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     pub(crate) fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.http)
     }
