@@ -1,8 +1,8 @@
 //! How the ranks of a measurement find each other: one process per GPU, of which the first starts the others and talks to
 //! them by pipes. It carries the names of their memory and nothing of the measurement.
 //!
-//! A guest writes one line with its heap's name, reads one line with all names, and at the end waits until the host hangs
-//! up: a peer's memory is not let go while another may still read it.
+//! Whenever they speak, a guest writes one line and reads one with what all have said, at the end of nothing: a peer's memory is
+//! not let go while another may still read it.
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Write};
 use std::process::{Child, ChildStdin, ChildStdout};
@@ -30,7 +30,7 @@ pub enum Meeting {
 #[derive(Debug)]
 pub struct Guest {
     child: Child,
-    to: Option<ChildStdin>,
+    to: ChildStdin,
     from: BufReader<ChildStdout>,
 }
 
@@ -40,8 +40,7 @@ impl Guest {
     /// # Panics
     /// If they are not.
     pub fn new(mut child: Child) -> Self {
-        let to = child.stdin.take();
-        assert!(to.is_some(), "standard input is a pipe");
+        let to = child.stdin.take().expect("standard input is a pipe");
         let from = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
         Self { child, to, from }
     }
@@ -56,11 +55,6 @@ impl Drop for Guest {
 }
 
 impl Meeting {
-    /// Alone on one GPU.
-    pub fn alone() -> Self {
-        Self::Host(Vec::new())
-    }
-
     /// This rank.
     pub fn rank(&self) -> usize {
         match self {
@@ -110,7 +104,7 @@ impl Meeting {
                     all.push(read(&mut guest.from)?);
                 }
                 for guest in guests.iter_mut() {
-                    write(guest.to.as_mut().expect("nobody has hung up yet"), &all)?;
+                    write(&mut guest.to, &all)?;
                 }
                 Ok(all)
             }
@@ -125,24 +119,11 @@ impl Meeting {
     ///
     /// # Errors
     /// A guest failed after the measurement.
-    pub(super) fn part(self) -> std::io::Result<()> {
-        match self {
-            Self::Host(guests) => {
-                let mut guests = guests;
-                for guest in &mut guests {
-                    read::<()>(&mut guest.from)?;
-                }
-                for guest in &mut guests {
-                    guest.to = None;
-                    guest.child.wait()?;
-                }
-                Ok(())
-            }
-            Self::Guest { .. } => {
-                write(&mut std::io::stdout().lock(), &())?;
-                // Nothing more is said: the host hangs up, or has ended.
-                std::io::stdin().lock().read_line(&mut String::new()).map(drop)
-            }
+    pub(super) fn part(mut self) -> std::io::Result<()> {
+        self.tell_all(())?;
+        match &mut self {
+            Self::Host(guests) => guests.iter_mut().try_for_each(|guest| guest.child.wait().map(drop)),
+            Self::Guest { .. } => Ok(()),
         }
     }
 }

@@ -16,8 +16,8 @@ use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device, DeviceOptions};
 
 pub use ops::{OpReport, OpsReport, ops};
-pub use report::{DecodeReport, PartReport, PrefillReport, RemapReport, SliceReport, slice};
-pub use slice::SliceError;
+pub use report::{DecodeReport, PartReport, PrefillReport, SliceReport, slice};
+pub use slice::{RemapReport, SliceError};
 
 /// What to measure, and on what.
 #[derive(Clone, Debug)]

@@ -3,13 +3,12 @@
 use serde::Serialize;
 
 use heliostat_engine::config::ModelConfig;
-
 use heliostat_kernels::cuda::exchange::Transport;
 
 use super::Options;
 use super::floor::{Load, PartFloor, floors, step_us};
 use super::meeting::Meeting;
-use super::slice::{self, SliceArgs, SliceError, SliceRow};
+use super::slice::{self, RemapReport, SliceArgs, SliceError, SliceRow};
 
 /// What the slice is; it must stand beside its figures.
 fn what(ranks: usize, transport: Transport) -> String {
@@ -18,7 +17,8 @@ fn what(ranks: usize, transport: Transport) -> String {
         (_, Transport::Peer) => "rows cross NVLink by our own kernels, one copy per token and expert",
         (_, Transport::Nccl) => "NCCL carries all rows to all ranks",
     };
-    format!("EP32-equivalent compute slice of DeepSeek-R1 with made-up FP8 weights on {ranks} GPUs; {rows}")
+    let gpus = if ranks == 1 { "GPU" } else { "GPUs" };
+    format!("EP32-equivalent compute slice of DeepSeek-R1 with made-up FP8 weights on {ranks} {gpus}; {rows}")
 }
 
 /// The steps of a rank; all ranks step alike.
@@ -48,27 +48,6 @@ pub struct SliceReport {
     pub remap: Option<RemapReport>,
     /// Prefill.
     pub prefill: Vec<PrefillReport>,
-}
-
-/// Decode while experts are replaced one after the other, as fast as they come.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct RemapReport {
-    /// Whether they came from the next rank's GPU, else from the host.
-    pub from_peer: bool,
-    /// Sequences.
-    pub batch: usize,
-    /// Tokens before the first measured one.
-    pub context: usize,
-    /// Experts replaced.
-    pub moves: usize,
-    /// Weights that came in, gigabytes per second.
-    pub gb_per_s: f64,
-    /// Median milliseconds of a step without moves, right before.
-    pub before_ms: f64,
-    /// Median milliseconds of a step.
-    pub step_ms: f64,
-    /// The longest step, milliseconds.
-    pub longest_ms: f64,
 }
 
 /// Steady-state decode of one batch and context.
@@ -189,27 +168,7 @@ impl SliceReport {
                     parts: part_reports(&parts, &floors),
                 });
             }
-            SliceRow::Remap {
-                from_peer,
-                batch,
-                context,
-                moves,
-                gb_per_s,
-                before_ms,
-                step_ms,
-                longest_ms,
-            } => {
-                self.remap = Some(RemapReport {
-                    from_peer,
-                    batch,
-                    context,
-                    moves,
-                    gb_per_s,
-                    before_ms,
-                    step_ms,
-                    longest_ms,
-                });
-            }
+            SliceRow::Remap(report) => self.remap = Some(report),
             SliceRow::Prefill { prompt, tokens_per_s, parts } => {
                 let parts = part_reports(&parts, &[]);
                 self.prefill.push(PrefillReport { prompt, tokens_per_s, parts });
@@ -240,7 +199,7 @@ fn line(row: &SliceRow) -> String {
         SliceRow::Decode { batch, context, step_ms, tokens_per_s, .. } => {
             format!("decode {batch} x {context}: {step_ms:.2} ms, {tokens_per_s:.0} tokens/s")
         }
-        SliceRow::Remap { moves, step_ms, longest_ms, .. } => {
+        SliceRow::Remap(RemapReport { moves, step_ms, longest_ms, .. }) => {
             format!(
                 "{moves} experts replaced while decoding: {step_ms:.2} ms a step, {longest_ms:.2} ms the longest"
             )

@@ -25,6 +25,7 @@ use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device};
 
 use super::meeting::Meeting;
+pub use remap::RemapReport;
 
 /// The model's config.json.
 pub const DEEPSEEK_R1: &str = include_str!("deepseek-r1.json");
@@ -91,25 +92,8 @@ pub enum SliceRow {
         /// which kernels overlap.
         parts: Vec<(&'static str, f64)>,
     },
-    /// Decode while experts are replaced one after the other, as fast as they come.
-    Remap {
-        /// Whether they come from the next rank's GPU, else from the host.
-        from_peer: bool,
-        /// Sequences.
-        batch: usize,
-        /// Tokens before the first measured one.
-        context: usize,
-        /// Experts replaced.
-        moves: usize,
-        /// Weights that came in.
-        gb_per_s: f64,
-        /// Median milliseconds of a step without moves, right before.
-        before_ms: f64,
-        /// Median milliseconds of a step.
-        step_ms: f64,
-        /// The longest step.
-        longest_ms: f64,
-    },
+    /// Decode while experts move.
+    Remap(RemapReport),
     /// Prefill.
     Prefill {
         /// Tokens of a prompt.

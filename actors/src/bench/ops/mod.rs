@@ -85,10 +85,6 @@ pub fn ops(
     progress: &mut dyn FnMut(&str),
 ) -> Result<OpsReport, SliceError> {
     let device = options.open()?;
-    let (library, no_library) = match CublasLt::new(&device, &options.library_dirs) {
-        Ok(library) => (Some(library), None),
-        Err(why) => (None, Some(why.to_string())),
-    };
     let gpu = device.properties().name.clone();
     progress(&gpu);
     let mut bench = Bench {
@@ -100,8 +96,11 @@ pub fn ops(
         device,
         progress,
     };
+    let mut no_library = None;
     // A guest is there for the exchange only.
     if meeting.rank() == 0 {
+        let library = CublasLt::new(&bench.device, &options.library_dirs);
+        let library = library.map_err(|why| no_library = Some(why.to_string())).ok();
         gemm::measure(&mut bench, &options.batch, library.as_ref())?;
         attention::measure(&mut bench, &options.batch, &options.context)?;
         for &rows in &options.batch {

@@ -9,9 +9,31 @@ use heliostat_engine::config::ModelConfig;
 use heliostat_engine::cuda::{CudaRank, ExpertPool, LentPlace, PoolError, PoolOffer, PooledExpert};
 use heliostat_engine::model::Expert;
 use heliostat_kernels::weight::{Block, Weight};
+use serde::Serialize;
 
 use super::super::meeting::Meeting;
 use super::{SLOTS, SliceArgs, SliceError, SliceRow, decode_run};
+
+/// Decode while experts are replaced one after the other, as fast as they come.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RemapReport {
+    /// Whether they came from the next rank's GPU, else from the host.
+    pub from_peer: bool,
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens before the first measured one.
+    pub context: usize,
+    /// Experts replaced.
+    pub moves: usize,
+    /// Weights that came in, gigabytes per second.
+    pub gb_per_s: f64,
+    /// Median milliseconds of a step without moves, right before.
+    pub before_ms: f64,
+    /// Median milliseconds of a step.
+    pub step_ms: f64,
+    /// The longest step, milliseconds.
+    pub longest_ms: f64,
+}
 
 /// Where experts come from.
 enum Source {
@@ -69,7 +91,7 @@ pub(super) fn remap(
     drop(kept);
     let longest = during.steps.last().copied().unwrap_or_default();
     let seconds: f64 = during.steps.iter().map(Duration::as_secs_f64).sum();
-    Ok(SliceRow::Remap {
+    Ok(SliceRow::Remap(RemapReport {
         from_peer,
         batch,
         context,
@@ -78,7 +100,7 @@ pub(super) fn remap(
         before_ms: before.median_ms(),
         step_ms: during.median_ms(),
         longest_ms: longest.as_secs_f64() * 1e3,
-    })
+    }))
 }
 
 /// Maps the other ranks' pools, and takes what the next rank lends.
