@@ -22,6 +22,7 @@ use super::layer::{FeedForward, Layer};
 use super::pool::ExpertPool;
 use super::prompts::Prompts;
 use super::tables::Tables;
+use crate::batch::Step;
 use crate::config::{ModelConfig, MoeConfig};
 
 /// Kernel families.
@@ -195,6 +196,21 @@ impl CudaModel {
 }
 
 impl Dp {
+    /// Queues what the kernels of a step must be told, from copy `copy` of the page-locked memory.
+    pub(super) fn send(
+        &mut self,
+        stream: &Stream,
+        copy: usize,
+        step: &Step,
+        StepShape { rows, logit_rows, .. }: StepShape,
+    ) -> Result<(), CudaError> {
+        self.inputs.send(stream, copy, step, (rows, logit_rows))?;
+        if let Some(prompts) = &mut self.prompts {
+            prompts.send(stream, copy, step, rows)?;
+        }
+        self.draws.send(stream, copy, step, logit_rows)
+    }
+
     fn moe_layers(&self) -> impl Iterator<Item = &super::layer::MoeWeights> {
         self.layers.iter().filter_map(|layer| match &layer.feed_forward {
             FeedForward::Moe(moe) => Some(&**moe),

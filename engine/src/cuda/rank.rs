@@ -307,11 +307,7 @@ impl CudaRank {
         let (draws, host) = (step.device_draws().count(), step.host_rows().count());
         let (shape, graph) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
-            dp.inputs.send(&stream, copy, step, (shape.rows, shape.logit_rows))?;
-            if let Some(prompts) = &mut dp.prompts {
-                prompts.send(&stream, copy, step, shape.rows)?;
-            }
-            dp.draws.send(&stream, copy, step, shape.logit_rows)?;
+            dp.send(&stream, copy, step, shape)?;
         }
         match graph.and_then(|rows| self.graphs.get(&rows)) {
             Some(graph) => graph.launch(&stream)?,
@@ -339,11 +335,7 @@ impl CudaRank {
     pub fn profile(&mut self, step: &Step, group: GroupStep) -> Result<Vec<KernelTime>, CudaError> {
         let (shape, _) = self.shape_of(step, group);
         if let Some(dp) = &mut self.model.dp {
-            dp.inputs.send(&self.stream, 0, step, (shape.rows, shape.logit_rows))?;
-            if let Some(prompts) = &mut dp.prompts {
-                prompts.send(&self.stream, 0, step, shape.rows)?;
-            }
-            dp.draws.send(&self.stream, 0, step, shape.logit_rows)?;
+            dp.send(&self.stream, 0, step, shape)?;
         }
         self.stream.profile(|stream| self.model.step(stream, shape))
     }

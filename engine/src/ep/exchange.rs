@@ -15,11 +15,6 @@ use super::{ExpertWeights, Role, SharedSlots, Topology};
 use crate::eplb::map::Layout;
 use crate::model::{ExchangeError, ExpertScratch, Experts, Routed};
 
-fn words(bytes: &[u8]) -> Option<[u32; 2]> {
-    let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-    Some([word(0)?, word(4)?])
-}
-
 /// One rank's end of the group during one membership epoch.
 #[derive(Debug)]
 pub struct EpGroup {
@@ -332,6 +327,11 @@ impl Inbox {
         copy_f32(&mut self.rows, data);
         Ok(())
     }
+}
+
+fn words(bytes: &[u8]) -> Option<[u32; 2]> {
+    let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    Some([word(0)?, word(4)?])
 }
 
 /// Copies bytes, which need no alignment, into floats.

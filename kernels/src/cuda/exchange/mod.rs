@@ -231,7 +231,8 @@ impl Exchange {
         self.restart(stream)
     }
 
-    /// Lets go of the peers' heaps and of what carries rows. No round may run before the next [`Exchange::connect`], and none may be under way.
+    /// Lets go of the peers' heaps and of what carries rows. No round may run before the next [`Exchange::connect`], and
+    /// none may be under way.
     pub fn disconnect(&mut self) {
         self.peers.clear();
         self.nccl = None;
