@@ -9,7 +9,6 @@ use heliostat_engine::ep::PlanProgress;
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::eplb::plan::Plan;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
-use heliostat_runtime::actor::WireMessage;
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use serde::{Deserialize, Serialize};
 
@@ -17,11 +16,13 @@ use crate::eplb::EplbPulse;
 use crate::monitor::report::ServingReport;
 use crate::monitor::trace::{RankTrace, SequenceSpan};
 
+/// Names messages on the wire.
 macro_rules! wire {
     ($($message:ty => $name:literal),* $(,)?) => {
-        $(impl WireMessage for $message { const NAME: &'static str = $name; })*
+        $(impl heliostat_runtime::actor::WireMessage for $message { const NAME: &'static str = $name; })*
     };
 }
+pub(crate) use wire;
 
 wire! {
     Submit => "rank.submit",
@@ -493,6 +494,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use heliostat_runtime::actor::WireMessage;
 
     fn addr() -> ActorAddr {
         let (actor, incarnation, process) = (ActorId::named("ingress"), Incarnation(3), ProcessId(9));

@@ -32,6 +32,21 @@ pub trait WireMessage:
     const NAME: &'static str;
 }
 
+/// Names messages on the wire: `Message = "name" -> Reply;`.
+macro_rules! wire {
+    ($($message:ty = $name:literal -> $result:ty;)*) => {
+        $(
+            impl actix::Message for $message {
+                type Result = $result;
+            }
+            impl $crate::actor::WireMessage for $message {
+                const NAME: &'static str = $name;
+            }
+        )*
+    };
+}
+pub(crate) use wire;
+
 /// An actor that can be reached from other processes.
 pub trait RemoteActor: actix::Actor<Context = actix::Context<Self>> {
     /// Name of the type, unique in the binary.

@@ -4,13 +4,8 @@ use std::path::PathBuf;
 
 use actix::Message;
 use bincode::{Decode, Encode};
-use heliostat_runtime::actor::WireMessage;
 
-macro_rules! wire {
-    ($($message:ty => $name:literal),* $(,)?) => {
-        $(impl WireMessage for $message { const NAME: &'static str = $name; })*
-    };
-}
+use crate::messages::wire;
 
 wire! {
     DeployApps => "serve.deploy",

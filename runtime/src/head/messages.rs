@@ -5,13 +5,12 @@
 
 use std::time::Duration;
 
-use actix::Message;
 use bincode::{Decode, Encode};
 
 use super::core::Manner;
 pub use super::orders::{CreateActor, DeliverView, Dismiss};
 use super::tenure::Superseded;
-use crate::actor::WireMessage;
+use crate::actor::wire;
 use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
@@ -20,20 +19,6 @@ use crate::spec::{
     ActorSpec, Capacity, DeathCause, Device, DriverId, InvalidSpec, Labels, PlacementGroupSpec, Progress,
     SupervisorSpec,
 };
-
-/// Names a message on the wire.
-macro_rules! wire {
-    ($($message:ty = $name:literal -> $result:ty;)*) => {
-        $(
-            impl Message for $message {
-                type Result = $result;
-            }
-            impl WireMessage for $message {
-                const NAME: &'static str = $name;
-            }
-        )*
-    };
-}
 
 wire! {
     // To the head.

@@ -4,6 +4,7 @@ use bincode::{Decode, Encode};
 use serde::Serialize;
 
 use super::{ObjectAddr, ObjectError, ObjectId};
+use crate::actor::wire;
 use crate::handle::ProcessId;
 
 /// Counts the sender as a borrower. Answered by whether the object is there.
@@ -104,19 +105,6 @@ pub struct StoreStatus {
     pub spilled: u64,
     /// Its objects.
     pub objects: Vec<ObjectStatus>,
-}
-
-macro_rules! wire {
-    ($($message:ty = $name:literal -> $result:ty;)*) => {
-        $(
-            impl actix::Message for $message {
-                type Result = $result;
-            }
-            impl crate::actor::WireMessage for $message {
-                const NAME: &'static str = $name;
-            }
-        )*
-    };
 }
 
 wire! {

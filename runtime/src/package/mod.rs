@@ -13,6 +13,8 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use crate::actor::wire;
+
 pub(crate) use service::{Door, PackageActor};
 pub use store::{PackageStore, StoreError, sha256_of};
 pub(crate) use transfer::fetch;
@@ -245,19 +247,6 @@ pub enum RegistryError {
     /// It took place, but may be lost with the head.
     #[error("not durable yet: {0}; repeat it")]
     NotDurable(String),
-}
-
-macro_rules! wire {
-    ($($message:ty = $name:literal -> $result:ty;)*) => {
-        $(
-            impl actix::Message for $message {
-                type Result = $result;
-            }
-            impl crate::actor::WireMessage for $message {
-                const NAME: &'static str = $name;
-            }
-        )*
-    };
 }
 
 wire! {
