@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
 
-use std::path::{Path, PathBuf};
+mod models;
+
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +22,8 @@ use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::cuda::exchange::Transport;
 use heliostat_kernels::cuda::{CudaError, Device, DeviceOptions};
 use serde::Deserialize;
+
+use models::{cases, root};
 
 /// Slots beyond one per expert, so that there is something to move.
 const REDUNDANT: u32 = 2;
@@ -51,33 +55,6 @@ fn device() -> Option<Device> {
         }
         Err(why) => panic!("a driver is here, but no device can be opened: {why}"),
     }
-}
-
-fn root() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    if here.exists() { here } else { PathBuf::from(".") }
-}
-
-fn models() -> Vec<PathBuf> {
-    let small =
-        std::fs::read_dir(root().join("tests/data/models")).unwrap().map(|entry| entry.unwrap().path());
-    let mut all: Vec<PathBuf> = small.chain([root().join("models/sundial-20m")]).collect();
-    all.sort();
-    all
-}
-
-/// Every model, with every way for its prompts to attend.
-fn cases() -> Vec<(PathBuf, PrefillAttention)> {
-    let ways = |dir: PathBuf| {
-        let config = ModelConfig::from_dir(&dir).unwrap();
-        let possible = move |way: &PrefillAttention| way.check(&config).is_ok();
-        [PrefillAttention::Absorbed, PrefillAttention::Expanded]
-            .into_iter()
-            .filter(possible)
-            .map(move |way| (dir.clone(), way))
-            .collect::<Vec<_>>()
-    };
-    models().into_iter().flat_map(ways).collect()
 }
 
 /// A model on the GPU, alone.

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
 
-use std::path::{Path, PathBuf};
+mod models;
+
+use std::path::Path;
 use std::sync::Arc;
 
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows};
@@ -17,17 +19,9 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const STEPS: u64 = 3;
+use models::models;
 
-/// The bundled model and the small ones of both families.
-fn models() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let small = std::fs::read_dir(root.join("tests/data/models")).unwrap();
-    let mut all: Vec<PathBuf> = small.map(|entry| entry.unwrap().path()).collect();
-    all.push(root.join("models/sundial-20m"));
-    all.sort();
-    all
-}
+const STEPS: u64 = 3;
 
 /// A layout in which every expert has a slot and nothing else is sure.
 fn random_layout(config: &ModelConfig, ranks: u32, rng: &mut ChaCha8Rng) -> Layout {

@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed setup is a failed test")]
 
+mod models;
+
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use heliostat_engine::batch::{Batch, BatchSeq, LogitRows, PrefillAttention};
@@ -14,6 +16,8 @@ use heliostat_engine::model::{
 };
 use heliostat_kernels::cpu::Cpu;
 use serde::Deserialize;
+
+use models::{cases, models, root};
 
 /// Largest difference of a logit, relative to the largest logit.
 const TOLERANCE: f32 = 1e-3;
@@ -57,32 +61,6 @@ struct Sequence {
     block_table: Vec<u32>,
     /// Logits of the rows that a token was drawn from.
     logits: Vec<Vec<f32>>,
-}
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-fn models() -> Vec<PathBuf> {
-    let small =
-        std::fs::read_dir(root().join("tests/data/models")).unwrap().map(|entry| entry.unwrap().path());
-    let mut all: Vec<PathBuf> = small.chain([root().join("models/sundial-20m")]).collect();
-    all.sort();
-    all
-}
-
-/// Every model, with every way for its prompts to attend.
-fn cases() -> Vec<(PathBuf, PrefillAttention)> {
-    let ways = |dir: PathBuf| {
-        let config = ModelConfig::from_dir(&dir).unwrap();
-        let possible = move |way: &PrefillAttention| way.check(&config).is_ok();
-        [PrefillAttention::Absorbed, PrefillAttention::Expanded]
-            .into_iter()
-            .filter(possible)
-            .map(move |way| (dir.clone(), way))
-            .collect::<Vec<_>>()
-    };
-    models().into_iter().flat_map(ways).collect()
 }
 
 impl Rig {

@@ -4,7 +4,7 @@ mod cuda_support;
 
 use std::sync::LazyLock;
 
-use cuda_support::{assert_close, assert_compiles, device, normal, rounded, time_us};
+use cuda_support::{assert_close, assert_compiles, device, normal, random_cache, rounded, time_us};
 use half::bf16;
 use heliostat_kernels::cpu::attention::{GqaShape, KvPages, MlaQuery, MlaShape, Pages, Span};
 use heliostat_kernels::cpu::plain;
@@ -346,17 +346,6 @@ tests! {
     wide: |device, limits| Kernel::mla(device, WIDE, limits);
     narrow: |device, limits| Kernel::mla(device, NARROW, limits);
     grouped: |device, limits| Kernel::gqa(device, GROUPED, limits);
-}
-
-/// Random content in as many pages as wanted, by copies of a few.
-fn random_cache(device: &Device, stream: &Stream, pages: usize, width: usize) -> Buffer<bf16> {
-    const DISTINCT: usize = 32;
-    let some = device.upload(&rounded(&normal(1, DISTINCT * PAGE * width)).0).expect("upload");
-    let all = device.alloc::<bf16>(pages.next_multiple_of(DISTINCT) * PAGE * width).expect("cache");
-    for at in (0..all.len()).step_by(some.len()) {
-        all.slice(at..at + some.len()).copy_from(stream, &some).expect("copy");
-    }
-    all.slice(0..pages * PAGE * width)
 }
 
 struct Timed {

@@ -5,7 +5,9 @@ mod cuda_support;
 
 use std::sync::LazyLock;
 
-use cuda_support::{assert_close, assert_compiles, calc_diff, device, normal, rounded, time_us};
+use cuda_support::{
+    assert_close, assert_compiles, calc_diff, device, normal, random_cache, rounded, time_us,
+};
 use half::bf16;
 use heliostat_kernels::cpu::Cpu;
 use heliostat_kernels::cpu::attention::{ExpandedShape, Pages, Span};
@@ -328,17 +330,6 @@ fn passes_change_no_bit() {
         let got = world.run(&op, &device, &stream, &runs);
         assert!(got == want, "{shape:?}");
     }
-}
-
-/// Random content in as many pages as wanted, by copies of a few.
-fn random_cache(device: &Device, stream: &Stream, pages: usize, width: usize) -> Buffer<bf16> {
-    const DISTINCT: usize = 32;
-    let some = device.upload(&rounded(&normal(1, DISTINCT * PAGE * width)).0).expect("upload");
-    let all = device.alloc::<bf16>(pages.next_multiple_of(DISTINCT) * PAGE * width).expect("cache");
-    for at in (0..all.len()).step_by(some.len()) {
-        all.slice(at..at + some.len()).copy_from(stream, &some).expect("copy");
-    }
-    all.slice(0..pages * PAGE * width)
 }
 
 /// Prints the times of one step of chunks (position of the first row, rows) with DeepSeek-R1's sizes.

@@ -3,7 +3,9 @@
 
 use std::path::PathBuf;
 
-use heliostat_kernels::cuda::{Compiler, CudaError, Device, DeviceOptions, Source, Stream};
+use half::bf16;
+use heliostat_kernels::cuda::attention::PAGE;
+use heliostat_kernels::cuda::{Buffer, Compiler, CudaError, Device, DeviceOptions, Source, Stream};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -100,4 +102,15 @@ pub(crate) fn time_us(
         .collect();
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+/// KV pages of random content, as many as wanted, by copies of a few: `[pages][PAGE][width]`.
+pub(crate) fn random_cache(device: &Device, stream: &Stream, pages: usize, width: usize) -> Buffer<bf16> {
+    const DISTINCT: usize = 32;
+    let some = device.upload(&rounded(&normal(1, DISTINCT * PAGE * width)).0).expect("upload");
+    let all = device.alloc::<bf16>(pages.next_multiple_of(DISTINCT) * PAGE * width).expect("cache");
+    for at in (0..all.len()).step_by(some.len()) {
+        all.slice(at..at + some.len()).copy_from(stream, &some).expect("copy");
+    }
+    all.slice(0..pages * PAGE * width)
 }

@@ -62,6 +62,19 @@ fn spans(cache: &Cache, chunk: usize) -> Vec<Span<'_>> {
 
 const QUERIES: usize = 30;
 
+/// `run` by blocks of so many positions and chunks of so many queries agrees with `want`, and no device, block or chunk
+/// changes a bit.
+fn bits_depend_on_nothing_else(run: impl Fn(&Cpu, usize, usize) -> Vec<f32>, want: &[f32], what: &str) {
+    let first = run(&Cpu::single_threaded(), 16, 99);
+    assert_close(&first, want, 1e-5, what);
+    for cpu in devices() {
+        for (block_size, chunk) in [(16, 99), (1, 1), (64, 3), (5, 7)] {
+            let got = run(&cpu, block_size, chunk);
+            assert!(bits(&got) == bits(&first), "{what}, blocks of {block_size}, chunks of {chunk}, {cpu:?}");
+        }
+    }
+}
+
 #[test]
 fn mla_attention_agrees_and_its_bits_depend_on_nothing_else() {
     for (heads, kv_lora, rope) in [(8, 64, 16), (1, 16, 4), (7, 100, 10), (16, 70, 8)] {
@@ -78,17 +91,7 @@ fn mla_attention_agrees_and_its_bits_depend_on_nothing_else() {
         let cache = Cache::new(&rows, kv_lora + shape.rope, 16);
         let mut want = vec![f32::NAN; latent.len()];
         plain::mla_attention(shape, query, cache.pages(), &spans(&cache, 99), &mut want);
-        let first = run(&Cpu::single_threaded(), 16, 99);
-        assert_close(&first, &want, 1e-5, &format!("{shape:?}"));
-        for cpu in devices() {
-            for (block_size, chunk) in [(16, 99), (1, 1), (64, 3), (5, 7)] {
-                let got = run(&cpu, block_size, chunk);
-                assert!(
-                    bits(&got) == bits(&first),
-                    "{shape:?}, blocks of {block_size}, chunks of {chunk}, {cpu:?}"
-                );
-            }
-        }
+        bits_depend_on_nothing_else(run, &want, &format!("{shape:?}"));
     }
 }
 
@@ -109,17 +112,7 @@ fn expanded_attention_agrees_and_its_bits_depend_on_nothing_else() {
         let cache = Cache::new(&rows, kv_lora + rope, 16);
         let mut want = vec![f32::NAN; QUERIES * heads * v];
         plain::expanded_attention(shape, (&query, &up), cache.pages(), &spans(&cache, 99), &mut want);
-        let first = run(&Cpu::single_threaded(), 16, 99);
-        assert_close(&first, &want, 1e-5, &format!("{shape:?}"));
-        for cpu in devices() {
-            for (block_size, chunk) in [(16, 99), (1, 1), (64, 3), (5, 7)] {
-                let got = run(&cpu, block_size, chunk);
-                assert!(
-                    bits(&got) == bits(&first),
-                    "{shape:?}, blocks of {block_size}, chunks of {chunk}, {cpu:?}"
-                );
-            }
-        }
+        bits_depend_on_nothing_else(run, &want, &format!("{shape:?}"));
     }
 }
 
@@ -143,17 +136,7 @@ fn gqa_attention_agrees_and_its_bits_depend_on_nothing_else() {
         let mut want = vec![f32::NAN; query.len()];
         let pages = KvPages { keys: k.pages(), values: v.pages() };
         plain::gqa_attention(shape, &query, pages, &spans(&k, 99), &mut want);
-        let first = run(&Cpu::single_threaded(), 16, 99);
-        assert_close(&first, &want, 1e-5, &format!("{shape:?}"));
-        for cpu in devices() {
-            for (block_size, chunk) in [(16, 99), (1, 1), (64, 3), (5, 7)] {
-                let got = run(&cpu, block_size, chunk);
-                assert!(
-                    bits(&got) == bits(&first),
-                    "{shape:?}, blocks of {block_size}, chunks of {chunk}, {cpu:?}"
-                );
-            }
-        }
+        bits_depend_on_nothing_else(run, &want, &format!("{shape:?}"));
     }
 }
 

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, ResponseFuture};
-use bincode::{Decode, Encode};
-use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::cluster::{Idempotent, Named, NamedError};
 use heliostat_runtime::handle::{AskError, Refusal};
@@ -14,26 +13,12 @@ use heliostat_runtime::spec::{ActorSpec, DeathCause, RestartPolicy};
 use rustix::process::Signal;
 
 use crate::actors::counter;
-use crate::harness::{TestCluster, signal};
+use crate::harness::{TestCluster, message, signal};
 
 /// Suffers what it is told to.
 pub(crate) struct Sufferer {
     cx: ActorCx,
     handled: u32,
-}
-
-macro_rules! message {
-    ($(#[$doc:meta])* $name:ident $fields:tt -> $result:ty, $wire:literal) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Encode, Decode)]
-        pub(crate) struct $name $fields;
-        impl actix::Message for $name {
-            type Result = $result;
-        }
-        impl WireMessage for $name {
-            const NAME: &'static str = $wire;
-        }
-    };
 }
 
 message!(/** A panic after an await. */ PanicLater() -> (), "panic_later");

@@ -19,6 +19,22 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::actors::{Add, Counter, types};
 
+/// A message of these tests, with its reply and its name on the wire.
+macro_rules! message {
+    ($(#[$doc:meta])* $name:ident $fields:tt -> $result:ty, $wire:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, bincode::Encode, bincode::Decode)]
+        pub(crate) struct $name $fields;
+        impl actix::Message for $name {
+            type Result = $result;
+        }
+        impl heliostat_runtime::actor::WireMessage for $name {
+            const NAME: &'static str = $wire;
+        }
+    };
+}
+pub(crate) use message;
+
 /// The token of all clusters here.
 pub(crate) const TOKEN: &str = "a token of the tests";
 /// How long workers live on without an agent, and a node without a word is not yet lost.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, MessageResult, ResponseFuture};
 use bincode::{Decode, Encode};
-use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus};
 use heliostat_runtime::handle::{ActorAddr, AskError};
 use heliostat_runtime::mesh::{Dims, Mesh, MeshError, MeshSpec, RankError, Reduce};
@@ -13,7 +13,7 @@ use heliostat_runtime::spec::{
 };
 use rustix::process::Signal;
 
-use crate::harness::{TestCluster, is_alive, signal};
+use crate::harness::{TestCluster, is_alive, message, signal};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -30,20 +30,6 @@ pub(crate) struct MeshRank {
 #[derive(Encode, Decode)]
 pub(crate) struct RankArgs {
     fails: Option<u32>,
-}
-
-macro_rules! message {
-    ($(#[$doc:meta])* $name:ident $fields:tt -> $result:ty, $wire:literal) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Encode, Decode)]
-        pub(crate) struct $name $fields;
-        impl actix::Message for $name {
-            type Result = $result;
-        }
-        impl WireMessage for $name {
-            const NAME: &'static str = $wire;
-        }
-    };
 }
 
 message!(/** Where it is. */ Whereabouts() -> String, "whereabouts");
