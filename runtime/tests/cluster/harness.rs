@@ -38,7 +38,7 @@ pub(crate) use message;
 /// The token of all clusters here.
 pub(crate) const TOKEN: &str = "a token of the tests";
 /// How long workers live on without an agent, and a node without a word is not yet lost.
-pub(crate) const GRACE: Duration = Duration::from_secs(3);
+pub(crate) const GRACE: Duration = Duration::from_secs(4);
 
 fn serve<F: Future<Output = ()>>(future: F) -> ExitCode {
     tracing_subscriber::fmt()
@@ -65,7 +65,7 @@ pub(crate) fn head(mut args: impl Iterator<Item = String>) -> ExitCode {
     config.patience.agent_grace = Duration::from_secs(1);
     config.patience.gpu_grace = 2 * GRACE;
     config.patience.node_grace = GRACE;
-    config.patience.heartbeat_timeout = Duration::from_millis(1500);
+    config.patience.heartbeat_timeout = GRACE / 2;
     serve(async {
         let head = head::run(config).await.unwrap();
         let ending = head.serve().await.unwrap();
@@ -236,7 +236,7 @@ impl TestCluster {
 
     /// Waits for a status; prints logs and panics if it does not come.
     pub(crate) async fn until(&self, what: &str, wanted: impl Fn(&ClusterStatus) -> bool) -> ClusterStatus {
-        let reached = self.cluster.wait_until(Duration::from_secs(20), wanted).await;
+        let reached = self.cluster.wait_until(Duration::from_secs(40), wanted).await;
         let Some(status) = reached else {
             let status = self.cluster.status().await;
             println!("never: {what}\n{status:#?}");
@@ -291,9 +291,9 @@ impl TestCluster {
     /// Ends the cluster and checks that nothing of it is left.
     pub(crate) async fn end(mut self) {
         self.cluster.shutdown().await.unwrap();
-        self.head.take().unwrap().ended(Duration::from_secs(5)).await;
+        self.head.take().unwrap().ended(Duration::from_secs(20)).await;
         for (_, node) in std::mem::take(&mut self.nodes) {
-            node.ended(Duration::from_secs(5)).await;
+            node.ended(Duration::from_secs(20)).await;
         }
         let left: Vec<u32> = self.pids.lock().unwrap().iter().copied().filter(|pid| is_alive(*pid)).collect();
         assert!(left.is_empty(), "workers {left:?} are left");
@@ -317,7 +317,7 @@ async fn connect(endpoint: &str) -> Cluster {
     loop {
         match Cluster::connect(endpoint, Some(Secret::new(TOKEN))).await {
             Ok(cluster) => return cluster,
-            Err(error) => assert!(start.elapsed() < Duration::from_secs(10), "{error}"),
+            Err(error) => assert!(start.elapsed() < Duration::from_secs(30), "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

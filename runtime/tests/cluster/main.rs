@@ -16,6 +16,9 @@ mod tree;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+/// How long a scenario may take on a slow machine.
+const LIMIT: Duration = Duration::from_secs(180);
+
 type Scenario = fn() -> futures_util::future::BoxFuture<'static, ()>;
 
 const SCENARIOS: &[(&str, Scenario)] = &[
@@ -71,20 +74,22 @@ fn run(wanted: Vec<String>) -> ExitCode {
     let mut failed = Vec::new();
     for (name, scenario) in chosen {
         let start = Instant::now();
-        println!("{name} ...");
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let outcome = runtime.block_on(async {
             let task = tokio::spawn(async move { scenario().await });
-            tokio::time::timeout(Duration::from_secs(90), task).await
+            tokio::time::timeout(LIMIT, task).await
         });
         runtime.shutdown_background();
         match outcome {
-            Ok(Ok(())) => println!("{name} ok, {:.1} s", start.elapsed().as_secs_f32()),
+            Ok(Ok(())) => println!("test {name} ... ok, {:.1} s", start.elapsed().as_secs_f32()),
             Ok(Err(_)) => failed.push(*name),
             Err(_) => {
-                println!("{name}: not over after 90 s");
+                println!("{name}: not over after {} s", LIMIT.as_secs());
                 failed.push(*name);
             }
+        }
+        if failed.last() == Some(name) {
+            println!("test {name} ... FAILED");
         }
     }
     println!("failed: {failed:?}");

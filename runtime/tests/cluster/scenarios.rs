@@ -327,7 +327,12 @@ pub(crate) async fn etcd_killed() {
     let args = args.concat();
     let log = dir.path().join("etcd.log");
     let etcd = Proc::start(program, &args, &log);
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    let start = Instant::now();
+    let serves = async || etcd_client::Client::connect([&url], None).await?.status().await;
+    while let Err(error) = serves().await {
+        assert!(start.elapsed() < Duration::from_secs(30), "etcd: {error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let mut cluster = TestCluster::start_on(dir, format!("etcd:{client}"), &[2]).await;
     cluster.cluster.apply(ranks(2)).await.unwrap();
     let before = cluster.all_ready(2).await;

@@ -13,7 +13,7 @@ use heliostat_runtime::wire::to_bytes;
 use rustix::process::Signal;
 
 use crate::actors::{Add, Asked, Boss, Counter, Other, SpawnOne, plain};
-use crate::harness::{Proc, TOKEN, TestCluster, is_alive, signal};
+use crate::harness::{GRACE, Proc, TOKEN, TestCluster, is_alive, signal};
 
 fn actor<'s>(status: &'s ClusterStatus, name: &str) -> &'s ActorStatus {
     status.actor(name).unwrap_or_else(|| panic!("no actor {name}"))
@@ -97,7 +97,7 @@ pub(crate) async fn drivers() {
     };
     let status = cluster.until("the driver is back", back).await;
     assert_eq!(actor(&status, "owned").pid, Some(owned));
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(GRACE + Duration::from_secs(1)).await;
     assert!(is_alive(owned), "it outlives the grace");
     process.kill();
     let start = Instant::now();
