@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,15 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RAY = os.path.join(os.path.dirname(sys.executable), "ray")
 HELIO = os.environ["HELIO"]
+# The program of examples/counter.rs.
+COUNTER = os.environ["COUNTER"]
+# Rows of our benchmarks that stand beside one of Ray's under another name, and in which column.
+RENAMED = {
+    "actors in their own processes, 50 at once": ("actors in their own processes", "heliostat"),
+    "memcpy, warm": ("put 1 GB on a node", "floor"),
+    "head, idle": ("head, idle, as a library", "heliostat"),
+}
+CARGO_BENCH = ["cargo", "bench", "--locked", "-q", "-p", "heliostat-runtime", "--bench"]
 # Row -> {"ray": text, "heliostat": text, "floor": text}
 ROWS: dict[str, dict[str, str]] = {}
 
@@ -173,11 +183,6 @@ def ray_calls() -> None:
         del got, ref
     row("put 1 GB on a node", "ray", spread(rates, "GB/s"))
     row("zero-copy get of it", "ray", spread(gets, "ms"))
-    copy = numpy.empty_like(block)
-    copy[:] = block
-    began = time.perf_counter()
-    copy[:] = block
-    row("put 1 GB on a node", "floor", f"memcpy {1 / (time.perf_counter() - began):.1f} GB/s")
     ray.shutdown()
 
 
@@ -223,9 +228,23 @@ def ray_losses() -> None:
 # ---- Heliostat -------------------------------------------------------------------------------------------------------
 
 
+def helio_rows(bench: str, *rows: str) -> None:
+    """The rows of a benchmark that prints them as JSON."""
+    for line in run(*CARGO_BENCH, bench, "--", *rows, cwd=ROOT).splitlines():
+        if not line.startswith("{"):
+            continue
+        found = json.loads(line)
+        digits = 0 if found["unit"] == "1/s" else 3 if found["value"] < 0.1 else 2 if found["value"] < 10 else 1
+        unit = {"1/s": "/s"}.get(found["unit"], found["unit"])
+        text = f"{found['value']:.{digits}f} {unit}"
+        if found["n"] > 1:
+            text += f" ({found['min']:.{digits}f}-{found['max']:.{digits}f})"
+        name, side = RENAMED.get(found["row"], (found["row"], "heliostat"))
+        row(name, side, text)
+
+
 def helio_bench() -> None:
-    cargo = ["cargo", "bench", "--locked", "-q", "-p", "heliostat-runtime", "--bench"]
-    for line in run(*cargo, "ask", cwd=ROOT).splitlines():
+    for line in run(*CARGO_BENCH, "ask", cwd=ROOT).splitlines():
         cells = re.split(r"\s{2,}", line.strip())
         if cells[0].startswith("raw TCP ping-pong"):
             row("ask, empty, two processes, p50", "floor", f"TCP ping-pong {float(cells[1]):.0f} us")
@@ -234,57 +253,67 @@ def helio_bench() -> None:
             row("pipelined calls 1:1", "heliostat", f"{cells[3]} k/s")
         elif cells[0] == "Handle in process, two threads":
             row("ask, empty, in process, p50", "heliostat", f"{float(cells[1]):.2f} us")
-    for line in run(*cargo, "cluster", cwd=ROOT).splitlines():
-        if not line.startswith("{"):
-            continue
-        found = json.loads(line)
-        name = {"actors in their own processes, 50 at once": "actors in their own processes"}.get(
-            found["row"], found["row"]
-        )
-        digits = 0 if found["unit"] == "1/s" else 2 if found["value"] < 10 else 1
-        unit = {"1/s": "/s"}.get(found["unit"], found["unit"])
-        text = f"{found['value']:.{digits}f} {unit}"
-        if found["n"] > 1:
-            text += f" ({found['min']:.{digits}f}-{found['max']:.{digits}f})"
-        row(name, "heliostat", text)
+        elif cells[0].startswith("actors spawned inside"):
+            row("actors inside a process", "heliostat", f"{cells[3]} k/s")
+    helio_rows("cluster", "actors", "killed", "hung", "gang", "lost")
+    helio_rows("objects")
 
 
-def helio_commands() -> None:
-    """The commands, against a cluster that serves the bundled model."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def port() -> int:
-        import socket
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    with tempfile.TemporaryDirectory() as directory:
-        config = pathlib.Path(directory) / "cluster.toml"
-        config.write_text(
-            f"""
+def helio_config(directory: str, more: str = "") -> tuple[str, int]:
+    """A cluster.toml in that directory, and the port of its head."""
+    head, serve, dashboard = free_port(), free_port(), free_port()
+    config = pathlib.Path(directory) / "cluster.toml"
+    config.write_text(
+        f"""
 [cluster]
 run_dir = "run"
 [head]
-bind = "127.0.0.1:{port()}"
+bind = "127.0.0.1:{head}"
 [devices]
 device = "cpu"
 cpu = 1
-[model]
-path = "{ROOT / "models" / "sundial-20m"}"
 [serve]
-port = {port()}
+port = {serve}
 [dashboard]
-port = {port()}
+port = {dashboard}
+{more}
 """
-        )
-        row("`helio up --detach` until the bundled model serves", "heliostat", f"{timed(HELIO, 'up', str(config), '--detach'):.2f} s")
-        options = {"cwd": directory}
-        times = [timed(HELIO, "status", **options) for _ in range(5)]
-        row("status", "heliostat", spread(times, "s", 3))
-        times = [timed(HELIO, "job", "submit", "--", "echo", "hi", **options) for _ in range(5)]
-        row("job `echo hi`", "heliostat", spread(times, "s"))
-        row("`helio down` of it", "heliostat", f"{timed(HELIO, 'down', **options):.2f} s")
+    )
+    return str(config), head
+
+
+def helio_commands() -> None:
+    """The commands: first a bare cluster, as `ray start --head` gives it, then one that serves the bundled model."""
+    started, stopped = [], []
+    for turn in range(5):
+        with tempfile.TemporaryDirectory() as directory:
+            config, head = helio_config(directory)
+            environment = {**os.environ, "HELIOSTAT_ADDRESS": f"127.0.0.1:{head}"}
+            began = time.perf_counter()
+            run(HELIO, "up", config, "--detach")
+            run(COUNTER, "1", env=environment)
+            started.append(time.perf_counter() - began)
+            options = {"cwd": directory}
+            if turn == 0:
+                times = [timed(HELIO, "status", **options) for _ in range(5)]
+                row("status", "heliostat", spread(times, "s", 3))
+                times = [timed(HELIO, "job", "submit", "--", "echo", "hi", **options) for _ in range(5)]
+                row("job `echo hi`", "heliostat", spread(times, "s"))
+                pids = json.loads(run(HELIO, "status", "--json", **options))
+                row("head, idle", "heliostat", f"one process, {resident_mb(pids['head']['pid']):.0f} MB")
+            stopped.append(timed(HELIO, "down", **options))
+    row("start to first remote call", "heliostat", spread(started, "s"))
+    row("stop", "heliostat", spread(stopped, "s"))
+    with tempfile.TemporaryDirectory() as directory:
+        config, _ = helio_config(directory, f'[model]\npath = "{ROOT / "models" / "sundial-20m"}"')
+        row("`helio up --detach` until the bundled model serves", "heliostat", f"{timed(HELIO, 'up', config, '--detach'):.2f} s")
+        row("`helio down` of it", "heliostat", f"{timed(HELIO, 'down', cwd=directory):.2f} s")
 
 
 def main() -> None:

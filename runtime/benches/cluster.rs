@@ -18,7 +18,7 @@ use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus, NodeState};
 use heliostat_runtime::head::{self, HeadConfig};
 use heliostat_runtime::node::{self, NodeConfig};
-use heliostat_runtime::spec::{ActorSpec, Placement};
+use heliostat_runtime::spec::{ActorSpec, Placement, PlacementGroupSpec, Quantity, Resources};
 use heliostat_runtime::state::StateConfig;
 use heliostat_runtime::system::Secret;
 use heliostat_runtime::wire::to_bytes;
@@ -35,6 +35,9 @@ const ACTORS: u32 = 50;
 /// Deaths and losses that are measured.
 const DEATHS: usize = 10;
 const LOSSES: usize = 3;
+/// Bundles of a gang, half a CPU each, and CPUs of a node, so that only one gang fits.
+const BUNDLES: usize = 128;
+const CPUS: u32 = 64;
 
 /// Answers, and does nothing else.
 struct Echo;
@@ -51,6 +54,24 @@ impl WireMessage for Ping {
     const NAME: &'static str = "ping";
 }
 
+/// Never comes back.
+#[derive(Clone, Copy, Message, Encode, Decode)]
+#[rtype(result = "()")]
+struct Hang;
+
+impl WireMessage for Hang {
+    const NAME: &'static str = "hang";
+}
+
+impl Handler<Hang> for Echo {
+    type Result = ();
+    fn handle(&mut self, _: Hang, _: &mut Context<Self>) {
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
 impl Handler<Ping> for Echo {
     type Result = u64;
 
@@ -64,6 +85,7 @@ impl RemoteActor for Echo {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<Ping>();
+        m.accept::<Hang>();
     }
 }
 
@@ -115,6 +137,7 @@ async fn run_node(args: Vec<String>) -> Result<(), AnyError> {
     let [name, head, dir] = args.as_slice() else { return Err("node NAME HEAD DIR".into()) };
     let mut config = NodeConfig::new(name, head, dir);
     config.token = Some(Secret::new(TOKEN));
+    config.capacity.cpus = CPUS;
     node::run(config).await?.serve().await?;
     Ok(())
 }
@@ -201,6 +224,12 @@ impl Bench {
         Ok(())
     }
 
+    /// The same once the process that had the actor is not taken for the next one any more.
+    async fn answers_anew(&self, actor: &str, old: Option<u32>) -> Result<(), AnyError> {
+        self.until("its death is known", |status| status.actor(actor).is_some_and(|a| a.pid != old)).await?;
+        self.answers(actor).await
+    }
+
     async fn spawn(&self, specs: Vec<ActorSpec>) -> Result<ClusterStatus, AnyError> {
         let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
         self.cluster.apply(specs).await?;
@@ -255,6 +284,12 @@ async fn measure(wanted: Vec<String>) -> Result<(), AnyError> {
     }
     if is_wanted("killed") {
         killed().await?;
+    }
+    if is_wanted("hung") {
+        hung().await?;
+    }
+    if is_wanted("gang") {
+        gang().await?;
     }
     if is_wanted("lost") {
         lost(Loss::Killed).await?;
@@ -320,34 +355,61 @@ async fn actors() -> Result<(), AnyError> {
     Ok(())
 }
 
-/// kill -9 of an actor's process until the actor answers again.
+/// kill -9 of an actor's process until the actor answers again: the first death of each, with the defaults.
 async fn killed() -> Result<(), AnyError> {
     let bench = Bench::start(1).await?;
-    let (mut again, mut pid) = (Vec::new(), None);
-    let mut spec = echo("victim")?;
-    // The benchmark kills it more often than any actor should die.
-    spec.restart.max_restarts = 1000;
-    spec.restart.backoff_min = Duration::from_millis(1);
-    spec.restart.backoff_max = Duration::from_millis(1);
-    bench.spawn(vec![spec]).await?;
-    for _ in 0..DEATHS {
-        let of = |status: &ClusterStatus| {
-            status.actor("victim").filter(|a| a.state == ActorState::Ready).and_then(|a| a.pid)
-        };
-        let status =
-            bench.until("it is ready", |status| of(status).is_some_and(|now| Some(now) != pid)).await?;
-        pid = of(&status);
-        bench.answers("victim").await?;
+    let mut again = Vec::new();
+    for death in 0..DEATHS {
+        let name = format!("victim-{death}");
+        let status = bench.spawn(vec![echo(&name)?]).await?;
+        bench.answers(&name).await?;
+        let pid = status.actor(&name).and_then(|actor| actor.pid);
         let began = Instant::now();
         signal(pid.ok_or("a pid")?, Signal::KILL)?;
-        // The dead one must not be taken for the answer of the next.
-        bench
-            .until("its death is known", |status| status.actor("victim").is_some_and(|a| a.pid != pid))
-            .await?;
-        bench.answers("victim").await?;
+        bench.answers_anew(&name, pid).await?;
         again.push(began.elapsed().as_secs_f64() * 1e3);
     }
     print("killed actor answers again", &again, "ms");
+    bench.cluster.shutdown().await?;
+    Ok(())
+}
+
+/// A handler that never comes back, with the defaults.
+async fn hung() -> Result<(), AnyError> {
+    let bench = Bench::start(1).await?;
+    let mut again = Vec::new();
+    for hang in 0..LOSSES {
+        let name = format!("victim-{hang}");
+        let status = bench.spawn(vec![echo(&name)?]).await?;
+        bench.answers(&name).await?;
+        let pid = status.actor(&name).and_then(|actor| actor.pid);
+        let began = Instant::now();
+        // The error says that it hung; what counts is the next answer.
+        let _ = bench.cluster.named::<Echo>(&name).ask(Hang).await;
+        bench.answers_anew(&name, pid).await?;
+        again.push(began.elapsed().as_secs_f64());
+    }
+    print("hung actor answers again", &again, "s");
+    bench.cluster.shutdown().await?;
+    Ok(())
+}
+
+/// A gang of which only one fits, made again right after its removal.
+async fn gang() -> Result<(), AnyError> {
+    let bench = Bench::start(1).await?;
+    bench.until("the node", |status| status.nodes.len() == 1).await?;
+    let spec = PlacementGroupSpec::new("gang", BUNDLES, Resources::cpus(Quantity::milli(500)));
+    let mut times = Vec::new();
+    let mut group = bench.cluster.placement_group(spec.clone()).await?;
+    group.ready(LIMIT).await?;
+    for _ in 0..DEATHS {
+        let began = Instant::now();
+        group.remove().await?;
+        group = bench.cluster.placement_group(spec.clone()).await?;
+        group.ready(LIMIT).await?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    print("gang of 128 bundles again right after removal", &times, "ms");
     bench.cluster.shutdown().await?;
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Putting and getting objects, beside what the machine does without us.
 //!
-//! `cargo bench -p heliostat-runtime --bench objects [-- MIB]` starts a head and a node in this process, puts and gets through
-//! two clients of the node's store, and prints GB/s and latencies. 1024 MiB unless told otherwise.
+//! `cargo bench -p heliostat-runtime --bench objects [-- MB]` starts a head and a node in this process, puts and gets through
+//! two clients of the node's store, and prints one JSON object per row, as the benchmark of the cluster does. 1000 MB (10^6
+//! bytes) unless told otherwise.
 
 #![allow(clippy::print_stdout, reason = "the figures are the purpose of the program")]
 
@@ -23,8 +24,8 @@ const GETS: usize = 2000;
 
 #[tokio::main]
 async fn main() -> Result<(), AnyError> {
-    let mib = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(1024);
-    let bytes: usize = mib << 20;
+    let megabytes = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(1000);
+    let bytes: usize = megabytes * 1_000_000;
     let dir = tempfile::tempdir()?;
     let bind = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     let state = StateConfig::Embedded { dir: dir.path().join("state") };
@@ -33,49 +34,53 @@ async fn main() -> Result<(), AnyError> {
     config.worker_command = vec!["/bin/false".to_owned()];
     config.objects_bytes_max = 4 * bytes as u64;
     config.spill_bytes_max = 0;
+    config.objects_ready = vec![bytes];
     let node = node::run(config).await?;
     let (putter, getter) = (connect(&bind.to_string()).await?, connect(&bind.to_string()).await?);
     let source = vec![7; bytes];
 
+    let rate = |took: Duration| bytes as f64 / took.as_secs_f64() / 1e9;
     let mut target = vec![1; bytes];
-    report("memcpy, warm", bytes, best(|| target.copy_from_slice(&source)));
+    let copies: Vec<f64> = (0..ROUNDS).map(|_| rate(timed(|| target.copy_from_slice(&source)))).collect();
+    print("memcpy, warm", &copies, "GB/s");
     drop(target);
-    let started = Instant::now();
+    let began = Instant::now();
     write_file(&source)?;
-    report("write to cold shared memory", bytes, started.elapsed());
+    print("write to cold shared memory", &[rate(began.elapsed())], "GB/s");
 
     let (objects, other) = (putter.objects(), getter.objects());
     objects.put(&[0; 100_000]).await?;
-    let started = Instant::now();
-    let first = objects.put(&source).await?;
-    report("put, first of its size", bytes, started.elapsed());
+    let cold = &source[..bytes / 10 * 7];
+    let began = Instant::now();
+    let first = objects.put(cold).await?;
+    let took = began.elapsed();
+    print("put of a size never put before", &[cold.len() as f64 / took.as_secs_f64() / 1e9], "GB/s");
     drop(first);
-    for n in 0..ROUNDS {
+    objects.prefault(bytes).await?;
+    let mut puts = Vec::new();
+    for _ in 0..ROUNDS {
         settled(&putter).await?;
-        let started = Instant::now();
+        let began = Instant::now();
         let object = objects.put(&source).await?;
-        report(&format!("put, again {n}"), bytes, started.elapsed());
+        puts.push(rate(began.elapsed()));
         drop(object);
     }
-    // Another process's first one, with its memory made ready.
-    other.prefault(bytes).await?;
-    let started = Instant::now();
+    print("put 1 GB on a node", &puts, "GB/s");
+    // By now the node has made memory ready again for another process.
+    let began = Instant::now();
     let ready = other.put(&source).await?;
-    report("put, first after prefault", bytes, started.elapsed());
+    print("put 1 GB, the first of a process, from memory kept ready", &[rate(began.elapsed())], "GB/s");
 
-    let large =
+    let gets =
         latencies(GETS, async || objects.get(&ready).await.map(|bytes| assert_eq!(bytes[0], 7))).await?;
-    println!("get of that by another process, mapped, p50 {:?}, p99 {:?}", large.0, large.1);
-    let started = Instant::now();
-    let mapped = objects.get(&ready).await?;
-    let sum: u64 = mapped.chunks(4096).map(|page| u64::from(page[0])).sum();
-    println!("  and every page of it touched: {:?} (sum {sum})", started.elapsed());
-    drop(mapped);
+    print("zero-copy get of it", &gets, "ms");
     let small = other.put(&[1; 100]).await?;
-    let small = latencies(GETS, async || objects.get(&small).await.map(drop)).await?;
-    println!("get of 100 bytes of another process, p50 {:?}, p99 {:?}", small.0, small.1);
-    let puts = latencies(GETS, async || objects.put(&[1; 100]).await.map(drop)).await?;
-    println!("put of 100 bytes, p50 {:?}, p99 {:?}", puts.0, puts.1);
+    print(
+        "get of 100 bytes of another process",
+        &latencies(GETS, async || objects.get(&small).await.map(drop)).await?,
+        "ms",
+    );
+    print("put of 100 bytes", &latencies(GETS, async || objects.put(&[1; 100]).await.map(drop)).await?, "ms");
     drop(ready);
     putter.shutdown().await?;
     node.stopped().await;
@@ -97,13 +102,10 @@ async fn settled(cluster: &Cluster) -> Result<(), AnyError> {
     Ok(())
 }
 
-fn best(mut run: impl FnMut()) -> Duration {
-    let timed = (0..ROUNDS).map(|_| {
-        let started = Instant::now();
-        run();
-        started.elapsed()
-    });
-    timed.min().unwrap_or_default()
+fn timed(run: impl FnOnce()) -> Duration {
+    let began = Instant::now();
+    run();
+    began.elapsed()
 }
 
 fn write_file(source: &[u8]) -> Result<(), AnyError> {
@@ -115,20 +117,26 @@ fn write_file(source: &[u8]) -> Result<(), AnyError> {
     Ok(())
 }
 
+/// Milliseconds, each.
 async fn latencies<T>(
     rounds: usize,
     call: impl AsyncFn() -> Result<T, heliostat_runtime::objects::ObjectError>,
-) -> Result<(Duration, Duration), AnyError> {
+) -> Result<Vec<f64>, AnyError> {
     let mut took = Vec::with_capacity(rounds);
     for _ in 0..rounds {
-        let started = Instant::now();
+        let began = Instant::now();
         call().await?;
-        took.push(started.elapsed());
+        took.push(began.elapsed().as_secs_f64() * 1e3);
     }
-    took.sort_unstable();
-    Ok((took[rounds / 2], took[rounds * 99 / 100]))
+    Ok(took)
 }
 
-fn report(what: &str, bytes: usize, took: Duration) {
-    println!("{what}: {:.2} GB/s ({took:?})", bytes as f64 / took.as_secs_f64() / 1e9);
+fn print(row: &str, values: &[f64], unit: &str) {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (min, value, max) = (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
+    println!(
+        "{}",
+        serde_json::json!({"row": row, "value": value, "min": min, "max": max, "n": sorted.len(), "unit": unit})
+    );
 }

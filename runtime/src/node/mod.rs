@@ -75,6 +75,9 @@ pub struct NodeConfig {
     pub spill_dir: Option<PathBuf>,
     /// Bytes of objects that may lie there; 0 has a full store refuse. Default 16 GiB.
     pub spill_bytes_max: u64,
+    /// Sizes of objects, in bytes, for each of which the store keeps memory ready, with its pages cleared: the first object of
+    /// that size of a process is as quick to put as its second. It counts as memory of the store. Default: none.
+    pub objects_ready: Vec<usize>,
 }
 
 /// How patient a node agent is.
@@ -126,6 +129,7 @@ impl NodeConfig {
             objects_bytes_max: machine::capacity().memory / 10 * 3,
             spill_dir: None,
             spill_bytes_max: 16 << 30,
+            objects_ready: Vec::new(),
         }
     }
 }
@@ -227,6 +231,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
         memory_bytes_max: config.objects_bytes_max,
         spill_dir: config.spill_dir.clone().unwrap_or_else(|| dir.spilled()),
         spill_bytes_max: config.spill_bytes_max,
+        ready: config.objects_ready.clone(),
     };
     let objects = store::run(store, &system).await.map_err(NodeError::Objects)?;
     let agent = Arc::new(Agent::new(config, dir.clone(), system.clone(), packages));

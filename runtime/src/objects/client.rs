@@ -250,10 +250,16 @@ impl Objects {
         }
         let capacity = Pool::capacity(bytes);
         let mut tries = Tries::new();
-        while let Err(error) = self.link().await?.reserve(capacity as u64).await {
-            tries.again(error).await?;
-        }
-        let made = tokio::task::spawn_blocking(move || Segment::create(capacity));
+        let ready = loop {
+            match self.link().await?.reserve(capacity as u64).await {
+                Ok(ready) => break ready,
+                Err(error) => tries.again(error).await?,
+            }
+        };
+        let made = tokio::task::spawn_blocking(move || match ready {
+            Some(ready) => Segment::over(ready, capacity),
+            None => Segment::create(capacity),
+        });
         let made = made.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
         if made.is_err()
             && let Ok(link) = self.link().await

@@ -289,6 +289,7 @@ async fn told(table: &Table, link: &Arc<StoreLink>, message: ToProcess, fd: Opti
         ToProcess::Welcome { .. } => {}
         ToProcess::Done { call, result } => link.answered(call, result.map(|()| None)),
         ToProcess::Opened { call, result } => link.answered(call, result.map(|()| fd)),
+        ToProcess::Ready { call } => link.answered(call, Ok(fd)),
         ToProcess::Recycled { object } => {
             let bytes = table.pool().recycled(object.number);
             if bytes > 0 {

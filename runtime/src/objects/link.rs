@@ -75,10 +75,10 @@ impl StoreLink {
         !matches!(self.out.try_send((message, None)), Err(mpsc::error::TrySendError::Full(_)))
     }
 
-    /// Reserves memory.
-    pub(super) async fn reserve(&self, bytes: u64) -> Result<(), ObjectError> {
+    /// Reserves memory; that memory itself, where the store has some ready.
+    pub(super) async fn reserve(&self, bytes: u64) -> Result<Option<OwnedFd>, ObjectError> {
         let undo = Some(ToStore::Unreserve { bytes });
-        self.call(|call| ToStore::Reserve { call, bytes }, undo, None).await.map(drop)
+        self.call(|call| ToStore::Reserve { call, bytes }, undo, None).await
     }
 
     /// Shows the store a segment with an object.
@@ -147,7 +147,7 @@ impl StoreLink {
 
 /// Which messages of a store have a descriptor.
 pub(super) fn carries(message: &ToProcess) -> bool {
-    matches!(message, ToProcess::Opened { result: Ok(()), .. })
+    matches!(message, ToProcess::Opened { result: Ok(()), .. } | ToProcess::Ready { .. })
 }
 
 /// Writes what waits for the store, until the connection is over.

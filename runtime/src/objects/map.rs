@@ -55,8 +55,15 @@ impl Segment {
     /// Fresh memory of so many bytes, every page of it there and mapped. It takes as long as the kernel needs to clear
     /// them.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
-        let fd = memory_file(bytes as u64)?;
+        Self::over(memory_file(bytes as u64)?, bytes)
+    }
+
+    /// The same over memory of that size that is there already and that nobody else has mapped.
+    pub(super) fn over(fd: OwnedFd, bytes: usize) -> io::Result<Self> {
         fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)?;
+        if fstat(&fd)?.st_size != i64::try_from(bytes).unwrap_or(i64::MAX) {
+            return Err(io::Error::other("the memory is not of the size that was asked for"));
+        }
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         let memory = Mapping::new(fd.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)?;
         // From here on nobody can map or open it for writing; the mapping that is there stays as it is.

@@ -162,4 +162,6 @@ pub(super) enum ToProcess {
     Trim,
     /// Memory is short: unmap this object if it is not read.
     Evict { object: ObjectId },
+    /// The answer to `Reserve` where the store has such memory ready; its descriptor comes along.
+    Ready { call: u64 },
 }

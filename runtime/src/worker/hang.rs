@@ -12,7 +12,7 @@ use crate::mailbox::Entry;
 use crate::spec::DeathCause;
 
 /// Beats in the longest time that the actor may take for one.
-const BEATS: u32 = 10;
+const BEATS: u32 = 40;
 
 /// Returns when the actor's thread has taken no work for `limit`. Never for an actor without a thread of its own, and for
 /// one that ended.

@@ -42,6 +42,12 @@ pub(super) enum Command {
     Close(ObjectId),
     /// Remove an object from disk.
     Unlink(ObjectId),
+    /// Get memory of that size ready; `made` hears how that went.
+    Make(u64),
+    /// Answer `Reserve` with memory of that size that is ready.
+    Ready(Client, u64, u64),
+    /// Let go of memory of that size that is ready.
+    Unready(u64),
 }
 
 /// Where a piece of an object is read.
@@ -70,16 +76,21 @@ pub(super) struct StoreCore {
     ended: VecDeque<ProcessId>,
     /// Whether the processes of the node have had time to say what they have.
     settled: bool,
+    /// Sizes of memory that is ready, or is being made so: cleared pages, for the first objects of processes.
+    ready: Vec<u64>,
+    making: Vec<u64>,
     commands: Vec<Command>,
 }
 
 /// Bounds of a store.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Limits {
     pub(super) memory_bytes_max: u64,
     pub(super) disk_bytes_max: u64,
     /// Each has a descriptor.
     pub(super) objects_max: usize,
+    /// Sizes of which one is kept ready each, while the store is not half full.
+    pub(super) ready: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -120,6 +131,8 @@ impl StoreCore {
             disk_error: None,
             ended: VecDeque::new(),
             settled: false,
+            ready: Vec::new(),
+            making: Vec::new(),
             commands: Vec::new(),
         }
     }
@@ -175,7 +188,45 @@ impl StoreCore {
         if let Some(error) = refusal {
             return self.commands.push(Command::Done(client, call, Err(error)));
         }
+        // Who waits for room goes first.
+        if self.queue.is_empty()
+            && let Some(at) = self.ready.iter().position(|size| *size == bytes)
+            && let Some(connected) = self.clients.get_mut(&client)
+        {
+            self.ready.swap_remove(at);
+            connected.reserved += bytes;
+            self.commands.push(Command::Ready(client, call, bytes));
+            return self.restock();
+        }
         self.enqueue(bytes, Wanted::Reserve(client, call));
+    }
+
+    /// Has memory made ready that is to be and is not. Where the store fills up there is none: it would be the first to go.
+    pub(super) fn restock(&mut self) {
+        for size in self.limits.ready.clone() {
+            let there = self.ready.iter().chain(&self.making).filter(|there| **there == size).count();
+            let wanted = self.limits.ready.iter().filter(|wanted| **wanted == size).count();
+            if there < wanted && self.queue.is_empty() && self.used + size <= self.limits.memory_bytes_max / 2
+            {
+                self.used += size;
+                self.making.push(size);
+                self.commands.push(Command::Make(size));
+            }
+        }
+    }
+
+    /// Memory is ready, or the machine has none: then it is not tried again.
+    pub(super) fn made(&mut self, size: u64, ok: bool) {
+        let Some(at) = self.making.iter().position(|making| *making == size) else { return };
+        self.making.swap_remove(at);
+        match ok {
+            true => self.ready.push(size),
+            false => {
+                self.used -= size;
+                self.limits.ready.retain(|wanted| *wanted != size);
+            }
+        }
+        self.pump();
     }
 
     /// A process gives memory back.
@@ -210,6 +261,7 @@ impl StoreCore {
             }
         }
         self.pump();
+        self.restock();
     }
 
     /// An object of `bytes` in a segment of `capacity`. A process that comes back to a new store has reserved nothing
@@ -473,14 +525,16 @@ impl StoreCore {
         })
     }
 
-    /// The sums, for tests.
+    /// The sums, for tests; what is ready or being made so.
     #[cfg(test)]
-    pub(super) fn check(&self) {
+    pub(super) fn check(&self) -> u64 {
         let held: u64 = self.objects.values().filter_map(|o| o.memory.as_ref()).map(|m| m.capacity).sum();
         let loading: u64 = self.objects.values().filter(|o| o.busy == Busy::Loading).map(|o| o.bytes).sum();
         let reserved: u64 = self.clients.values().map(|c| c.reserved).sum();
-        assert_eq!(self.used, held + loading + reserved, "OB-4: every byte is accounted for");
+        let ready: u64 = self.ready.iter().chain(&self.making).sum();
+        assert_eq!(self.used, held + loading + reserved + ready, "OB-4: every byte is accounted for");
         let on_disk: u64 = self.objects.values().filter(|o| o.on_disk).map(|o| o.bytes).sum();
         assert_eq!(self.spilled, on_disk);
+        ready
     }
 }

@@ -20,8 +20,13 @@ fn addr(id: ObjectId, store: &str, bytes: u64) -> ObjectAddr {
 }
 
 fn store(memory: u64, disk: u64) -> StoreCore {
-    let mut core =
-        StoreCore::new(Limits { memory_bytes_max: memory, disk_bytes_max: disk, objects_max: 100 });
+    store_with(memory, disk, &[])
+}
+
+fn store_with(memory: u64, disk: u64, ready: &[u64]) -> StoreCore {
+    let limits =
+        Limits { memory_bytes_max: memory, disk_bytes_max: disk, objects_max: 100, ready: ready.to_vec() };
+    let mut core = StoreCore::new(limits);
     core.connected(A, ProcessId(1));
     core.connected(B, ProcessId(2));
     core.settled();
@@ -61,6 +66,36 @@ fn memory_that_others_keep_idle_makes_room() {
     core.unreserve(A, 80);
     core.trimmed(A);
     assert_eq!(core.take_commands(), [Command::Done(B, 2, Ok(()))]);
+    core.check();
+}
+
+#[test]
+fn memory_that_is_ready_is_given_out_made_anew_and_the_first_to_go() {
+    let mut core = store_with(100, 0, &[20]);
+    core.tick();
+    assert_eq!(core.take_commands(), [Command::Make(20)]);
+    core.tick();
+    core.reserve(A, 1, 20);
+    assert_eq!(core.take_commands(), [Command::Done(A, 1, Ok(()))], "it is being made");
+    core.made(20, true);
+    core.reserve(A, 2, 20);
+    assert_eq!(core.take_commands(), [Command::Ready(A, 2, 20)]);
+    assert_eq!(core.used(), (40, 0));
+    core.tick();
+    assert_eq!(core.take_commands(), [], "the store would be more than half full");
+    core.unreserve(A, 20);
+    core.tick();
+    assert_eq!(core.take_commands(), [Command::Make(20)]);
+    core.made(20, true);
+    core.reserve(B, 3, 80);
+    assert_eq!(core.take_commands(), [Command::Unready(20), Command::Done(B, 3, Ok(()))]);
+    core.check();
+    core.unreserve(B, 80);
+    core.tick();
+    assert_eq!(core.take_commands(), [Command::Make(20)]);
+    core.made(20, false);
+    core.tick();
+    assert_eq!(core.take_commands(), [], "the machine has none");
     core.check();
 }
 
@@ -175,7 +210,7 @@ fn no_history_loses_a_byte() {
 
 fn history(seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut core = store(100, 80);
+    let mut core = store_with(100, 80, &[8, 15, 15]);
     let (mut next, mut objects, mut mapped, mut granted) =
         (1, Vec::<ObjectId>::new(), Vec::new(), Vec::new());
     let (mut pending, mut asked, mut answered) = (Vec::new(), 0, 0);
@@ -225,7 +260,7 @@ fn history(seed: u64) {
         take(&mut core, &mut pending, &mut granted, &mut mapped, &mut answered);
     }
     take(&mut core, &mut pending, &mut granted, &mut mapped, &mut answered);
-    assert_eq!((core.used(), core.list().count()), ((0, 0), 0), "nothing is left");
+    assert_eq!((core.used(), core.list().count()), ((core.check(), 0), 0), "nothing is left");
 }
 
 fn take(
@@ -241,15 +276,21 @@ fn take(
                 *answered += 1;
                 granted.extend(result.is_ok().then_some(call));
             }
+            Command::Ready(_, call, _) => {
+                *answered += 1;
+                granted.push(call);
+            }
             Command::Opened(_, _, object, result) => {
                 *answered += 1;
                 mapped.extend(result.is_ok().then_some(object));
             }
             Command::Recycled(client, object) => pending.push(Command::Recycled(client, object)),
-            Command::Trim(_) | Command::Evict(..) | Command::Spill(_) | Command::Load(..) => {
-                pending.push(command)
-            }
-            Command::Close(_) | Command::Unlink(_) => {}
+            Command::Trim(_)
+            | Command::Evict(..)
+            | Command::Spill(_)
+            | Command::Load(..)
+            | Command::Make(_) => pending.push(command),
+            Command::Close(_) | Command::Unlink(_) | Command::Unready(_) => {}
         }
     }
 }
@@ -263,6 +304,12 @@ fn finish(core: &mut StoreCore, command: Command, well: bool) {
             core.loaded(object, if well { Ok(()) } else { Err(ObjectError::Freed { object }) })
         }
         Command::Recycled(client, object) => core.unreserve(client, object.number * 7 % 50 + 1),
-        Command::Done(..) | Command::Opened(..) | Command::Close(_) | Command::Unlink(_) => {}
+        Command::Make(size) => core.made(size, well),
+        Command::Done(..)
+        | Command::Opened(..)
+        | Command::Ready(..)
+        | Command::Close(_)
+        | Command::Unlink(_)
+        | Command::Unready(_) => {}
     }
 }

@@ -8,6 +8,7 @@ use rustix::net::sockopt::socket_peercred;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use super::super::map::memory_file;
 use super::super::messages::{ObjectStatus, StoreStatus, ToProcess, ToStore};
 use super::super::socket::{self, Inbox};
 use super::super::{ObjectAddr, ObjectError, ObjectId};
@@ -51,6 +52,13 @@ impl Store {
                 Command::Load(object, from) => self.load(object, from),
                 Command::Close(object) => drop(inner.memory.remove(&object)),
                 Command::Unlink(object) => self.disk.remove(object),
+                Command::Make(size) => self.make_ready(size),
+                Command::Ready(client, call, size) => {
+                    if let Some(memory) = inner.take_ready(size) {
+                        inner.send(client, (ToProcess::Ready { call }, Some(Arc::new(memory))));
+                    }
+                }
+                Command::Unready(size) => drop(inner.take_ready(size)),
             }
         }
     }
@@ -64,6 +72,21 @@ impl Store {
                 tracing::warn!(%object, error, "cannot spill");
             }
             store.with(|core| core.spilled(object, written));
+        });
+    }
+
+    fn make_ready(self: &Arc<Self>, size: u64) {
+        let store = self.clone();
+        self.system.runtime().spawn_blocking(move || {
+            let made = memory_file(size);
+            let mut inner = store.lock();
+            let ok = made.is_ok();
+            match made {
+                Ok(memory) => inner.ready.push((size, memory)),
+                Err(error) => tracing::warn!(%error, size, "no memory can be made ready for objects"),
+            }
+            inner.core.made(size, ok);
+            store.execute(&mut inner);
         });
     }
 
@@ -205,6 +228,11 @@ impl Store {
 }
 
 impl Inner {
+    fn take_ready(&mut self, size: u64) -> Option<OwnedFd> {
+        let at = self.ready.iter().position(|(ready, _)| *ready == size)?;
+        Some(self.ready.swap_remove(at).1)
+    }
+
     /// A process that does not read is let go; its reader notices.
     fn send(&mut self, client: Client, message: Outgoing) {
         if let Some(outlet) = self.clients.get(&client)

@@ -32,6 +32,7 @@ use self::disk::Disk;
 pub(crate) use self::service::StoreActor;
 use super::ObjectId;
 use super::messages::ToProcess;
+use super::pool::Pool;
 use super::socket;
 use crate::actor::CreateError;
 use crate::system::System;
@@ -58,6 +59,8 @@ pub(crate) struct StoreConfig {
     pub(crate) spill_dir: PathBuf,
     /// Bytes that may lie there; 0 for none.
     pub(crate) spill_bytes_max: u64,
+    /// Sizes of objects for which memory is kept ready.
+    pub(crate) ready: Vec<usize>,
 }
 
 /// The store of a node.
@@ -72,6 +75,8 @@ pub(crate) struct Store {
 struct Inner {
     core: StoreCore,
     memory: HashMap<ObjectId, Arc<OwnedFd>>,
+    /// Memory that is ready, with its size.
+    ready: Vec<(u64, OwnedFd)>,
     clients: HashMap<Client, Outlet>,
     next_client: u64,
 }
@@ -104,10 +109,12 @@ pub(crate) async fn run(config: StoreConfig, system: &System) -> Result<StoreHan
         memory_bytes_max: config.memory_bytes_max,
         disk_bytes_max: config.spill_bytes_max,
         objects_max: descriptors(),
+        ready: config.ready.iter().map(|bytes| Pool::capacity(*bytes) as u64).collect(),
     };
     let inner = Inner {
         core: StoreCore::new(limits),
         memory: HashMap::new(),
+        ready: Vec::new(),
         clients: HashMap::new(),
         next_client: 1,
     };

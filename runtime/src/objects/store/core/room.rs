@@ -69,6 +69,13 @@ impl StoreCore {
     /// Makes room, or begins to. True if there is something to wait for.
     fn make_room(&mut self, number: u64, short: u64) -> bool {
         let mut short = short;
+        while short > 0
+            && let Some(size) = self.ready.pop()
+        {
+            self.used -= size;
+            short = short.saturating_sub(size);
+            self.commands.push(Command::Unready(size));
+        }
         let mut idle: Vec<(u64, ObjectId)> =
             self.objects.iter().filter(|(_, o)| o.is_idle()).map(|(id, o)| (o.used_at, *id)).collect();
         idle.sort_unstable();
