@@ -32,7 +32,8 @@ async fn main() -> Result<(), AnyError> {
     let head = head::run(HeadConfig::new(bind, state)).await?;
     let mut config = NodeConfig::new("n0", bind.to_string(), dir.path().join("n0"));
     config.worker_command = vec!["/bin/false".to_owned()];
-    config.objects_bytes_max = 4 * bytes as u64;
+    // Twice of what is put, and memory is kept ready while half of it is free.
+    config.objects_bytes_max = 10 * bytes as u64;
     config.spill_bytes_max = 0;
     config.objects_ready = vec![bytes];
     let node = node::run(config).await?;
