@@ -19,6 +19,7 @@ use super::map::{Segment, View};
 use super::messages::{Fate, FindStore, ListObjects, ReadObject, ToStore};
 use super::object_ref::ObjectRef;
 use super::pool::Pool;
+use super::scope;
 use super::store::StoreActor;
 use super::table::Table;
 use super::{CHUNK_BYTES, ObjectAddr, ObjectError, ObjectId, SMALL_BYTES_MAX, StoreStatus};
@@ -129,17 +130,23 @@ impl Objects {
     /// # Errors
     /// There is no room in the store of the node, nor on its disk, or the store is away.
     pub async fn put(&self, bytes: &[u8]) -> Result<ObjectRef, ObjectError> {
+        self.put_with(bytes, Vec::new()).await
+    }
+
+    async fn put_with(&self, bytes: &[u8], within: Vec<ObjectId>) -> Result<ObjectRef, ObjectError> {
         let mut writer = self.create(bytes.len()).await?;
         writer.copy_from_slice(bytes);
+        writer.within = within;
         writer.finish().await
     }
 
-    /// Puts a value, as messages encode it. A ref in it does not keep its object.
+    /// Puts a value, as messages encode it. Refs in it are kept for as long as the object is there.
     ///
     /// # Errors
     /// As `put`, or it cannot be encoded.
     pub async fn put_value<T: Encode>(&self, value: &T) -> Result<ObjectRef, ObjectError> {
-        self.put(&to_bytes(value)?).await
+        let (bytes, within) = scope::put(|| to_bytes(value));
+        self.put_with(&bytes?, within).await
     }
 
     /// Memory for an object of that size, to be filled in place: zero or what was there before.
@@ -156,7 +163,7 @@ impl Objects {
             false => Memory::Own(vec![0; bytes]),
             true => Memory::Segment(self.segment(bytes).await?),
         };
-        Ok(ObjectWriter { objects: self.clone(), memory: Some(memory), bytes })
+        Ok(ObjectWriter { objects: self.clone(), memory: Some(memory), bytes, within: Vec::new() })
     }
 
     /// Gets the memory for an object of that size ready, so that its put is as fast as one that is not the first.
@@ -207,7 +214,8 @@ impl Objects {
     /// # Errors
     /// As `get`, or it is no such value.
     pub async fn get_value<T: Decode<()>>(&self, object: &ObjectRef) -> Result<T, ObjectError> {
-        Ok(from_bytes(&self.get(object).await?)?)
+        let bytes = self.get(object).await?;
+        Ok(scope::read_from(&self.table, object.id(), || from_bytes(&bytes))?)
     }
 
     /// Waits until `count` of the objects can be read here at once, or are known to be lost, and at most for `limit`.
@@ -399,6 +407,8 @@ pub struct ObjectWriter {
     objects: Objects,
     memory: Option<Memory>,
     bytes: usize,
+    /// Objects to which it has refs in its bytes.
+    within: Vec<ObjectId>,
 }
 
 enum Memory {
@@ -447,12 +457,13 @@ impl ObjectWriter {
         let memory = self.memory.take().expect("it is taken here and when it is dropped");
         let store = table.link.borrow().as_ref().map(|link| link.endpoint.clone());
         let in_store = matches!(memory, Memory::Segment(_));
+        let within = std::mem::take(&mut self.within);
         let bytes = self.bytes as u64;
         let addr = ObjectAddr { id, owner: table.endpoint().to_owned(), store, in_store, bytes };
         match memory {
             Memory::Own(small) => {
                 table.small().insert(id.number, small.into());
-                table.counts().created(addr.clone());
+                table.counts().created(addr.clone(), within);
                 Ok(ObjectRef::counted(addr, table))
             }
             Memory::Segment(segment) => {
@@ -460,7 +471,7 @@ impl ObjectWriter {
                 let link = self.objects.link().await?;
                 let addr = ObjectAddr { store: Some(link.endpoint.clone()), ..addr };
                 // Dropped with this future, the ref frees the object.
-                table.counts().created(addr.clone());
+                table.counts().created(addr.clone(), within);
                 let object = ObjectRef::counted(addr, table.clone());
                 let mut tries = Tries::new();
                 loop {

@@ -69,6 +69,8 @@ struct Count {
     here: u64,
     /// Sendings that have not arrived, and when each is given up.
     sent: BTreeMap<u64, Duration>,
+    /// Objects to which it has refs in its bytes.
+    within: Vec<ObjectId>,
     role: Role,
 }
 
@@ -80,6 +82,8 @@ enum Role {
         state: Borrowing,
         /// Refs that came in and whose senders have not heard so.
         arrived: Vec<Ticket>,
+        /// Objects in which refs were read, each with a ref of its own: they keep this one until its owner counts the reader.
+        read_in: Vec<ObjectId>,
     },
 }
 
@@ -111,17 +115,30 @@ impl Counts {
         std::mem::take(&mut self.commands)
     }
 
-    /// An object was put; its first ref is there.
-    pub(super) fn created(&mut self, addr: ObjectAddr) {
+    /// An object was put, with refs to others in it; its first ref is there.
+    pub(super) fn created(&mut self, addr: ObjectAddr, within: Vec<ObjectId>) {
         let id = addr.id;
         let role = Role::Owner(BTreeMap::new());
-        let earlier = self.objects.insert(id, Count { addr, here: 1, sent: BTreeMap::new(), role });
+        for inner in &within {
+            if let Some(count) = self.objects.get_mut(inner) {
+                count.here += 1;
+            }
+        }
+        let earlier = self.objects.insert(id, Count { addr, here: 1, sent: BTreeMap::new(), within, role });
         assert!(earlier.is_none(), "numbers of objects are not used twice");
     }
 
-    /// A ref came in by a message. False if it is of this process and there is no such object any more.
-    pub(super) fn arrived(&mut self, addr: &ObjectAddr, ticket: Option<Ticket>) -> bool {
+    /// A ref came in by a message, or was read within an object that this process has a ref to. False if it is of this
+    /// process and there is no such object any more.
+    pub(super) fn arrived(
+        &mut self,
+        addr: &ObjectAddr,
+        ticket: Option<Ticket>,
+        within: Option<ObjectId>,
+    ) -> bool {
         let id = addr.id;
+        // An object that is gone already keeps nothing.
+        let within = within.filter(|outer| id.owner != self.me && self.objects.contains_key(outer));
         let count = match self.objects.entry(id) {
             Entry::Occupied(count) => count.into_mut(),
             Entry::Vacant(_) if id.owner == self.me => return false,
@@ -129,13 +146,20 @@ impl Counts {
                 addr: addr.clone(),
                 here: 0,
                 sent: BTreeMap::new(),
-                role: Role::Borrower { state: Borrowing::Unknown, arrived: Vec::new() },
+                within: Vec::new(),
+                role: Role::Borrower { state: Borrowing::Unknown, arrived: Vec::new(), read_in: Vec::new() },
             }),
         };
         count.here += 1;
         match &mut count.role {
             Role::Owner(_) => self.commands.extend(ticket.map(|ticket| Command::Arrived(id, ticket))),
-            Role::Borrower { arrived, .. } => arrived.extend(ticket),
+            Role::Borrower { arrived, read_in, .. } => {
+                arrived.extend(ticket);
+                read_in.extend(within);
+            }
+        }
+        if let Some(outer) = within.and_then(|outer| self.objects.get_mut(&outer)) {
+            outer.here += 1;
         }
         self.settle(id);
         true
@@ -284,17 +308,20 @@ impl Counts {
     fn settle(&mut self, id: ObjectId) {
         let Some(count) = self.objects.get_mut(&id) else { return };
         let wanted = count.here > 0 || !count.sent.is_empty();
-        let (state, arrived) = match &mut count.role {
+        let (state, arrived, read_in) = match &mut count.role {
             Role::Owner(borrowers) => {
                 if !wanted && borrowers.is_empty() {
                     let command = Command::Free(count.addr.clone());
+                    let within = std::mem::take(&mut count.within);
                     self.objects.remove(&id);
                     self.commands.push(command);
+                    within.into_iter().for_each(|inner| self.dropped(inner));
                 }
                 return;
             }
-            Role::Borrower { state, arrived } => (state, arrived),
+            Role::Borrower { state, arrived, read_in } => (state, arrived, read_in),
         };
+        let mut kept_by = Vec::new();
         match (*state, wanted) {
             (Borrowing::Telling(_), _) => {}
             (Borrowing::Unknown, true) => {
@@ -307,13 +334,16 @@ impl Counts {
             }
             (Borrowing::Counted | Borrowing::Lost, true) => {
                 self.commands.extend(arrived.drain(..).map(|ticket| Command::Arrived(id, ticket)));
+                kept_by.append(read_in);
             }
             (Borrowing::Unknown | Borrowing::Lost, false) => {
                 self.commands.extend(arrived.drain(..).map(|ticket| Command::Arrived(id, ticket)));
+                kept_by.append(read_in);
                 self.commands.push(Command::Forget(id));
                 self.objects.remove(&id);
             }
         }
+        kept_by.into_iter().for_each(|outer| self.dropped(outer));
     }
 }
 

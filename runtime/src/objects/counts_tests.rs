@@ -29,7 +29,7 @@ fn ticket(sender: u64, number: u64) -> Option<Ticket> {
 fn an_object_is_freed_with_its_last_ref() {
     let mut owner = Counts::new(process(1));
     let object = addr(1, 7);
-    owner.created(object.clone());
+    owner.created(object.clone(), Vec::new());
     assert_eq!(owner.borrow(object.id, process(2), None), Told::Heard);
     owner.dropped(object.id);
     assert_eq!(owner.take_commands(), [], "it is borrowed");
@@ -42,7 +42,7 @@ fn an_object_is_freed_with_its_last_ref() {
 fn a_borrower_that_dies_has_no_refs() {
     let mut owner = Counts::new(process(1));
     let object = addr(1, 7);
-    owner.created(object.clone());
+    owner.created(object.clone(), Vec::new());
     for borrower in [2, 3] {
         owner.borrow(object.id, process(borrower), None);
     }
@@ -57,7 +57,7 @@ fn a_borrower_that_dies_has_no_refs() {
 fn a_ref_on_its_way_keeps_the_object_until_it_is_counted_or_given_up() {
     let mut owner = Counts::new(process(1));
     let object = addr(1, 7);
-    owner.created(object.clone());
+    owner.created(object.clone(), Vec::new());
     let first = owner.sent(object.id, T0).unwrap();
     let second = owner.sent(object.id, Duration::from_secs(1)).unwrap();
     owner.dropped(object.id);
@@ -76,17 +76,17 @@ fn a_ref_on_its_way_keeps_the_object_until_it_is_counted_or_given_up() {
 fn a_borrower_tells_its_sender_only_when_the_owner_counts_it() {
     let mut borrower = Counts::new(process(2));
     let object = addr(1, 7);
-    assert!(borrower.arrived(&object, ticket(3, 9)));
+    assert!(borrower.arrived(&object, ticket(3, 9), None));
     assert_eq!(borrower.take_commands(), [Command::Tell(object.clone(), Word::Borrow)]);
     borrower.dropped(object.id);
-    assert!(borrower.arrived(&object, ticket(3, 10)));
+    assert!(borrower.arrived(&object, ticket(3, 10), None));
     assert_eq!(borrower.take_commands(), [], "one word at a time");
     borrower.told(object.id, Told::Heard);
     let arrived = |number| Command::Arrived(object.id, ticket(3, number).unwrap());
     assert_eq!(borrower.take_commands(), [arrived(9), arrived(10)]);
     borrower.dropped(object.id);
     assert_eq!(borrower.take_commands(), [Command::Tell(object.clone(), Word::Return)]);
-    assert!(borrower.arrived(&object, ticket(3, 11)));
+    assert!(borrower.arrived(&object, ticket(3, 11), None));
     borrower.told(object.id, Told::Heard);
     assert_eq!(borrower.take_commands(), [Command::Tell(object.clone(), Word::Borrow)], "again");
     borrower.told(object.id, Told::Heard);
@@ -97,7 +97,7 @@ fn a_borrower_tells_its_sender_only_when_the_owner_counts_it() {
 fn what_an_owner_has_lost_is_not_asked_for_again() {
     let mut borrower = Counts::new(process(2));
     let object = addr(1, 7);
-    borrower.arrived(&object, ticket(1, 1));
+    borrower.arrived(&object, ticket(1, 1), None);
     borrower.take_commands();
     borrower.ended(process(1));
     let arrived = Command::Arrived(object.id, ticket(1, 1).unwrap());
@@ -106,6 +106,46 @@ fn what_an_owner_has_lost_is_not_asked_for_again() {
     borrower.dropped(object.id);
     assert_eq!(borrower.take_commands(), [Command::Forget(object.id)]);
     assert_eq!(borrower.len(), 0);
+}
+
+#[test]
+fn an_object_keeps_those_that_it_has_refs_to() {
+    let mut owner = Counts::new(process(1));
+    let (inner, outer, outmost) = (addr(1, 7), addr(1, 8), addr(1, 9));
+    owner.created(inner.clone(), Vec::new());
+    owner.created(outer.clone(), vec![inner.id, inner.id]);
+    owner.created(outmost.clone(), vec![outer.id]);
+    owner.dropped(inner.id);
+    owner.dropped(outer.id);
+    assert_eq!(owner.take_commands(), []);
+    owner.dropped(outmost.id);
+    assert_eq!(owner.take_commands(), [outmost, outer, inner].map(Command::Free));
+}
+
+#[test]
+fn an_object_that_is_read_keeps_what_it_has_refs_to_until_the_reader_is_counted() {
+    let mut reader = Counts::new(process(3));
+    let (inner, outer) = (addr(1, 7), addr(2, 8));
+    reader.arrived(&outer, None, None);
+    reader.told(outer.id, Told::Heard);
+    reader.take_commands();
+    assert!(reader.arrived(&inner, None, Some(outer.id)));
+    reader.dropped(outer.id);
+    assert_eq!(
+        reader.take_commands(),
+        [Command::Tell(inner.clone(), Word::Borrow)],
+        "outer is not given back"
+    );
+    reader.told(inner.id, Told::Heard);
+    assert_eq!(reader.take_commands(), [Command::Tell(outer.clone(), Word::Return)]);
+    // Once it is counted another reading keeps nothing.
+    reader.arrived(&outer, None, None);
+    reader.arrived(&inner, None, Some(outer.id));
+    reader.told(outer.id, Told::Heard);
+    reader.told(outer.id, Told::Heard);
+    reader.take_commands();
+    reader.dropped(outer.id);
+    assert_eq!(reader.take_commands(), [Command::Tell(outer, Word::Return)]);
 }
 
 /// Processes with refs to one object, messages between them, and the truth.
@@ -133,7 +173,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let object = addr(OWNER, 7);
         let mut counts: BTreeMap<u64, Counts> = (1..=4).map(|n| (n, Counts::new(process(n)))).collect();
-        counts.get_mut(&OWNER).unwrap().created(object.clone());
+        counts.get_mut(&OWNER).unwrap().created(object.clone(), Vec::new());
         let rng = StdRng::seed_from_u64(seed);
         let refs = BTreeMap::from([(OWNER, 1)]);
         Self { rng, now: T0, counts, refs, messages: Vec::new(), freed: false, object }
@@ -195,7 +235,7 @@ impl World {
                 // A message takes less than a ref is kept for.
                 assert!(self.now - sent_at < TRANSIT_MAX);
                 if let Some(counts) = self.counts.get_mut(&to)
-                    && counts.arrived(&self.object, ticket)
+                    && counts.arrived(&self.object, ticket, None)
                 {
                     *self.refs.entry(to).or_default() += 1;
                 }

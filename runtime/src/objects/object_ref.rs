@@ -15,7 +15,8 @@ use super::{ObjectAddr, ObjectId, scope};
 /// A ref to an object. It may be cloned, kept, and sent in messages and answers; the object is there for as long as
 /// anybody has one. (OB-1)
 ///
-/// A ref that was decoded outside of a message, from a file say, does not keep its object.
+/// A ref in an object that `put_value` put is kept by that object, and counts for itself once `get_value` read it. One that was
+/// decoded from anything but a message or an object, from a file say, does not keep its object.
 #[derive(Clone)]
 pub struct ObjectRef {
     addr: Arc<ObjectAddr>,
@@ -77,6 +78,12 @@ impl Eq for ObjectRef {}
 
 impl Encode for ObjectRef {
     fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        if let Some(held) = &self.held
+            && scope::is_put(held.id)
+        {
+            self.addr.encode(encoder)?;
+            return None::<Ticket>.encode(encoder);
+        }
         // Whoever sends a ref keeps the object until its receiver counts it (OB-1).
         let ticket = self.held.as_ref().and_then(|held| held.table.sent(held.id));
         // Of several receivers the first must not speak for the others: the sender waits out the time.
@@ -91,7 +98,7 @@ impl<C> Decode<C> for ObjectRef {
         let addr = ObjectAddr::decode(decoder)?;
         let ticket = Option::<Ticket>::decode(decoder)?;
         match scope::receiver() {
-            Some(table) if table.arrived(&addr, ticket) => Ok(Self::counted(addr, table)),
+            Some((table, within)) if table.arrived(&addr, ticket, within) => Ok(Self::counted(addr, table)),
             Some(_) | None => Ok(Self { addr: Arc::new(addr), held: None }),
         }
     }

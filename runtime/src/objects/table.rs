@@ -138,10 +138,15 @@ impl Table {
         ObjectId { owner: self.process, number: self.next.fetch_add(1, Ordering::Relaxed) }
     }
 
-    /// A ref came in by a message. False if it is not counted.
-    pub(super) fn arrived(self: &Arc<Self>, addr: &ObjectAddr, ticket: Option<Ticket>) -> bool {
+    /// A ref came in by a message, or was read within an object. False if it is not counted.
+    pub(super) fn arrived(
+        self: &Arc<Self>,
+        addr: &ObjectAddr,
+        ticket: Option<Ticket>,
+        within: Option<ObjectId>,
+    ) -> bool {
         self.run();
-        let counted = self.counts().arrived(addr, ticket);
+        let counted = self.counts().arrived(addr, ticket, within);
         self.news.notify_one();
         counted
     }

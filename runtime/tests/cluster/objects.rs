@@ -45,6 +45,8 @@ messages! {
     Show(String) = "show" -> Option<ObjectRef>;
     Release(String) = "release" -> ();
     Read(ObjectRef) = "read" -> Result<Seen, ObjectError>;
+    Wrap(Vec<ObjectRef>) = "wrap" -> Result<ObjectRef, ObjectError>;
+    Unwrap(ObjectRef) = "unwrap" -> Result<(), ObjectError>;
 }
 
 /// What an object looks like: its size, its first and last byte, and whether the memory is the store's own.
@@ -84,6 +86,7 @@ impl RemoteActor for Vault {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<Make>().accept::<Hold>().accept::<Show>().accept::<Release>().accept::<Read>();
+        m.accept::<Wrap>().accept::<Unwrap>();
     }
 }
 
@@ -133,6 +136,31 @@ impl Handler<Read> for Vault {
 
     fn handle(&mut self, Read(object): Read, _: &mut Context<Self>) -> Self::Result {
         Box::pin(seen(self.objects.clone(), object))
+    }
+}
+
+/// Puts refs into an object.
+impl Handler<Wrap> for Vault {
+    type Result = ResponseFuture<Result<ObjectRef, ObjectError>>;
+
+    fn handle(&mut self, Wrap(refs): Wrap, _: &mut Context<Self>) -> Self::Result {
+        let objects = self.objects.clone();
+        Box::pin(async move { objects.put_value(&refs).await })
+    }
+}
+
+/// Holds the first ref that is in an object, as `inner`, and lets go of the object.
+impl Handler<Unwrap> for Vault {
+    type Result = actix::ResponseActFuture<Self, Result<(), ObjectError>>;
+
+    fn handle(&mut self, Unwrap(object): Unwrap, _: &mut Context<Self>) -> Self::Result {
+        let objects = self.objects.clone();
+        let reading = async move { objects.get_value::<Vec<ObjectRef>>(&object).await };
+        let read = actix::fut::wrap_future::<_, Self>(reading);
+        Box::pin(actix::fut::ActorFutureExt::map(read, |refs, vault, _| {
+            vault.held.insert("inner".into(), refs?.remove(0));
+            Ok(())
+        }))
     }
 }
 
@@ -215,6 +243,21 @@ pub(crate) async fn objects_on_a_node() {
     named(&cluster, "b").ask(Release("x".into())).await.unwrap();
     let took = stores(&cluster, "freed", no_objects).await;
     println!("  freed {took:?} after the last ref");
+    // An object keeps those that it has refs to, also of another owner; who reads it holds them for itself.
+    let inner = make(&cluster, "a", 2 * MIB, 5).await;
+    let outer = named(&cluster, "b").ask(Wrap(vec![inner.clone()])).await.unwrap().unwrap();
+    drop(inner);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    named(&cluster, "a").ask(Unwrap(outer.clone())).await.unwrap().unwrap();
+    named(&cluster, "a").ask(Release("inner".into())).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    cluster.cluster.objects().get_value::<Vec<ObjectRef>>(&outer).await.unwrap();
+    let inner = cluster.cluster.objects().get_value::<Vec<ObjectRef>>(&outer).await.unwrap().remove(0);
+    drop(outer);
+    assert_eq!(read(&cluster, "b", &inner).await.unwrap().first, 5);
+    drop(inner);
+    let took = stores(&cluster, "freed with what it was in", no_objects).await;
+    println!("  freed {took:?} after the last ref to what was in another object");
     cluster.end().await;
 }
 
