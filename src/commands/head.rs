@@ -4,7 +4,7 @@
 use super::up::family::end_with_supervisor;
 use crate::args;
 use crate::cluster::{Access, run_dir};
-use crate::config::{Config, State, Token};
+use crate::config::{Config, HeadAt, State, Token};
 use crate::deploy;
 use crate::failure::{FAILED, Failure};
 use anyhow::{Context, Result};
@@ -28,7 +28,10 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     }
     let config = match args.supervised.supervised_by {
         Some(_) => Config::load_counted(args.file.as_deref())?,
-        None => Config::load(args.file.as_deref())?,
+        None => {
+            let at = HeadAt { bind: args.bind, advertise: args.advertise.clone() };
+            Config::load_for_head(args.file.as_deref(), at)?
+        }
     };
     let run = match &args.run_dir {
         Some(dir) => run_dir(Some(dir), None)?,
