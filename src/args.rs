@@ -176,7 +176,7 @@ others stand by. One takes over within 2 to 3 s (`lease_s`) when the leader dies
 pub(crate) struct Head {
     /// The cluster to deploy.
     pub(crate) file: Option<PathBuf>,
-    /// Run directory, instead of that of the file.
+    /// Run directory, instead of `run_dir` in [cluster].
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
     /// Where to listen, instead of `bind` in [head].

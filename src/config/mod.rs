@@ -373,6 +373,7 @@ impl Config {
         let mut raw = read::read(text).map_err(fail)?;
         raw.head.bind = at.bind.unwrap_or(raw.head.bind);
         raw.head.advertise = at.advertise.or(raw.head.advertise);
+        raw.cluster.run_dir = at.run_dir.unwrap_or(raw.cluster.run_dir);
         let secret = |path: &Option<PathBuf>| {
             let path = dir.join(path.as_ref()?);
             Some(std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display())))
@@ -402,6 +403,8 @@ pub(crate) struct HeadAt {
     pub(crate) bind: Option<SocketAddr>,
     /// By which name or address others reach it.
     pub(crate) advertise: Option<String>,
+    /// Its run directory, with state and packages in it.
+    pub(crate) run_dir: Option<PathBuf>,
 }
 
 /// A file that was found, or the default cluster.
