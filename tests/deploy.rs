@@ -159,7 +159,7 @@ fn the_batch_script_starts_what_helio_takes() {
         .filter(|args| args.first().is_some_and(|arg| !arg.is_empty()))
         .collect();
     let names: Vec<&str> = found.iter().map(|args| args[0].as_str()).collect();
-    assert_eq!(names, ["head", "node", "down", "list"], "{found:?}");
+    assert_eq!(names, ["head", "node", "down", "list", "status"], "{found:?}");
     found.iter().for_each(|args| taken(file, args));
     assert!(Command::new("bash").arg("-n").arg(root().join(file)).status().expect("bash").success());
 }
@@ -172,9 +172,7 @@ fn the_documentation_says_what_helio_takes() {
     for page in pages {
         let text = read(page);
         let blocks = text.split("```").skip(1).step_by(2).flat_map(str::lines);
-        let lines =
-            blocks.map(|line| line.trim_start_matches("$ ")).filter(|line| line.starts_with("helio "));
-        let found: Vec<_> = lines.flat_map(commands).collect();
+        let found: Vec<_> = blocks.flat_map(commands).filter(|args| !args.is_empty()).collect();
         assert!(!found.is_empty(), "{page}");
         found.iter().for_each(|args| taken(page, args));
     }
