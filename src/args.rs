@@ -169,15 +169,22 @@ pub(crate) struct Supervised {
 Examples:
   helio head cluster.toml
   helio node --join 10.0.0.1:6379 --token-file token      on every machine
+  helio head cluster.toml --bind 0.0.0.0:6379 --advertise \"$(hostname -f)\"     where the address is only known now
 
 With store = \"etcd\" several heads may run, one on each of several machines, with `peers` in [head]: the first leads, the
 others stand by. One takes over within 2 to 3 s (`lease_s`) when the leader dies, hangs or is cut off from etcd.")]
 pub(crate) struct Head {
     /// The cluster to deploy.
     pub(crate) file: Option<PathBuf>,
-    /// Run directory, instead of that of the file.
+    /// Run directory, instead of `run_dir` in [cluster].
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
+    /// Where to listen, instead of `bind` in [head].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) bind: Option<SocketAddr>,
+    /// Host name or address by which others reach it, instead of `advertise` in [head].
+    #[arg(long, value_name = "HOST")]
+    pub(crate) advertise: Option<String>,
     /// Wait for an etcd that does not answer: this process led before.
     #[arg(long, hide = true)]
     pub(crate) stood_down: bool,
@@ -195,7 +202,8 @@ Examples:
   helio node --join 10.0.0.1,10.0.0.2                   two heads: the one that leads is found, also later
   helio node --join 10.0.0.1:6379 --devices cuda=4-7    GPUs 4 to 7 of those that CUDA_VISIBLE_DEVICES shows")]
 pub(crate) struct Node {
-    /// Address of the head; several, with commas between, are tried in turn. The leader names the others.
+    /// Address of the head; several, with commas between, are tried in turn. The leader names the others. A head that
+    /// is not there yet is waited for, and so is a name that cannot be resolved yet.
     #[arg(long, value_name = "HOST:PORT[,...]")]
     pub(crate) join: String,
     /// Devices to offer: cpu=COUNT, cuda=COUNT, cuda=FIRST-LAST, cuda (all GPUs), or auto (all GPUs, or cpu=4 without any).

@@ -220,7 +220,7 @@ pub enum NotBroken {
 pub struct ReportLoad;
 
 /// Send load, plan reports and joins to this EPLB actor from now on. Answers with the last join, if the rank is in its
-/// group.
+/// group, and with what the rank has now.
 #[derive(Clone, Debug, Encode, Decode, Message)]
 #[rtype(result = "Option<RankJoined>")]
 pub struct AttachEplb {

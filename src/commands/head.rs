@@ -3,10 +3,11 @@
 
 use super::up::family::end_with_supervisor;
 use crate::args;
-use crate::cluster::{Access, run_dir};
-use crate::config::{Config, State, Token};
+use crate::cluster::Access;
+use crate::config::{Config, HeadAt, State, Token};
 use crate::deploy;
 use crate::failure::{FAILED, Failure};
+use crate::rundir::RunDir;
 use anyhow::{Context, Result};
 use heliostat_runtime::cluster::ClusterError;
 use heliostat_runtime::head::{self, Ending, HeadConfig, PackagesConfig, Patience, Role};
@@ -26,14 +27,16 @@ pub(crate) async fn run(args: &args::Head) -> Result<()> {
     if let Some(supervisor) = args.supervised.supervised_by {
         end_with_supervisor(supervisor)?;
     }
+    let given = args.run_dir.as_deref().map(RunDir::new).transpose()?;
     let config = match args.supervised.supervised_by {
         Some(_) => Config::load_counted(args.file.as_deref())?,
-        None => Config::load(args.file.as_deref())?,
+        None => {
+            let run_dir = given.as_ref().map(|run| run.path().to_path_buf());
+            let at = HeadAt { bind: args.bind, advertise: args.advertise.clone(), run_dir };
+            Config::load_for_head(args.file.as_deref(), at)?
+        }
     };
-    let run = match &args.run_dir {
-        Some(dir) => run_dir(Some(dir), None)?,
-        None => run_dir(Some(&config.run_dir), None)?,
-    };
+    let run = given.map_or_else(|| RunDir::new(&config.run_dir), Ok)?;
     run.create()?;
     let specs = deploy::plan(&config)?.kept;
     let head = head::run(head_config(&config, args.stood_down)).await?;

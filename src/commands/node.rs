@@ -9,31 +9,36 @@ use anyhow::{Context, Result};
 use heliostat_runtime::node::{self, NodeConfig};
 use heliostat_runtime::spec::Device;
 use heliostat_runtime::system::Secret;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// CPU devices of a node that is told nothing and has no GPU.
 const CPU_DEVICES: u32 = 4;
+/// Pauses between two questions for a head's name.
+const RESOLVE_PAUSE_MIN: Duration = Duration::from_millis(200);
+const RESOLVE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM, SIGINT or the head ends it.
 pub(crate) async fn run(args: &args::Node) -> Result<()> {
     if let Some(supervisor) = args.supervised.supervised_by {
         end_with_supervisor(supervisor)?;
     }
-    let config = config(args)?;
+    let config = config(args).await?;
     let (name, head) = (config.name.clone(), config.head.clone());
     let node = node::run(config).await?;
     tracing::info!(node = name, head, endpoint = node.endpoint(), "node agent runs");
     Ok(node.serve().await?)
 }
 
-fn config(args: &args::Node) -> Result<NodeConfig> {
+async fn config(args: &args::Node) -> Result<NodeConfig> {
     let head = with_ports(&args.join, DEFAULT_PORT);
     let name = args.name.clone().map_or_else(host_name, Ok)?;
-    let first = head.split(',').next().unwrap_or_default();
-    let ip = args.bind.map_or_else(|| local_address_towards(first), Ok)?;
+    let ip = match args.bind {
+        Some(ip) => ip,
+        None => local_address_towards(&resolved(&head).await?, &head)?,
+    };
     let mut config = NodeConfig::new(name, head, &args.run_dir);
     config.bind = SocketAddr::new(ip, 0);
     config.worker_bind = ip;
@@ -103,15 +108,38 @@ fn program() -> Result<PathBuf> {
     Ok(if exe.exists() { exe } else { PathBuf::from(format!("/proc/{}/exe", std::process::id())) })
 }
 
-/// The address that packets to the head leave from. Sends nothing.
-fn local_address_towards(head: &str) -> Result<IpAddr> {
-    let resolved = head.to_socket_addrs().with_context(|| format!("cannot resolve {head}"))?.next();
-    let head = resolved.with_context(|| format!("{head} has no address"))?;
+/// The address of the first of these heads that has one. Waits for it: where machines start together (Kubernetes,
+/// Slurm), a head's name may come later than its nodes. Resolvers tell nobody of new names, so they are asked again.
+async fn resolved(heads: &str) -> Result<SocketAddr> {
+    let mut pause = RESOLVE_PAUSE_MIN;
+    loop {
+        let mut failed = String::new();
+        for head in heads.split(',') {
+            match tokio::net::lookup_host(head).await {
+                Ok(mut found) => match found.next() {
+                    Some(address) => return Ok(address),
+                    None => failed = format!("{head} has no address"),
+                },
+                // Not a matter of time: it lacks a port that is one.
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
+                    return Err(e).with_context(|| format!("`{head}` is no HOST:PORT"));
+                }
+                Err(e) => failed = format!("cannot resolve {head}: {e}"),
+            }
+        }
+        tracing::warn!("{failed}; waits for it");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RESOLVE_PAUSE_MAX);
+    }
+}
+
+/// The address that packets to `address`, that of the head `head`, leave from. Sends nothing.
+fn local_address_towards(address: &SocketAddr, head: &str) -> Result<IpAddr> {
     let any: IpAddr =
-        if head.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let towards = || -> std::io::Result<IpAddr> {
         let socket = UdpSocket::bind((any, 0))?;
-        socket.connect(head)?;
+        socket.connect(address)?;
         Ok(socket.local_addr()?.ip())
     };
     towards().with_context(|| format!("no route to {head}; name this machine's address with --bind"))
@@ -130,13 +158,19 @@ mod tests {
     use super::*;
     use heliostat_runtime::spec::DeviceKind;
 
-    #[test]
-    fn a_local_head_is_reached_from_loopback() {
-        assert_eq!(
-            local_address_towards("127.0.0.1:6379").expect("an address"),
-            IpAddr::V4(Ipv4Addr::LOCALHOST)
-        );
-        assert!(local_address_towards("no.such.host.invalid:1").is_err());
+    #[tokio::test]
+    async fn a_local_head_is_reached_from_loopback() {
+        let found =
+            resolved("no.such.host.invalid:1,127.0.0.1:6379").await.expect("the second has an address");
+        assert_eq!(local_address_towards(&found, "it").expect("a way"), IpAddr::V4(Ipv4Addr::LOCALHOST));
+    }
+
+    #[tokio::test]
+    async fn a_name_without_an_address_is_waited_for_and_nonsense_is_not() {
+        let waiting = resolved("no.such.host.invalid:1");
+        assert!(tokio::time::timeout(RESOLVE_PAUSE_MIN * 2, waiting).await.is_err(), "it waits");
+        let why = resolved("127.0.0.1:port").await.expect_err("no port");
+        assert!(format!("{why:#}").contains("no HOST:PORT"), "{why:#}");
     }
 
     #[test]

@@ -329,6 +329,13 @@ impl Config {
         Ok(Self::parse(&source.text, &source.shown, &source.dir, gpus_if_needed)?)
     }
 
+    /// Loads a file for a head that runs by itself. It starts no node, so GPUs that the file counts may be on any machine.
+    pub(crate) fn load_for_head(file: Option<&Path>, at: HeadAt) -> Result<Self> {
+        let source = Source::read(file)?;
+        let gpus = |raw: &raw::Raw| validate::leaves_gpus_open(raw).then(gpus::usable);
+        Ok(Self::parse_at(&source.text, &source.shown, &source.dir, at, gpus)?)
+    }
+
     /// Loads a file whose GPUs were counted when it was written: a head must come back where a GPU was lost meanwhile.
     pub(crate) fn load_counted(file: Option<&Path>) -> Result<Self> {
         let source = Source::read(file)?;
@@ -351,8 +358,22 @@ impl Config {
         dir: &Path,
         gpus: impl FnOnce(&raw::Raw) -> Option<Result<u32, String>>,
     ) -> Result<Self, ConfigError> {
+        Self::parse_at(text, file, dir, HeadAt::default(), gpus)
+    }
+
+    /// As `parse`, with a head elsewhere than the text says.
+    fn parse_at(
+        text: &str,
+        file: &str,
+        dir: &Path,
+        at: HeadAt,
+        gpus: impl FnOnce(&raw::Raw) -> Option<Result<u32, String>>,
+    ) -> Result<Self, ConfigError> {
         let fail = |problems: Vec<Problem>| ConfigError { file: file.into(), text: text.into(), problems };
-        let raw = read::read(text).map_err(fail)?;
+        let mut raw = read::read(text).map_err(fail)?;
+        raw.head.bind = at.bind.unwrap_or(raw.head.bind);
+        raw.head.advertise = at.advertise.or(raw.head.advertise);
+        raw.cluster.run_dir = at.run_dir.unwrap_or(raw.cluster.run_dir);
         let secret = |path: &Option<PathBuf>| {
             let path = dir.join(path.as_ref()?);
             Some(std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display())))
@@ -373,6 +394,17 @@ impl Config {
         };
         validate::validate(raw, text, &facts).map_err(fail)
     }
+}
+
+/// Where a head is, as far as its command line says: on Kubernetes or Slurm nobody knows it when the file is written.
+#[derive(Debug, Default)]
+pub(crate) struct HeadAt {
+    /// Where it listens.
+    pub(crate) bind: Option<SocketAddr>,
+    /// By which name or address others reach it.
+    pub(crate) advertise: Option<String>,
+    /// Its run directory, with state and packages in it.
+    pub(crate) run_dir: Option<PathBuf>,
 }
 
 /// A file that was found, or the default cluster.

@@ -46,6 +46,30 @@ fn refused_with(text: &str, gpus: Option<Result<u32, String>>, expected: &str) {
 }
 
 #[test]
+fn a_head_may_be_told_where_it_is() {
+    let at = |bind: &str, advertise: Option<&str>, token: &str| {
+        let at = HeadAt {
+            bind: Some(bind.parse().expect(bind)),
+            advertise: advertise.map(str::to_owned),
+            run_dir: Some("/scratch/job-7".into()),
+        };
+        let text = format!("[cluster]\n{token}\n[head]\nbind = \"127.0.0.1:1\"");
+        Config::parse_at(&text, "c.toml", Path::new("/nowhere"), at, |_| None).map_err(|e| e.to_string())
+    };
+    let token = "token = \"0123456789abcdef\"";
+    let config = at("0.0.0.0:2", Some("head-0.heads"), token).expect("all of it");
+    assert_eq!((config.bind.port(), config.advertise.as_deref()), (2, Some("head-0.heads")));
+    let state = |dir: &Path| matches!(&config.state, State::Embedded { dir: at } if at.starts_with(dir));
+    assert!(
+        config.run_dir.ends_with("job-7") && state(&config.run_dir),
+        "state goes where the run directory is"
+    );
+    // What is told is checked as if it were written.
+    assert!(at("0.0.0.0:2", None, token).expect_err("a wildcard").contains("advertise"));
+    assert!(at("10.0.0.1:2", None, "").expect_err("no token").contains("beyond loopback"));
+}
+
+#[test]
 fn an_empty_model_section_is_the_default_cluster() {
     let config = parse("[model]").expect("empty section");
     assert_eq!(config.parallel, Parallel { dp: 4, ep: 4, colocate: true });

@@ -7,7 +7,7 @@ mod devices;
 mod engine;
 mod network;
 
-pub(super) use devices::asks_for_gpus;
+pub(super) use devices::{asks_for_gpus, leaves_gpus_open};
 pub(super) use network::tls_files;
 
 use super::error::Problem;

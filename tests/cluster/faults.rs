@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::rig::{Cluster, free_port, greedy, is_alive, kill};
+use crate::rig::{Cluster, PATIENCE, free_port, greedy, is_alive, kill};
 
 pub(crate) const STREAMS: usize = 8;
 const TOKENS: u32 = 160;
@@ -187,6 +187,35 @@ async fn an_exhausted_eplb_or_ingress_comes_back() {
         .await;
     cluster.until_healed().await;
     all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
+
+/// What `/api/eplb` says, once it says so.
+async fn eplb(cluster: &Cluster, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
+    let fitting = async {
+        loop {
+            let (_, status) = cluster.get("/api/eplb").await;
+            if fits(&status) {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, fitting).await.unwrap_or_else(|_| panic!("waited in vain: {what}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_eplb_actor_goes_on_from_what_the_ranks_have_now() {
+    let cluster = Cluster::up(&[("eplb", "enable_eplb = false")]).await;
+    undisturbed(&cluster).await;
+    let (status, reply) = cluster.post("/api/eplb/rebalance", &serde_json::json!({})).await;
+    assert_eq!(status, 202, "{reply}");
+    let before = eplb(&cluster, "the remap", |status| status["history"][0]["end"] == "committed").await;
+    kill(cluster.pid("eplb"));
+    let killed = |cluster: &Cluster| (cluster.actor("eplb")["restarts"] == 1).then_some(());
+    cluster.until("eplb restarted", killed).await;
+    let after =
+        eplb(&cluster, "all ranks", |status| status["ready"] == 4 && status["history"][0].is_null()).await;
+    assert_eq!(after["map_epoch"], before["map_epoch"], "it knows of the remap before its time");
 }
 
 /// A real etcd on free ports.

@@ -93,6 +93,9 @@ impl Ingress {
 
     /// The set of ready ranks, or what is missing, changed. Sequences of lost ranks go on elsewhere.
     pub fn on_ranks(&self, ranks: Ranks) {
+        if !ranks.local.is_empty() {
+            self.0.metrics.keep(|rank| ranks.local.contains_key(&rank));
+        }
         self.act(|dispatch, now, effects| dispatch.set_ranks(now, ranks, effects));
     }
 

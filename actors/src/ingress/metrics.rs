@@ -278,6 +278,42 @@ impl Metrics {
         self.watched.ranks.lock().unwrap_or_else(PoisonError::into_inner).insert(rank, stats.clone());
     }
 
+    /// Forgets the ranks that are not there any more: their numbers are never used again, and each would leave some thirty
+    /// lines behind for ever.
+    pub(crate) fn keep(&self, is_there: impl Fn(u32) -> bool) {
+        let mut ranks = self.watched.ranks.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone: Vec<u32> = ranks.keys().copied().filter(|rank| !is_there(*rank)).collect();
+        for rank in gone {
+            ranks.remove(&rank);
+            let engine = Engine { engine: rank };
+            for family in [&self.running, &self.waiting, &self.queued_prefill_tokens] {
+                family.remove(&engine);
+            }
+            for family in [&self.kv_usage, &self.step_seconds] {
+                family.remove(&engine);
+            }
+            for family in &self.counted {
+                family.remove(&engine);
+            }
+            let histograms = [
+                &self.first_token,
+                &self.inter_token,
+                &self.request,
+                &self.prompt_tokens,
+                &self.output_tokens,
+            ];
+            for family in histograms {
+                family.remove(&engine);
+            }
+            for finished_reason in [Finish::Stop, Finish::Length, Finish::Abort, Finish::Error] {
+                self.success.remove(&EngineFinish { engine: rank, finished_reason });
+            }
+            for phase in StepPhases::NAMES {
+                self.phases.remove(&EnginePhase { engine: rank, phase });
+            }
+        }
+    }
+
     /// Tokens of one sequence arrived, the first of them `since` its request or the tokens before.
     pub(crate) fn tokens(&self, rank: u32, tokens: usize, since: Duration, first: bool) {
         let engine = Engine { engine: rank };
@@ -361,6 +397,22 @@ fn token_histogram() -> Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_that_are_gone_leave_no_line() {
+        let metrics = Metrics::new("sundial");
+        let (duration, finish) = (Duration::from_secs(1), Finish::Length);
+        for rank in [1, 2] {
+            metrics.report(rank, &RankStats::default());
+            metrics.tokens(rank, 1, duration, true);
+            metrics.tokens(rank, 1, duration, false);
+            metrics.finished(&Finished { rank, finish, duration, prompt_tokens: 7, output_tokens: 3 });
+        }
+        metrics.keep(|rank| rank == 2);
+        let text = metrics.render();
+        assert!(text.contains("engine=\"2\"") && !text.contains("engine=\"1\""), "{text}");
+        assert_eq!(metrics.serving().ranks.keys().collect::<Vec<_>>(), [&2]);
+    }
 
     #[test]
     fn names_and_labels_are_vllms() {

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use heliostat_engine::ep::PlanProgress;
+use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::request::{Output, RankStats, RequestId};
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use heliostat_runtime::system::System;
@@ -29,6 +31,8 @@ pub(super) struct Outlet {
     outputs: HashMap<ActorAddr, Vec<Output>>,
     eplb: Option<ActorAddr>,
     joined: Option<RankJoined>,
+    /// The EPLB actor came while a plan was open, of which it knows nothing.
+    missed_plan: bool,
     load: Vec<Vec<u32>>,
     load_steps: u64,
     notices: UnboundedSender<Notice>,
@@ -54,6 +58,7 @@ impl Outlet {
             outputs,
             eplb: None,
             joined: None,
+            missed_plan: false,
             load,
             load_steps: 0,
             notices,
@@ -135,10 +140,34 @@ impl Outlet {
         }
     }
 
-    /// Sends joins, plan reports and loads to this EPLB actor from now on; returns the last join.
-    pub(super) fn attach_eplb(&mut self, eplb: ActorAddr) -> Option<RankJoined> {
+    /// Sends joins, plan reports and loads to this EPLB actor from now on; returns the last join, with what the rank has
+    /// by `now`: an actor that took the place of another must not plan from a layout of long ago. `open` is the plan
+    /// that is open here.
+    pub(super) fn attach_eplb(
+        &mut self,
+        eplb: ActorAddr,
+        now: (PlanProgress, Layout),
+        open: Option<u64>,
+    ) -> Option<RankJoined> {
         self.eplb = Some(eplb);
-        self.joined.clone()
+        self.missed_plan = open.is_some();
+        let joined = self.joined.as_mut()?;
+        (joined.progress, joined.layout) = now;
+        // Its number is taken, whatever becomes of it.
+        joined.progress.closed = joined.progress.closed.max(open.unwrap_or(0));
+        Some(joined.clone())
+    }
+
+    /// A plan ended here and left this. Says so to an EPLB actor that came in the middle of it.
+    pub(super) fn plan_ended(&mut self, progress: PlanProgress, layout: &Layout) {
+        if !std::mem::take(&mut self.missed_plan) {
+            return;
+        }
+        if let Some(joined) = &mut self.joined {
+            (joined.progress, joined.layout) = (progress, layout.clone());
+            let joined = joined.clone();
+            self.to_eplb(joined);
+        }
     }
 
     /// The rank joined its group.

@@ -324,6 +324,7 @@ impl StepThread {
             self.outlet.plan_report(&plan, committed, Some(end), self.clock.end_watch());
             plan.end();
             self.leases.plan_ended(plan.plan.epoch);
+            self.outlet.plan_ended(self.progress, &self.layout);
         }
         self.inbox.set_closed_plan(self.progress.closed);
     }
@@ -375,7 +376,9 @@ impl StepThread {
                 let _ = reply.send(self.outlet.take_load());
             }
             Command::AttachEplb(eplb, reply) => {
-                let _ = reply.send(self.outlet.attach_eplb(eplb));
+                let open = self.plan.as_ref().map(|plan| plan.plan.epoch);
+                let now = (self.progress, self.layout.clone());
+                let _ = reply.send(self.outlet.attach_eplb(eplb, now, open));
             }
             Command::AttachIngress(ingress) => {
                 let stats = self.attention.as_ref().map(|attention| attention.stats(&self.clock));

@@ -44,6 +44,15 @@ fn gpus_are_only_counted_where_it_matters() {
 }
 
 #[test]
+fn a_head_by_itself_counts_only_what_the_file_leaves_open() {
+    let open = |text: &str| validate::leaves_gpus_open(&read::read(text).expect(text));
+    assert!(open("") && open("[devices]\ndevice = \"cuda\"") && open("[devices]\ncuda = 8"));
+    assert!(!open("[devices]\ndevice = \"cuda\"\ncuda = 8") && !open("[devices]\ndevice = \"cpu\""));
+    assert!(!open("[devices]\ndevice = \"cuda\"\n[[nodes]]\ndevices = 8"));
+    assert!(open("[devices]\ndevice = \"cuda\"\n[[nodes]]\ndevices = 8\n[[nodes]]"));
+}
+
+#[test]
 fn nodes_of_one_machine_take_its_gpus_one_after_the_other() {
     let nodes = |gpus, text: &str| on(gpus, text).nodes.iter().map(|n| n.devices).collect::<Vec<_>>();
     assert_eq!(nodes(4, "[devices]\ncuda = 1\n[[nodes]]\n[[nodes]]\ndevices = 2"), [cuda(0, 1), cuda(1, 2)]);

@@ -28,6 +28,15 @@ pub(in super::super) fn asks_for_gpus(raw: &Raw) -> bool {
     })
 }
 
+/// Whether the file leaves to the machine whether there are GPUs, or how many.
+pub(in super::super) fn leaves_gpus_open(raw: &Raw) -> bool {
+    written(raw).iter().any(|node| match wanted(raw, node) {
+        Device::Auto => true,
+        Device::Cuda => node.host.is_none() && node.devices == Count::Auto && raw.devices.cuda == Count::Auto,
+        Device::Cpu => false,
+    })
+}
+
 /// Writes down what devices were found on this machine, so that the file means the same wherever it is read.
 pub(super) fn write_out(raw: &mut Raw, nodes: &[Node], cuda: Option<&Cuda>) {
     for node in &mut raw.nodes {
