@@ -120,6 +120,40 @@ fn rss() -> f64 {
     line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
 }
 
+/// Nodes are lost one after the other.
+fn losses(world: &mut World) {
+    let mut worst = Duration::ZERO;
+    for lost in 0..20 {
+        let commands =
+            world.head.handle(world.now, Event::NodeDisconnected { node: name(lost), boot: lost as u64 + 1 });
+        assert!(commands.is_empty());
+        let on_it = world.nodes[lost].len();
+        // The others are heard of in the meantime, so that it is the only one.
+        world.now += Patience::default().agent_grace / 2;
+        for other in lost + 1..NODES {
+            assert!(world.report(other, false).is_empty());
+        }
+        world.now += Patience::default().agent_grace / 2;
+        // The loss, and what follows when the back-off of its actors has passed.
+        let (mut planned, mut started) = (Duration::ZERO, 0);
+        for _ in 0..TICKS {
+            let start = Instant::now();
+            let commands = world.head.handle(world.now, Event::Tick);
+            planned += start.elapsed();
+            started += world.carry_out(commands);
+            world.now += Duration::from_millis(10);
+        }
+        worst = worst.max(planned);
+        // Those that came from a node that was lost before wait longer, as every second death does.
+        assert!(started >= ACTORS / NODES, "{started} of {on_it} are started elsewhere");
+    }
+    println!(
+        "the loss of a node with {} actors is planned within {:.1} ms (worst of 20)",
+        ACTORS / NODES,
+        worst.as_secs_f64() * 1e3
+    );
+}
+
 fn main() {
     let before = rss();
     let mut world = World {
@@ -161,36 +195,7 @@ fn main() {
         start.elapsed().as_micros() as f64 / NODES as f64
     );
 
-    let mut worst = Duration::ZERO;
-    for lost in 0..20 {
-        let commands =
-            world.head.handle(world.now, Event::NodeDisconnected { node: name(lost), boot: lost as u64 + 1 });
-        assert!(commands.is_empty());
-        let on_it = world.nodes[lost].len();
-        // The others are heard of in the meantime, so that it is the only one.
-        world.now += Patience::default().agent_grace / 2;
-        for other in lost + 1..NODES {
-            assert!(world.report(other, false).is_empty());
-        }
-        world.now += Patience::default().agent_grace / 2;
-        // The loss, and what follows when the back-off of its actors has passed.
-        let (mut planned, mut started) = (Duration::ZERO, 0);
-        for _ in 0..TICKS {
-            let start = Instant::now();
-            let commands = world.head.handle(world.now, Event::Tick);
-            planned += start.elapsed();
-            started += world.carry_out(commands);
-            world.now += Duration::from_millis(10);
-        }
-        worst = worst.max(planned);
-        // Those that came from a node that was lost before wait longer, as every second death does.
-        assert!(started >= ACTORS / NODES, "{started} of {on_it} are started elsewhere");
-    }
-    println!(
-        "the loss of a node with {} actors is planned within {:.1} ms (worst of 20)",
-        ACTORS / NODES,
-        worst.as_secs_f64() * 1e3
-    );
+    losses(&mut world);
 
     let gang = PlacementGroupSpec::new("gang", 128, Resources::cpus(2)).strategy(Strategy::StrictSpread);
     let gang = PlacementGroupSpec { topology: None, ..gang };
