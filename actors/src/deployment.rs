@@ -83,6 +83,12 @@ pub fn eplb_of_group(group: &str) -> String {
     }
 }
 
+/// The group of the ranks that an EPLB actor of that name balances.
+pub fn group_of_eplb(eplb: &str) -> String {
+    let name = eplb.strip_prefix("serve/").and_then(|name| name.strip_suffix(&format!(".{EPLB}")));
+    name.map_or_else(|| GROUP.to_owned(), |name| format!("{GROUPS}{name}"))
+}
+
 /// What each replica of a deployment is: a model, served by a whole group of ranks.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct ModelDeployment {

@@ -106,7 +106,7 @@ pub(crate) struct Finished {
     pub(crate) output_tokens: u32,
 }
 
-/// All metrics of the ingress, and what other parts have registered.
+/// All metrics of the ingress.
 pub struct Metrics {
     registry: Mutex<Registry>,
     running: PerEngine<Gauge>,
@@ -236,11 +236,6 @@ impl Metrics {
             spans.pop_front();
         }
         spans.push_back(span);
-    }
-
-    /// Lets another part of the process add metrics of its own.
-    pub fn register(&self, register: impl FnOnce(&mut Registry)) {
-        register(&mut self.registry.lock().expect("no holder panics"));
     }
 
     /// The text of `/metrics`.

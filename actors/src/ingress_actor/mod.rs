@@ -31,8 +31,6 @@ use crate::serve::ServeController;
 use crate::serve::messages::{GetTable, SetTable, Table, TableModel};
 use pools::{Handles, Pools, lock};
 
-/// How often EPLB actors are asked for the figures of `/metrics`.
-const EPLB_PERIOD: Duration = Duration::from_secs(5);
 /// How long an ingress that starts waits to hear what is served.
 const TABLE_PATIENCE: Duration = Duration::from_secs(20);
 /// Pause between two questions.
@@ -62,12 +60,6 @@ impl Actor for IngressActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.run_interval(EPLB_PERIOD, |this, _| {
-            let Some(cluster) = this.cx.cluster() else { return };
-            for (actor, metrics) in this.pools.eplb_actors() {
-                actix::spawn(eplb::measure(cluster.clone(), actor, metrics));
-            }
-        });
         let (me, mut events) = (ctx.address(), self.cx.system().peer_events());
         actix::spawn(async move {
             while let Some(event) = events.next().await {
