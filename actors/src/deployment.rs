@@ -18,6 +18,7 @@ use crate::ingress_actor::{IngressActor, IngressArgs};
 use crate::jobs::{JobsActor, JobsArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
 use crate::serve::{ServeArgs, ServeController};
+use crate::telemetry::TelemetryArgs;
 
 /// Name of the group of ranks.
 pub const GROUP: &str = "ep";
@@ -110,6 +111,8 @@ pub struct ModelDeployment {
     pub links: LinkArgs,
     /// Load balancing.
     pub eplb: EplbConfig,
+    /// Where its ranks send traces, if anywhere.
+    pub telemetry: Option<TelemetryArgs>,
     /// Whether its ranks go to different nodes where they can.
     pub spread: bool,
     /// What the labels of their nodes must be.
@@ -174,6 +177,7 @@ impl ModelDeployment {
                 layout: layout.clone(),
                 engine: self.engine.clone(),
                 links: self.links.clone(),
+                telemetry: self.telemetry.clone(),
             };
             let mut spec = self.spec(&names.rank(rank), Rank::TYPE, &args)?;
             spec.resources = Resources::device();

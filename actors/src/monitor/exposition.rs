@@ -29,7 +29,7 @@ fn balances(text: &mut Text, seen: &Seen) {
         .iter()
         .filter_map(|(name, balance)| Some((name.as_str(), group_of_eplb(name), balance.pulse()?)))
         .collect();
-    let mut family = |(name, kind, help), values: &dyn Fn(&EplbPulse) -> Vec<(Option<Label>, f64)>| {
+    let mut family = |(name, kind, help), values: &dyn Fn(&EplbPulse) -> Vec<Sample>| {
         text.family(name, kind, help);
         let sample = if kind == "counter" { format!("{name}_total") } else { name.to_owned() };
         for (eplb, group, pulse) in &pulses {
@@ -122,8 +122,8 @@ fn group_state(state: &PlacementGroupState) -> &'static str {
     }
 }
 
-/// Name and value.
-type Label = (&'static str, &'static str);
+/// A value, with the name and value of a further label.
+type Sample = (Option<(&'static str, &'static str)>, f64);
 
 struct Text(String);
 
