@@ -65,6 +65,7 @@ fn model(config: &Config, served: &Model) -> Result<ModelDeployment> {
         },
         eplb: eplb(config, &model),
         topology: topology(config)?,
+        telemetry: config.telemetry.clone(),
         spread: false,
         selector: LabelSelector::default(),
         restart: restart(config),
@@ -109,8 +110,12 @@ fn serving(config: &Config, served: &Model) -> Result<Plan> {
     model.specs(&names, 0)?;
     let actors = if served.deploy { model.actors(&names) } else { Vec::new() };
     let http = SocketAddr::new(config.serve.host, config.serve.port);
-    let ingress =
-        IngressArgs { bind: http, body_bytes_max: config.serve.max_body_bytes.0, door: door(config) };
+    let ingress = IngressArgs {
+        bind: http,
+        body_bytes_max: config.serve.max_body_bytes.0,
+        door: door(config),
+        telemetry: config.telemetry.clone(),
+    };
     let ingress = ingress_spec(&ingress, restart(config))?;
     let placement = config.serve.node.clone().map_or(Placement::Anywhere, Placement::Node);
     let serve = ServeArgs {

@@ -21,6 +21,8 @@
 //! # }
 //! ```
 
+#[doc(hidden)]
+pub mod logging;
 mod messages;
 mod program;
 

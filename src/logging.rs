@@ -1,7 +1,6 @@
 //! Logs: to stderr, which is the log file of a process that was started by another. HELIO_LOG changes the level;
 //! HELIO_LOG_FORMAT=json has every line be an object that says whose it is, for whoever collects them.
 
-use crate::args::Command;
 use heliostat_runtime::worker::WorkerConfig;
 use serde_json::{Map, Value as Json};
 use std::fmt;
@@ -11,48 +10,52 @@ use time::format_description::well_known::Rfc3339;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::fmt::format::{JsonFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Begins to log, by the command that this process runs.
-pub(crate) fn init(command: &Command) {
-    let level = match command {
-        Command::Head(_) | Command::Node(_) | Command::Worker(_) | Command::Entrypoint(_) => "info",
-        _ => "warn",
-    };
-    let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if std::env::var_os("HELIO_LOG_FORMAT").is_some_and(|format| format == "json") {
-        log.event_format(JsonLines::of(command)).init();
-    } else {
-        log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init();
-    }
+/// Whose lines a log has.
+pub enum Whose<'a> {
+    /// A process that hosts no actor, by what it is.
+    Process(&'static str),
+    /// A worker, by the arguments that its node agent gave it.
+    Worker(&'a [String]),
 }
 
-/// One object a line: `timestamp`, `level`, `process` or `actor` with its `incarnation`, `message`, and what the event
-/// says in fields of its own.
+/// Begins to log what is at least as grave as `level`, unless HELIO_LOG says otherwise. A program that has set a log of
+/// its own keeps it.
+pub fn init(level: &str, whose: &Whose<'_>) {
+    let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let set = if std::env::var_os("HELIO_LOG_FORMAT").is_some_and(|format| format == "json") {
+        log.fmt_fields(JsonFields::new()).event_format(JsonLines::of(whose)).try_init()
+    } else {
+        log.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init()
+    };
+    // It fails where there is one already.
+    drop(set);
+}
+
+/// One object a line: `timestamp`, `level`, `process` or `actor` with its `incarnation`, `message`, what the event says in
+/// fields of its own, and what is said of everything that it is a part of (`request_id`).
 struct JsonLines(Map<String, Json>);
 
 impl JsonLines {
-    fn of(command: &Command) -> Self {
-        let mut whose = Map::new();
-        let process = match command {
-            Command::Worker(worker) => {
-                if let Ok(config) = WorkerConfig::from_args(worker.args.iter().cloned()) {
-                    whose.insert("actor".into(), config.actor.into());
-                    whose.insert("incarnation".into(), config.incarnation.0.into());
+    fn of(whose: &Whose<'_>) -> Self {
+        let mut said = Map::new();
+        let process = match whose {
+            Whose::Worker(args) => {
+                if let Ok(config) = WorkerConfig::from_args(args.iter().cloned()) {
+                    said.insert("actor".into(), config.actor.into());
+                    said.insert("incarnation".into(), config.incarnation.0.into());
                 }
                 "worker"
             }
-            Command::Head(_) => "head",
-            Command::Node(_) => "node",
-            Command::Entrypoint(_) => "entrypoint",
-            _ => "helio",
+            Whose::Process(name) => name,
         };
-        whose.insert("process".into(), process.into());
-        whose.insert("pid".into(), std::process::id().into());
-        Self(whose)
+        said.insert("process".into(), process.into());
+        said.insert("pid".into(), std::process::id().into());
+        Self(said)
     }
 
     fn line(&self, level: &str, now: &str, said: Map<String, Json>) -> String {
@@ -73,9 +76,22 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut out: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let mut said = Fields(Map::new());
         event.record(&mut said);
+        // The innermost first, so that it wins.
+        for span in context.event_scope().into_iter().flatten() {
+            let extensions = span.extensions();
+            let Some(fields) = extensions.get::<FormattedFields<N>>() else { continue };
+            if let Ok(Json::Object(fields)) = serde_json::from_str(fields) {
+                fields.into_iter().for_each(|(key, value)| _ = said.0.entry(key).or_insert(value));
+            }
+        }
         let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
         writeln!(out, "{}", self.line(event.metadata().level().as_str(), &now, said.0))
     }

@@ -9,7 +9,6 @@ mod config;
 mod deploy;
 mod failure;
 mod gpus;
-mod logging;
 mod processes;
 mod rundir;
 mod show;
@@ -17,11 +16,12 @@ mod show;
 use anyhow::{Context, Result};
 use args::{Cli, Command};
 use clap::Parser;
+use heliostat::logging::{self, Whose};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::init(&cli.command);
+    begin_log(&cli.command);
     match run(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(failure::report(&error)),
@@ -56,6 +56,18 @@ fn run(command: &Command) -> Result<()> {
         Command::Entrypoint(args) => one_thread()?.block_on(commands::entrypoint::run(args)),
         Command::Eplb(args) => one_thread()?.block_on(commands::eplb::run(args)),
     }
+}
+
+/// Processes of a cluster say what they do, commands only what goes wrong.
+fn begin_log(command: &Command) {
+    let (level, whose) = match command {
+        Command::Worker(worker) => ("info", Whose::Worker(&worker.args)),
+        Command::Head(_) => ("info", Whose::Process("head")),
+        Command::Node(_) => ("info", Whose::Process("node")),
+        Command::Entrypoint(_) => ("info", Whose::Process("entrypoint")),
+        _ => ("warn", Whose::Process("helio")),
+    };
+    logging::init(level, &whose);
 }
 
 fn one_thread() -> Result<tokio::runtime::Runtime> {

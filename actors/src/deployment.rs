@@ -18,6 +18,7 @@ use crate::ingress_actor::{IngressActor, IngressArgs};
 use crate::jobs::{JobsActor, JobsArgs};
 use crate::rank::{EngineArgs, LinkArgs, Rank, RankArgs};
 use crate::serve::{ServeArgs, ServeController};
+use crate::telemetry::TelemetryArgs;
 
 /// Name of the group of ranks.
 pub const GROUP: &str = "ep";
@@ -83,6 +84,12 @@ pub fn eplb_of_group(group: &str) -> String {
     }
 }
 
+/// The group of the ranks that an EPLB actor of that name balances.
+pub fn group_of_eplb(eplb: &str) -> String {
+    let name = eplb.strip_prefix("serve/").and_then(|name| name.strip_suffix(&format!(".{EPLB}")));
+    name.map_or_else(|| GROUP.to_owned(), |name| format!("{GROUPS}{name}"))
+}
+
 /// What each replica of a deployment is: a model, served by a whole group of ranks.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct ModelDeployment {
@@ -104,6 +111,8 @@ pub struct ModelDeployment {
     pub links: LinkArgs,
     /// Load balancing.
     pub eplb: EplbConfig,
+    /// Where its ranks send traces, if anywhere.
+    pub telemetry: Option<TelemetryArgs>,
     /// Whether its ranks go to different nodes where they can.
     pub spread: bool,
     /// What the labels of their nodes must be.
@@ -168,6 +177,7 @@ impl ModelDeployment {
                 layout: layout.clone(),
                 engine: self.engine.clone(),
                 links: self.links.clone(),
+                telemetry: self.telemetry.clone(),
             };
             let mut spec = self.spec(&names.rank(rank), Rank::TYPE, &args)?;
             spec.resources = Resources::device();

@@ -13,6 +13,7 @@ pub mod monitor;
 pub mod rank;
 pub mod serve;
 pub mod state;
+pub mod telemetry;
 
 use heliostat_runtime::actor::ActorTypes;
 

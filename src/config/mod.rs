@@ -19,6 +19,7 @@ pub(crate) use raw::{All2All, Dashboard, Eplb, Packages, PlacementStrategy, Poli
 use crate::gpus;
 use anyhow::{Context, Result};
 use heliostat_actors::http::{ApiKeys, CertFiles};
+use heliostat_actors::telemetry::TelemetryArgs;
 pub(crate) use section::Count;
 
 use error::Problem;
@@ -28,6 +29,7 @@ use heliostat_runtime::spec::{Labels, Quantity};
 use heliostat_runtime::state::EtcdTls;
 use heliostat_runtime::system::TlsFiles;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -93,6 +95,8 @@ pub(crate) struct Config {
     pub(crate) dashboard_key: Option<Token>,
     /// Certificate of the dashboard.
     pub(crate) dashboard_tls: Option<CertFiles>,
+    /// Where traces of requests go; None where nobody asked for them.
+    pub(crate) telemetry: Option<TelemetryArgs>,
     /// Restarts and grace periods.
     pub(crate) supervision: Supervision,
     /// The same as a cluster.toml with absolute paths and without secrets: the token is read from the run directory.
@@ -386,6 +390,8 @@ impl Config {
             token_file: secret(&raw.cluster.token_file),
             api_key_file: secret(&raw.serve.api_key_file),
             dashboard_key_file: secret(&raw.dashboard.api_key_file),
+            telemetry_headers_file: secret(&raw.telemetry.headers_file),
+            telemetry_environment: telemetry_environment(),
             tls: validate::tls_files(&raw, dir).map(|files| files.check().map_err(|e| e.to_string())),
             model: raw
                 .model
@@ -439,6 +445,14 @@ impl Source {
 /// Counts this machine's GPUs, unless nothing in the file depends on them: asking the driver takes a while.
 fn gpus_if_needed(raw: &raw::Raw) -> Option<Result<u32, String>> {
     validate::asks_for_gpus(raw).then(gpus::usable)
+}
+
+/// Every variable of OpenTelemetry that this process was started with.
+fn telemetry_environment() -> BTreeMap<String, String> {
+    let ours = |(name, value): (OsString, OsString)| {
+        Some((name.into_string().ok().filter(|name| name.starts_with("OTEL_"))?, value.into_string().ok()?))
+    };
+    std::env::vars_os().filter_map(ours).filter(|(_, value)| !value.is_empty()).collect()
 }
 
 /// This user's folder for what can be made again.

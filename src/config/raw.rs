@@ -388,6 +388,34 @@ section! {
 }
 
 section! {
+    /// Traces of requests, for an OpenTelemetry collector: one for each request, from HTTP to the steps of its rank. Off
+    /// unless `otlp_endpoint` is written, or OpenTelemetry's own variables name an endpoint where the head is started:
+    /// OTEL_EXPORTER_OTLP_ENDPOINT, _HEADERS, _TIMEOUT and _PROTOCOL, those with TRACES_ before the last word,
+    /// OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_EXPORTER and OTEL_SDK_DISABLED. What is written here
+    /// wins. The head hands it on: nodes need no variables.
+    Telemetry = "telemetry" {
+        /// Address of the collector for OTLP over HTTP (protobuf), such as `http://127.0.0.1:4318`; `/v1/traces` is added
+        /// to it. Every node must reach it, without a proxy.
+        otlp_endpoint: Option<String> = None,
+        /// A file with headers for the collector, such as keys: one `name: value` per line, `#` begins a comment.
+        headers_file: Option<PathBuf> = None,
+        /// Share of the requests that are traced, of those that come without a `traceparent`. The others are traced if
+        /// their client says so.
+        sample_ratio: f64 = 1.0,
+        /// `service.name` of all processes. Without it: `heliostat`.
+        service_name: Option<String> = None,
+        /// Further attributes of all processes, such as `{ "deployment.environment.name" = "prod" }`.
+        resource_attributes: BTreeMap<String, String> = BTreeMap::new(),
+        /// How long a message to the collector may take, in seconds. Without it: 10.
+        timeout_s: Option<f64> = None,
+        /// How long a span may wait for others that go with it, in seconds.
+        interval_s: f64 = 5.0,
+        /// Spans of one process that may wait for the collector; more are dropped and counted.
+        max_queued_spans: u32 = 2048,
+    }
+}
+
+section! {
     /// What happens when processes die.
     Supervision = "supervision" {
         /// Restarts of one actor within `window_s`; one more and it stays dead. The same limit holds for head and node under
@@ -431,11 +459,12 @@ pub(crate) struct Raw {
     pub(crate) serve: Serve,
     pub(crate) dashboard: Dashboard,
     pub(crate) packages: Packages,
+    pub(crate) telemetry: Telemetry,
     pub(crate) supervision: Supervision,
 }
 
 /// Every section, in the order of the documentation.
-pub(crate) const SECTIONS: [SectionInfo; 14] = [
+pub(crate) const SECTIONS: [SectionInfo; 15] = [
     Cluster::INFO,
     Head::INFO,
     Security::INFO,
@@ -449,5 +478,6 @@ pub(crate) const SECTIONS: [SectionInfo; 14] = [
     Serve::INFO,
     Dashboard::INFO,
     Packages::INFO,
+    Telemetry::INFO,
     Supervision::INFO,
 ];

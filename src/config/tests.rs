@@ -2,6 +2,7 @@
 
 mod devices;
 mod security;
+mod telemetry;
 
 use super::*;
 use std::fs;

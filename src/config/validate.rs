@@ -6,6 +6,7 @@
 mod devices;
 mod engine;
 mod network;
+mod telemetry;
 
 pub(super) use devices::{asks_for_gpus, leaves_gpus_open};
 pub(super) use network::tls_files;
@@ -17,6 +18,7 @@ use super::section::Count;
 use super::{Config, Model, Node, Parallel};
 use crate::args::{DEFAULT_PORT, with_port};
 use heliostat_engine::config::ModelConfig;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What validation must know beside the file.
@@ -38,6 +40,10 @@ pub(crate) struct Facts {
     pub(crate) api_key_file: Option<Result<String, String>>,
     /// Text of the file of the dashboard's key; None where none is named.
     pub(crate) dashboard_key_file: Option<Result<String, String>>,
+    /// Text of the file of headers for the collector; None where none is named.
+    pub(crate) telemetry_headers_file: Option<Result<String, String>>,
+    /// OpenTelemetry's variables.
+    pub(crate) telemetry_environment: BTreeMap<String, String>,
     /// The model's config.json, or why it cannot be read; None where no model is named.
     pub(crate) model: Option<Result<ModelConfig, String>>,
 }
@@ -75,6 +81,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let kv_cache = check.kv_cache(&raw, &engine, model.as_ref(), kind);
     let cuda = check.cuda(&raw, facts, kind);
     let state = check.state(&raw, &facts.dir);
+    let telemetry = check.telemetry(&raw, facts);
     check.supervision(&raw);
     if !check.problems.is_empty() {
         check.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
@@ -116,6 +123,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         dashboard_key: network::first_key(facts.dashboard_key_file.as_ref()),
         dashboard_tls,
         packages: raw.packages,
+        telemetry,
         supervision: raw.supervision,
     })
 }
@@ -147,6 +155,7 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
         &mut raw.dashboard.api_key_file,
         &mut raw.dashboard.tls_cert,
         &mut raw.dashboard.tls_key,
+        &mut raw.telemetry.headers_file,
     ];
     for path in others.into_iter().flatten() {
         *path = dir.join(&*path);

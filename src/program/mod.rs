@@ -6,15 +6,14 @@ mod driver;
 
 use std::error::Error;
 use std::future::Future;
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use heliostat_runtime::actor::{ActorTypes, Spawn};
 use heliostat_runtime::function::{FunctionTable, RemoteFunction};
 use heliostat_runtime::package::{DESCRIBE, WORKER};
 use heliostat_runtime::worker::{self, WorkerConfig};
-use tracing_subscriber::EnvFilter;
 
+use crate::logging::{self, Whose};
 pub use driver::{Driver, DriverError, connect};
 
 /// What a driver may fail with.
@@ -102,7 +101,8 @@ impl Program {
     }
 
     fn work(self, args: impl Iterator<Item = String>) -> Result<(), BoxError> {
-        init_log("info");
+        let args: Vec<String> = args.collect();
+        logging::init("info", &Whose::Worker(&args));
         let config = WorkerConfig::from_args(args)?;
         let types = self.types.with_functions(self.functions);
         let ended = runtime()?.block_on(worker::run(config, types))?;
@@ -116,7 +116,7 @@ impl Program {
         F: Future<Output = Result<(), E>>,
         E: Into<BoxError>,
     {
-        init_log("warn");
+        logging::init("warn", &Whose::Process("driver"));
         runtime()?.block_on(async {
             let (ready, registered) = Driver::connect(self.name, self.version, args).await?;
             let outcome = driver(ready).await.map_err(Into::into);
@@ -142,15 +142,6 @@ fn describe(program: &Program) {
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
-}
-
-/// Logs go to stderr, which is an actor's log file in a worker. HELIO_LOG changes the level.
-fn init_log(level: &str) {
-    let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let terminal = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A program that has set a log of its own keeps it.
-    let _ = log.with_ansi(terminal).with_target(false).try_init();
 }
 
 /// An error with its causes, each said once.

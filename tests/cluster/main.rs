@@ -2,12 +2,14 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed setup is a failed test")]
 
 mod browser;
+mod collector;
 mod cuda;
 mod failover;
 mod faults;
 mod hosts;
 mod jobs;
 mod lifecycle;
+mod logs;
 mod page;
 mod programs;
 mod rig;
@@ -15,3 +17,4 @@ mod security;
 mod serve;
 mod serving;
 mod state;
+mod traces;

@@ -92,12 +92,23 @@ impl Cluster {
         Self { dir, http: free_port(), client: client(), _turn: turn }
     }
 
+    /// The same, started with these variables.
+    pub(crate) async fn up_with(sections: &[(&str, &str)], environment: &[(&str, &str)]) -> Self {
+        Self::start(&bundled(), sections, environment).await
+    }
+
     pub(crate) async fn up_model(model: &Path, sections: &[(&str, &str)]) -> Self {
+        Self::start(model, sections, &[]).await
+    }
+
+    async fn start(model: &Path, sections: &[(&str, &str)], environment: &[(&str, &str)]) -> Self {
         let turn = TURN.lock().await;
         let dir = tempfile::tempdir().unwrap();
         let (file, http) = write_config(dir.path(), model, sections);
         let started = Instant::now();
-        let up = helio(&["up", file.to_str().unwrap(), "--detach"]);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_helio"));
+        command.args(["up", file.to_str().unwrap(), "--detach"]).envs(environment.iter().copied());
+        let up = command.output().unwrap();
         assert!(up.status.success(), "helio up failed: {}", text(&up));
         eprintln!("cluster ready after {:?}", started.elapsed());
         Self { dir, http, client: client(), _turn: turn }

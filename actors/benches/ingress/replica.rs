@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use actix::{Actor, Context, Handler};
 use heliostat_actors::ingress_actor::IngressActor;
 use heliostat_actors::messages::{Abort, AttachIngress, RankOutputs, Submit};
+use heliostat_actors::telemetry::SpanCounts;
 use heliostat_engine::request::{FinishReason, Output, RankStats, Request};
 use heliostat_runtime::actor::{Accepts, RemoteActor};
 use heliostat_runtime::handle::{ActorAddr, ActorId, Handle, Incarnation};
@@ -131,7 +132,7 @@ impl Steps {
     fn hear(&mut self, told: Told) {
         match told {
             Told::Submit(submit) => {
-                let Submit { request, reply_to } = *submit;
+                let Submit { request, reply_to, .. } = *submit;
                 let system = &self.system;
                 self.ingress.entry(reply_to.clone()).or_insert_with(|| Ingress {
                     handle: system.handle(reply_to.clone()),
@@ -175,7 +176,8 @@ impl Steps {
         };
         for ingress in self.ingress.values_mut().filter(|ingress| !ingress.waiting.is_empty()) {
             let outputs = std::mem::take(&mut ingress.waiting);
-            if let Err(refused) = ingress.handle.tell(RankOutputs { dp: 0, outputs, stats: stats.clone() }) {
+            let message = RankOutputs { dp: 0, outputs, stats: stats.clone(), spans: SpanCounts::default() };
+            if let Err(refused) = ingress.handle.tell(message) {
                 ingress.waiting = refused.message.outputs;
             }
         }

@@ -99,7 +99,7 @@ pub(crate) fn serve(step: Duration, log: Option<PathBuf>) -> Result<(), AnyError
 
 fn ingress_args(bind: SocketAddr) -> IngressArgs {
     let door = HttpDoor { bounds: Bounds::default(), ..HttpDoor::default() };
-    IngressArgs { bind, body_bytes_max: 4 << 20, door }
+    IngressArgs { bind, body_bytes_max: 4 << 20, door, telemetry: None }
 }
 
 /// One model on one rank.

@@ -348,6 +348,7 @@ impl Core {
             remapping: self.open.is_some(),
             committed: self.totals.committed,
             rolled_back: self.totals.rolled_back,
+            moved: self.totals.moved,
             balancedness: self.balancedness(),
         }
     }

@@ -5,7 +5,6 @@
 //! they stand.
 
 mod core;
-mod metrics;
 mod status;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,7 +16,6 @@ use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::ActorAddr;
 
 pub use core::{EplbArgs, EplbConfig};
-pub(crate) use metrics::EplbMetrics;
 pub use status::{Balancedness, EplbPulse, EplbStatus, LayerStatus, Remap, Totals, Trigger};
 
 use crate::messages::{

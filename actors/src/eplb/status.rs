@@ -154,6 +154,8 @@ pub struct EplbPulse {
     pub committed: u64,
     /// See `committed`.
     pub rolled_back: u64,
+    /// What remaps brought to the ranks, in the life of the actor.
+    pub moved: Moved,
     /// See [`EplbStatus::balancedness`].
     pub balancedness: Balancedness,
 }

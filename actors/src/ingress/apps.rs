@@ -134,10 +134,10 @@ impl Apps {
         }
     }
 
-    /// The metrics of all models, each family once.
-    pub(super) fn metrics(&self) -> String {
+    /// The metrics of all models and `own`, those of the process, each family once.
+    pub(super) fn metrics(&self, own: String) -> String {
         let routes: Vec<ModelRoute> = self.all().iter().flat_map(|app| app.models.clone()).collect();
-        merge(routes.iter().map(|route| route.ingress.metrics().render()))
+        merge(routes.iter().map(|route| route.ingress.metrics().render()).chain([own]))
     }
 }
 

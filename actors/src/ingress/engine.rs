@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use heliostat_engine::request::{Request, RequestId};
 
+use crate::telemetry::Provenance;
+
 /// What a rank is told.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RankCommand {
@@ -41,12 +43,12 @@ pub enum Refusal {
 
 /// Hands commands to ranks. Commands to one rank arrive in order, or not at all.
 pub trait EngineLink: Send + 'static {
-    /// Sends without waiting. It is called with the ingress locked: it must neither block nor call back into it.
+    /// Sends without waiting; `from` is the request that the command belongs to. It is called with the ingress locked: it must neither block nor call back into it.
     ///
     /// # Errors
     /// The rank cannot be reached or its mailbox is full; the command comes back. A refusal that is known only later
     /// is reported by `Ingress::on_refused`.
-    fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable>;
+    fn send(&self, rank: u32, command: RankCommand, from: Provenance) -> Result<(), Unavailable>;
 }
 
 /// Which ranks can take requests, of one group or of several that serve the same.

@@ -17,7 +17,9 @@ use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Origin, Refused
 use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal};
 use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
+use super::spans::{Hex, RequestTrace, SequenceTrace};
 use crate::monitor::trace::SequenceSpan;
+use crate::telemetry::{Provenance, SpanCounts};
 
 /// How often sequences without a working rank are looked at.
 const TICK_INTERVAL: Duration = Duration::from_millis(250);
@@ -49,6 +51,10 @@ struct Client {
     events: mpsc::UnboundedSender<(usize, Event)>,
     arrived: Instant,
     last_tokens: Option<Instant>,
+    request_id: Arc<str>,
+    /// The rank that it was sent to last.
+    rank: Option<u32>,
+    trace: Option<SequenceTrace>,
 }
 
 /// What happened to a sequence of a request.
@@ -91,12 +97,19 @@ impl Ingress {
         self.lock().dispatch.report(rank, stats);
     }
 
+    /// What became of the spans of a rank's process.
+    pub fn on_spans(&self, rank: u32, spans: SpanCounts) {
+        self.0.metrics.spans_of(rank, spans);
+    }
+
     /// The set of ready ranks, or what is missing, changed. Sequences of lost ranks go on elsewhere.
     pub fn on_ranks(&self, ranks: Ranks) {
         if !ranks.local.is_empty() {
             self.0.metrics.keep(|rank| ranks.local.contains_key(&rank));
         }
-        self.act(|dispatch, now, effects| dispatch.set_ranks(now, ranks, effects));
+        self.act_on_ranks("the rank was lost", |dispatch, now, effects| {
+            dispatch.set_ranks(now, ranks, effects)
+        });
     }
 
     /// What it served ends: requests in flight fail.
@@ -127,15 +140,19 @@ impl Ingress {
 
     /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
     pub fn on_rank_lost(&self, rank: u32) {
-        self.act(|dispatch, now, effects| dispatch.rank_lost(now, rank, effects));
+        self.act_on_ranks("the rank was lost", |dispatch, now, effects| {
+            dispatch.rank_lost(now, rank, effects);
+        });
     }
 
     /// `rank` did not take a sequence that was handed to it.
     pub fn on_refused(&self, rank: u32, id: RequestId, refusal: Refusal) {
-        self.act(|dispatch, now, effects| dispatch.refused(now, rank, id, refusal, effects));
+        self.act_on_ranks("the rank did not take it", |dispatch, now, effects| {
+            dispatch.refused(now, rank, id, refusal, effects);
+        });
     }
 
-    /// Submits the sequences of one request that came at `arrived`: all of them or none.
+    /// Submits the sequences of one request: all of them or none.
     ///
     /// # Errors
     /// No rank is ready, or the queues are full, or `origin` names no ready rank.
@@ -143,22 +160,27 @@ impl Ingress {
         &self,
         requests: Vec<Request>,
         origin: Origin,
-        arrived: Instant,
+        Arrival { at: arrived, request_id, trace }: Arrival,
     ) -> Result<Generation, Refused> {
         let (events, receiver) = mpsc::unbounded_channel();
-        let open = requests.iter().map(|request| Open {
+        let traces: Vec<Option<SequenceTrace>> =
+            requests.iter().map(|request| trace.as_ref()?.sequence(request, arrived)).collect();
+        let open = requests.iter().zip(&traces).map(|(request, trace)| Open {
             id: request.id,
             rank: origin.pinned.unwrap_or(0),
             prompt_tokens: request.prompt.len(),
             first_token: None,
             finished: false,
+            failure: None,
+            trace: trace.clone(),
         });
         let generation =
             Generation { ingress: self.clone(), events: receiver, open: open.map(Some).collect(), arrived };
         let mut shell = self.lock();
         let mut effects = Vec::new();
-        for (index, request) in requests.iter().enumerate() {
-            let client = Client { index, events: events.clone(), arrived, last_tokens: None };
+        for (index, (request, trace)) in requests.iter().zip(&traces).enumerate() {
+            let (events, request_id, trace) = (events.clone(), Arc::clone(&request_id), trace.clone());
+            let client = Client { index, events, arrived, last_tokens: None, request_id, rank: None, trace };
             shell.clients.insert(request.id, client);
         }
         let ids: Vec<RequestId> = requests.iter().map(|request| request.id).collect();
@@ -166,7 +188,7 @@ impl Ingress {
         if let Err(refused) = submitted {
             ids.iter().for_each(|id| drop(shell.clients.remove(id)));
             drop(shell);
-            generation.discard();
+            generation.discard(&refused);
             return Err(refused);
         }
         self.perform(&mut shell, effects);
@@ -251,6 +273,19 @@ impl Ingress {
         result
     }
 
+    /// The same for what may take sequences off their ranks.
+    fn act_on_ranks(&self, why: &str, event: impl FnOnce(&mut Dispatch, Duration, &mut Vec<Effect>)) {
+        let mut shell = self.lock();
+        let mut effects = Vec::new();
+        event(&mut shell.dispatch, self.now(), &mut effects);
+        for (id, client) in &shell.clients {
+            if let Some(trace) = &client.trace {
+                trace.stays(shell.dispatch.rank_of(*id), why);
+            }
+        }
+        self.perform(&mut shell, effects);
+    }
+
     /// Carries out effects, and those that follow from commands that a rank does not take.
     fn perform(&self, shell: &mut Shell, mut effects: Vec<Effect>) {
         while !effects.is_empty() {
@@ -272,13 +307,22 @@ impl Ingress {
     }
 
     fn send(&self, shell: &mut Shell, rank: u32, command: RankCommand, effects: &mut Vec<Effect>) {
-        let Err(unavailable) = shell.link.send(rank, command) else { return };
+        let from = match &command {
+            RankCommand::Submit(request) => {
+                let client = shell.clients.get_mut(&request.id);
+                client.map_or_else(Provenance::default, |client| client.sent(rank, request))
+            }
+            RankCommand::Abort(_) => Provenance::default(),
+        };
+        let Err(unavailable) = shell.link.send(rank, command, from) else { return };
         match *unavailable.command {
             RankCommand::Submit(request) => {
                 shell.dispatch.refused(self.now(), rank, request.id, unavailable.cause, effects);
             }
             // A rank that goes on with it is told again when it sends tokens.
-            RankCommand::Abort(id) => tracing::debug!(rank, ?id, "an abort was not delivered"),
+            RankCommand::Abort(id) => {
+                tracing::debug!(rank, sequence = %Hex(id), "an abort was not delivered")
+            }
         }
     }
 
@@ -290,6 +334,9 @@ impl Ingress {
             let since = now - client.last_tokens.unwrap_or(client.arrived);
             self.0.metrics.tokens(rank, output.tokens.len(), since, client.last_tokens.is_none());
             client.last_tokens = Some(now);
+        }
+        if let Some(trace) = &client.trace {
+            trace.heard(output.tokens.len(), finished);
         }
         let id = output.id;
         client.tell(Event::Output(rank, output));
@@ -305,6 +352,19 @@ impl Ingress {
 }
 
 impl Client {
+    /// The sequence goes to a rank: which request it belongs to.
+    fn sent(&mut self, rank: u32, request: &Request) -> Provenance {
+        let (request_id, tokens) = (self.request_id.as_ref(), request.generated.len());
+        match self.rank.replace(rank) {
+            None => tracing::debug!(request_id, sequence = %Hex(request.id), rank, "sent a sequence"),
+            Some(before) => {
+                tracing::info!(request_id, sequence = %Hex(request.id), rank, before, tokens, "moved a sequence");
+            }
+        }
+        let trace = self.trace.as_ref().and_then(|trace| trace.sent(rank, tokens));
+        Provenance { request_id: request_id.to_owned(), trace }
+    }
+
     fn tell(&self, event: Event) {
         // A request that has just gone away takes its sequences along: nothing is lost with the event.
         let _ = self.events.send((self.index, event));
@@ -326,6 +386,19 @@ struct Open {
     first_token: Option<Instant>,
     /// The ranks are done with it.
     finished: bool,
+    /// Why it ended without finishing.
+    failure: Option<String>,
+    trace: Option<SequenceTrace>,
+}
+
+/// When a request came, and its trace if that is recorded.
+pub struct Arrival {
+    /// When it was read.
+    pub at: Instant,
+    /// Its name, for logs.
+    pub request_id: Arc<str>,
+    /// Its trace.
+    pub trace: Option<RequestTrace>,
 }
 
 impl Generation {
@@ -345,8 +418,9 @@ impl Generation {
                     open.finished |= output.finish.is_some();
                     true
                 }
-                (Some(open), Event::Failed(_)) => {
+                (Some(open), Event::Failed(failure)) => {
                     open.finished = true;
+                    open.failure = open.trace.as_ref().map(|_| failure.to_string());
                     true
                 }
                 (None, _) => false,
@@ -362,6 +436,9 @@ impl Generation {
             self.ingress.abort(open.id);
         }
         self.ingress.0.metrics.span(self.span(&open, finish, output_tokens));
+        if let Some(trace) = &open.trace {
+            trace.end(finish, output_tokens, open.failure.clone());
+        }
         self.ingress.0.metrics.finished(&Finished {
             rank: open.rank,
             finish,
@@ -376,7 +453,7 @@ impl Generation {
         let ended = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let unix_us = |at: Instant| ended.saturating_sub(at.elapsed()).as_micros() as u64;
         SequenceSpan {
-            id: format!("{:032x}", open.id.0),
+            id: Hex(open.id).to_string(),
             rank: open.rank,
             arrived_us: unix_us(self.arrived),
             first_token_us: open.first_token.map(unix_us),
@@ -388,8 +465,10 @@ impl Generation {
     }
 
     /// Nothing of it was submitted.
-    fn discard(mut self) {
-        self.open.clear();
+    fn discard(mut self, refused: &Refused) {
+        for trace in self.open.drain(..).flatten().filter_map(|open| open.trace) {
+            trace.end(Finish::Error, 0, Some(refused.to_string()));
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use prometheus_client::registry::{Metric, Registry};
 use super::proxy::{Ongoing, Proxy};
 use crate::monitor::report::{Latencies, ServingReport};
 use crate::monitor::trace::SequenceSpan;
+use crate::telemetry::SpanCounts;
 
 /// Content type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -53,6 +54,17 @@ struct EngineFinish {
 struct EnginePhase {
     engine: u32,
     phase: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EngineOutcome {
+    engine: u32,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -106,7 +118,7 @@ pub(crate) struct Finished {
     pub(crate) output_tokens: u32,
 }
 
-/// All metrics of the ingress, and what other parts have registered.
+/// All metrics of the ingress.
 pub struct Metrics {
     registry: Mutex<Registry>,
     running: PerEngine<Gauge>,
@@ -126,6 +138,7 @@ pub struct Metrics {
     in_flight: Gauge,
     responses: Family<Code, Counter>,
     phases: Family<EnginePhase, Counter<f64, AtomicU64>>,
+    rank_spans: Family<EngineOutcome, Counter>,
     watched: Watched,
     proxy: Proxy,
 }
@@ -186,6 +199,12 @@ impl Metrics {
             own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
         let responses = own.add("http_responses", "HTTP responses by status", Family::default());
         let phases = own.add("step_phase_seconds", "Time of all steps by what for", Family::default());
+        let rank_spans = Family::default();
+        own.registry.register(
+            "heliostat:rank_trace_spans",
+            "Spans of each rank by what became of them",
+            Family::clone(&rank_spans),
+        );
         let proxy = Proxy::new(&mut registry, "default");
         Self {
             registry: Mutex::new(registry),
@@ -205,6 +224,7 @@ impl Metrics {
             in_flight,
             responses,
             phases,
+            rank_spans,
             proxy,
             watched: Watched { model, ..Watched::default() },
         }
@@ -236,11 +256,6 @@ impl Metrics {
             spans.pop_front();
         }
         spans.push_back(span);
-    }
-
-    /// Lets another part of the process add metrics of its own.
-    pub fn register(&self, register: impl FnOnce(&mut Registry)) {
-        register(&mut self.registry.lock().expect("no holder panics"));
     }
 
     /// The text of `/metrics`.
@@ -311,6 +326,20 @@ impl Metrics {
             for phase in StepPhases::NAMES {
                 self.phases.remove(&EnginePhase { engine: rank, phase });
             }
+            for (outcome, _) in SpanCounts::default().by_outcome() {
+                self.rank_spans.remove(&EngineOutcome { engine: rank, outcome });
+            }
+        }
+    }
+
+    /// What became of the spans of a rank's process: nothing is shown where none ever ended.
+    pub(crate) fn spans_of(&self, rank: u32, spans: SpanCounts) {
+        if spans == SpanCounts::default() {
+            return;
+        }
+        for (outcome, count) in spans.by_outcome() {
+            let counter = self.rank_spans.get_or_create(&EngineOutcome { engine: rank, outcome });
+            counter.inner().store(count, Ordering::Relaxed);
         }
     }
 
@@ -351,6 +380,19 @@ impl Metrics {
     pub(crate) fn response(&self, code: u16) {
         self.responses.get_or_create(&Code { code }).inc();
     }
+}
+
+/// The text of `/metrics` about the spans of this process.
+pub(super) fn spans_of_process(spans: SpanCounts) -> String {
+    let mut registry = Registry::default();
+    let family: Family<Outcome, Counter> = Family::default();
+    registry.register("heliostat:trace_spans", "Spans of the ingress by what became of them", family.clone());
+    for (outcome, count) in spans.by_outcome() {
+        family.get_or_create(&Outcome { outcome }).inc_by(count);
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry).expect("writing to a string does not fail");
+    text
 }
 
 /// A registry whose metrics begin with a prefix.

@@ -14,6 +14,9 @@ mod openai;
 mod proxy;
 pub mod router;
 pub mod server;
+mod spans;
 pub mod text;
 
-pub use handle::{Event, Generation, Ingress};
+pub use handle::{Arrival, Event, Generation, Ingress};
+pub(crate) use spans::Hex;
+pub use spans::RequestTrace;

@@ -18,6 +18,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::spans::HttpSpan;
+
 /// Ray Serve's default buckets, milliseconds.
 const BUCKETS: [f64; 15] =
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 300.0, 400.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0];
@@ -91,7 +93,7 @@ impl Proxy {
             route: request.match_pattern().unwrap_or_else(|| "other".to_owned()),
             method: request.method().to_string(),
         };
-        Ongoing { proxy: self.clone(), asked, began: Instant::now(), status_code: 499 }
+        Ongoing { proxy: self.clone(), asked, began: Instant::now(), status_code: 499, span: None }
     }
 }
 
@@ -102,11 +104,18 @@ pub(super) struct Ongoing {
     asked: Asked,
     began: Instant,
     status_code: u16,
+    /// Ends with it.
+    span: Option<HttpSpan>,
 }
 
 impl Ongoing {
     /// The request has an answer; one that is streamed takes this along.
-    pub(super) fn answer(mut self, response: ServiceResponse<impl MessageBody + 'static>) -> ServiceResponse {
+    pub(super) fn answer(
+        mut self,
+        response: ServiceResponse<impl MessageBody + 'static>,
+        span: Option<HttpSpan>,
+    ) -> ServiceResponse {
+        self.span = span;
         self.status_code = response.status().as_u16();
         let response = response.map_into_boxed_body();
         if matches!(response.response().body().size(), BodySize::Stream) {
@@ -172,12 +181,12 @@ mod tests {
         let request = TestRequest::post().uri("/v1/completions").to_srv_request();
         let ongoing = proxy.begin(&request);
         let body = stream::pending::<Result<Bytes, actix_web::Error>>();
-        let streamed = ongoing.answer(request.into_response(HttpResponse::Ok().streaming(body)));
+        let streamed = ongoing.answer(request.into_response(HttpResponse::Ok().streaming(body)), None);
         assert!(text(&registry).contains("ray_serve_num_ongoing_http_requests 1"), "{}", text(&registry));
         drop(streamed);
         let request = TestRequest::get().uri("/nowhere").to_srv_request();
         let ongoing = proxy.begin(&request);
-        drop(ongoing.answer(request.into_response(HttpResponse::NotFound().body("no"))));
+        drop(ongoing.answer(request.into_response(HttpResponse::NotFound().body("no")), None));
         let text = text(&registry);
         let labels = r#"application="default",route="other",method="POST",status_code="200""#;
         for line in [

@@ -17,13 +17,16 @@ use bytes::Bytes;
 use heliostat_runtime::wire::TlsError;
 use serde_json::json;
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
 use super::apps::{AppRoute, Apps};
 use super::error::ApiError;
 use super::handle::Ingress;
-use super::metrics::CONTENT_TYPE as METRICS_CONTENT_TYPE;
+use super::metrics::{CONTENT_TYPE as METRICS_CONTENT_TYPE, spans_of_process};
 use super::openai;
+use super::spans::{HttpSpan, RequestTrace};
 use crate::http::{self, ApiKeys, BodyTime, Bounds, Caller, CertFiles, Rates};
+use crate::telemetry::Tracing;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -232,8 +235,10 @@ async fn prefixes(apps: Data<Apps>) -> HttpResponse {
     HttpResponse::Ok().json(serde_json::Value::Object(routes.collect()))
 }
 
-async fn metrics(apps: Data<Apps>) -> HttpResponse {
-    HttpResponse::Ok().insert_header((CONTENT_TYPE, METRICS_CONTENT_TYPE)).body(apps.metrics())
+async fn metrics(apps: Data<Apps>, tracing: Option<Data<Tracing>>) -> HttpResponse {
+    let own = tracing.filter(|tracing| tracing.is_on()).map(|tracing| spans_of_process(tracing.counts()));
+    let text = apps.metrics(own.unwrap_or_default());
+    HttpResponse::Ok().insert_header((CONTENT_TYPE, METRICS_CONTENT_TYPE)).body(text)
 }
 
 /// Whether a path is answered without an application.
@@ -373,6 +378,11 @@ pub(crate) fn request_id(http: &HttpRequest) -> String {
     http.extensions().get::<RequestName>().map_or_else(new_name, |name| name.0.clone())
 }
 
+/// Where the spans of a request's sequences begin, if its trace is recorded.
+pub(crate) fn request_trace(http: &HttpRequest) -> Option<RequestTrace> {
+    http.extensions().get::<RequestTrace>().cloned()
+}
+
 fn new_name() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
@@ -388,7 +398,10 @@ async fn around(
     let header = HeaderValue::from_str(&name);
     let asked = tracing::enabled!(tracing::Level::DEBUG)
         .then(|| (Instant::now(), format!("{} {}", request.method(), request.path())));
-    request.extensions_mut().insert(RequestName(name));
+    request.extensions_mut().insert(RequestName(name.clone()));
+    let tracing = request.app_data::<Data<Tracing>>().filter(|tracing| tracing.is_on()).cloned();
+    let traced =
+        tracing.filter(|_| !is_common(request.path())).map(|tracing| (tracing, request.path().to_owned()));
     let door = request.app_data::<Data<Door>>().cloned();
     let mut admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
     if admitted.is_ok()
@@ -396,24 +409,30 @@ async fn around(
     {
         admitted = find_app(&apps, &mut request).await;
     }
+    let mut span = traced.and_then(|(tracing, path)| HttpSpan::begin(&tracing, &request, (path, &name)));
     let ingress = request.app_data::<Data<Ingress>>().cloned();
     let ongoing = ingress.as_ref().map(|ingress| ingress.begin(&request));
+    // Whatever its handler says is said of this request.
+    let log = tracing::debug_span!("request", request_id = name);
     let mut response = match admitted {
-        Ok(()) => next.call(request).await?.map_into_boxed_body(),
+        Ok(()) => next.call(request).instrument(log).await?.map_into_boxed_body(),
         Err(refusal) => request.into_response(refusal.error_response()),
     };
+    if let Some(span) = &mut span {
+        span.answered(response.status().as_u16());
+    }
     if let Some(ingress) = ingress {
         ingress.count_response(response.status().as_u16());
     }
     if let Ok(header) = header {
         if let Some((began, asked)) = asked {
             let (status, ms) = (response.status().as_u16(), began.elapsed().as_secs_f64() * 1e3);
-            tracing::debug!(request = header.to_str().unwrap_or_default(), asked, status, ms, "answered");
+            tracing::debug!(request_id = header.to_str().unwrap_or_default(), asked, status, ms, "answered");
         }
         response.headers_mut().insert(REQUEST_ID, header);
     }
     if let Some(ongoing) = ongoing {
-        response = ongoing.answer(response);
+        response = ongoing.answer(response, span);
     }
     Ok(response)
 }

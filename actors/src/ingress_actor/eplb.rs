@@ -10,22 +10,12 @@ use heliostat_runtime::handle::Handle;
 use serde::Deserialize;
 
 use crate::deployment::{GROUP, eplb_of_group};
-use crate::eplb::{Eplb, EplbMetrics};
+use crate::eplb::Eplb;
 use crate::ingress::error::ApiError;
 use crate::messages::{GetStatus, Rebalance};
 
 /// How long the EPLB actor may take to answer a client.
 const DEADLINE: Duration = Duration::from_secs(10);
-
-/// Asks an EPLB actor for the figures of `/metrics`. One that is away answers next time.
-pub(super) async fn measure(cluster: Cluster, actor: String, metrics: EplbMetrics) {
-    let Ok(eplb) = cluster.handle::<Eplb>(&actor).await else { return };
-    let Ok(answer) = eplb.with_deadline(DEADLINE).ask(GetStatus).await else { return cluster.forget(&actor) };
-    match serde_json::from_str(&answer) {
-        Ok(status) => metrics.report(&status),
-        Err(why) => tracing::warn!(actor, "the EPLB actor's status is none: {why}"),
-    }
-}
 
 /// Whose map of experts.
 #[derive(Deserialize)]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, AsyncContext, Context, Handler, MessageResult};
-use actix_web::web::ServiceConfig;
+use actix_web::web::{Data, ServiceConfig};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::cluster::Cluster;
@@ -29,10 +29,9 @@ use crate::messages::{
 use crate::rank::Rank;
 use crate::serve::ServeController;
 use crate::serve::messages::{GetTable, SetTable, Table, TableModel};
+use crate::telemetry::{Provenance, TelemetryArgs, Tracing};
 use pools::{Handles, Pools, lock};
 
-/// How often EPLB actors are asked for the figures of `/metrics`.
-const EPLB_PERIOD: Duration = Duration::from_secs(5);
 /// How long an ingress that starts waits to hear what is served.
 const TABLE_PATIENCE: Duration = Duration::from_secs(20);
 /// Pause between two questions.
@@ -47,6 +46,8 @@ pub struct IngressArgs {
     pub body_bytes_max: u64,
     /// Who may come in.
     pub door: HttpDoor,
+    /// Where it sends traces, if anywhere.
+    pub telemetry: Option<TelemetryArgs>,
 }
 
 /// The actor.
@@ -54,6 +55,7 @@ pub struct IngressActor {
     cx: ActorCx,
     pools: Pools,
     handles: Handles,
+    tracing: Tracing,
     /// Serves for as long as the actor lives.
     _service: HttpService,
 }
@@ -62,12 +64,6 @@ impl Actor for IngressActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.run_interval(EPLB_PERIOD, |this, _| {
-            let Some(cluster) = this.cx.cluster() else { return };
-            for (actor, metrics) in this.pools.eplb_actors() {
-                actix::spawn(eplb::measure(cluster.clone(), actor, metrics));
-            }
-        });
         let (me, mut events) = (ctx.address(), self.cx.system().peer_events());
         actix::spawn(async move {
             while let Some(event) = events.next().await {
@@ -79,6 +75,7 @@ impl Actor for IngressActor {
 
     fn stopped(&mut self, _: &mut Self::Context) {
         self.pools.stop_taking_requests();
+        self.tracing.close();
     }
 }
 
@@ -98,14 +95,14 @@ struct RankLink {
 }
 
 impl EngineLink for RankLink {
-    fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable> {
+    fn send(&self, rank: u32, command: RankCommand, from: Provenance) -> Result<(), Unavailable> {
         let handle = lock(&self.handles).get(&rank).cloned();
         let Some(handle) = handle else {
             return Err(Unavailable { rank, command: Box::new(command), cause: Refusal::Gone });
         };
         let refused = match command {
             RankCommand::Submit(request) => handle
-                .tell(Submit { request: *request, reply_to: self.me.clone() })
+                .tell(Submit { request: *request, from, reply_to: self.me.clone() })
                 .map_err(|refused| (RankCommand::Submit(Box::new(refused.message.request)), refused.reason)),
             RankCommand::Abort(id) => handle
                 .tell(Abort { id })
@@ -254,6 +251,7 @@ impl Handler<RankOutputs> for IngressActor {
         if let Some(ingress) = self.pools.of_rank(message.dp) {
             ingress.on_outputs(message.dp, message.outputs);
             ingress.on_stats(message.dp, message.stats);
+            ingress.on_spans(message.dp, message.spans);
         }
     }
 }
@@ -330,10 +328,15 @@ impl Spawn for IngressActor {
             ..HttpConfig::default()
         };
         let cluster = cx.cluster().cloned();
-        let routes = move |app: &mut ServiceConfig| eplb::routes(app, cluster.clone());
+        let tracing = Tracing::of(args.telemetry.as_ref(), &cx);
+        let traced = tracing.clone();
+        let routes = move |app: &mut ServiceConfig| {
+            app.app_data(Data::new(traced.clone()));
+            eplb::routes(app, cluster.clone());
+        };
         let service = serve(&http, apps, routes).map_err(CreateError::failed)?;
         let scheme = if http.tls.is_some() { "https" } else { "http" };
         tracing::info!("serving HTTP at {scheme}://{}", service.bound());
-        Ok(Self { cx, pools, handles, _service: service })
+        Ok(Self { cx, pools, handles, tracing, _service: service })
     }
 }

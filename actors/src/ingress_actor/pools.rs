@@ -11,8 +11,6 @@ use heliostat_engine::config::{GenerationDefaults, ModelConfig};
 use heliostat_runtime::group::{GroupView, Member, MemberState};
 use heliostat_runtime::handle::Handle;
 
-use crate::deployment::eplb_of_group;
-use crate::eplb::EplbMetrics;
 use crate::ingress::Ingress;
 use crate::ingress::apps::{AppRoute, Apps, ModelRoute};
 use crate::ingress::dispatch::DispatchConfig;
@@ -47,8 +45,6 @@ pub(super) struct Pools {
 struct Pool {
     route: ModelRoute,
     ingress: Ingress,
-    /// Of its first replica.
-    eplb: EplbMetrics,
     ranks: Ranks,
 }
 
@@ -111,10 +107,8 @@ impl Pools {
         };
         let metrics = Metrics::labelled(&[("application", &key.0), ("model_name", model.name())]);
         let ingress = Ingress::with_metrics(metrics, dispatch, link);
-        let mut eplb = EplbMetrics::default();
-        ingress.metrics().register(|registry| eplb = EplbMetrics::new(registry));
         let route = ModelRoute::new(ingress.clone(), Arc::new(model));
-        self.pools.push((key, Pool { route, ingress, eplb, ranks: Ranks::default() }));
+        self.pools.push((key, Pool { route, ingress, ranks: Ranks::default() }));
     }
 
     /// Takes a group's view.
@@ -148,15 +142,6 @@ impl Pools {
 
     fn pool(&self, key: &Key) -> Option<&Pool> {
         self.pools.iter().find(|(known, _)| known == key).map(|(_, pool)| pool)
-    }
-
-    /// The EPLB actor of the first replica of each pool, and where its figures go.
-    pub(super) fn eplb_actors(&self) -> Vec<(String, EplbMetrics)> {
-        let actor = |(key, pool): &(Key, Pool)| {
-            let (_, deployment) = each(&self.table).find(|(app, it)| self::key(app, it) == *key)?;
-            Some((eplb_of_group(&deployment.replicas.first()?.group), pool.eplb.clone()))
-        };
-        self.pools.iter().filter_map(actor).collect()
     }
 
     /// The pools' lines to their ranks.

@@ -8,6 +8,8 @@ use std::fmt::Write;
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus, NodeState, PlacementGroupState};
 
 use super::watcher::Seen;
+use crate::deployment::group_of_eplb;
+use crate::eplb::EplbPulse;
 
 /// The text. Empty families stand there as well, so that a dashboard can tell nothing from unknown.
 pub(super) fn render(seen: &Seen) -> String {
@@ -15,37 +17,52 @@ pub(super) fn render(seen: &Seen) -> String {
     if let Some(status) = &seen.status {
         cluster(&mut text, status);
     }
-    text.family("heliostat:map_epoch", "gauge", "Epoch of the last remap of which a layer was committed");
-    for (name, pulse) in pulses(seen) {
-        text.line("heliostat:map_epoch", &[("eplb", name)], pulse.map_epoch as f64);
-    }
-    text.family("heliostat:membership_epoch", "gauge", "Membership epoch of the group");
-    for (name, pulse) in pulses(seen) {
-        text.line("heliostat:membership_epoch", &[("eplb", name)], pulse.membership_epoch as f64);
-    }
-    text.family("heliostat:ranks_ready", "gauge", "Ranks of the group that are connected");
-    for (name, pulse) in pulses(seen) {
-        text.line("heliostat:ranks_ready", &[("eplb", name)], f64::from(pulse.ready));
-    }
-    text.family("heliostat:balancedness", "gauge", "Mean load of a rank by that of the fullest, over layers");
-    for (name, pulse) in pulses(seen) {
-        let b = pulse.balancedness;
-        for (stat, value) in [("min", b.min), ("p50", b.p50), ("avg", b.avg), ("max", b.max)] {
-            text.line("heliostat:balancedness", &[("eplb", name), ("stat", stat)], value);
-        }
-    }
-    text.family("heliostat:remaps", "counter", "Remaps that ended");
-    for (name, pulse) in pulses(seen) {
-        for (end, count) in [("committed", pulse.committed), ("rolled_back", pulse.rolled_back)] {
-            text.line("heliostat:remaps_total", &[("eplb", name), ("end", end)], count as f64);
-        }
-    }
+    balances(&mut text, seen);
     text.0.push_str("# EOF\n");
     text.0
 }
 
-fn pulses(seen: &Seen) -> impl Iterator<Item = (&str, &crate::eplb::EplbPulse)> {
-    seen.balances.iter().filter_map(|(name, balance)| Some((name.as_str(), balance.pulse()?)))
+/// The EPLB actor of every replica of every deployment, each figure with the actor and its group of ranks.
+fn balances(text: &mut Text, seen: &Seen) {
+    let pulses: Vec<(&str, String, &EplbPulse)> = seen
+        .balances
+        .iter()
+        .filter_map(|(name, balance)| Some((name.as_str(), group_of_eplb(name), balance.pulse()?)))
+        .collect();
+    let mut family = |(name, kind, help), values: &dyn Fn(&EplbPulse) -> Vec<Sample>| {
+        text.family(name, kind, help);
+        let sample = if kind == "counter" { format!("{name}_total") } else { name.to_owned() };
+        for (eplb, group, pulse) in &pulses {
+            for (label, value) in values(pulse) {
+                let labels = [("eplb", *eplb), ("group", group)].into_iter().chain(label);
+                text.line(&sample, &labels.collect::<Vec<_>>(), value);
+            }
+        }
+    };
+    let map_epoch = "Epoch of the last remap of which a layer was committed";
+    family(("heliostat:map_epoch", "gauge", map_epoch), &|p| vec![(None, p.map_epoch as f64)]);
+    let membership = "Membership epoch of the group";
+    family(("heliostat:membership_epoch", "gauge", membership), &|p| vec![(None, p.membership_epoch as f64)]);
+    let ready = "Ranks of the group that are connected";
+    family(("heliostat:ranks_ready", "gauge", ready), &|p| vec![(None, f64::from(p.ready))]);
+    let balancedness = "Mean load of a rank by that of the fullest, over layers";
+    family(("heliostat:balancedness", "gauge", balancedness), &|p| {
+        let b = p.balancedness;
+        let stats = [("min", b.min), ("p50", b.p50), ("avg", b.avg), ("max", b.max)];
+        stats.map(|(stat, value)| (Some(("stat", stat)), value)).to_vec()
+    });
+    family(("heliostat:remaps", "counter", "Remaps that ended"), &|p| {
+        let ends = [("committed", p.committed), ("rolled_back", p.rolled_back)];
+        ends.map(|(end, count)| (Some(("end", end)), count as f64)).to_vec()
+    });
+    let experts = "Experts that remaps brought to a rank, by their way";
+    family(("heliostat:moved_experts", "counter", experts), &|p| {
+        p.moved.paths().map(|(path, carried)| (Some(("path", path)), carried.experts as f64)).to_vec()
+    });
+    let bytes = "Bytes of experts that remaps brought to a rank, by their way";
+    family(("heliostat:moved_bytes", "counter", bytes), &|p| {
+        p.moved.paths().map(|(path, carried)| (Some(("path", path)), carried.bytes as f64)).to_vec()
+    });
 }
 
 fn cluster(text: &mut Text, status: &ClusterStatus) {
@@ -105,6 +122,9 @@ fn group_state(state: &PlacementGroupState) -> &'static str {
     }
 }
 
+/// A value, with the name and value of a further label.
+type Sample = (Option<(&'static str, &'static str)>, f64);
+
 struct Text(String);
 
 impl Text {
@@ -123,7 +143,7 @@ impl Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eplb::EplbPulse;
+    use crate::messages::{Carried, Moved};
 
     #[test]
     fn every_family_is_declared_before_its_lines() {
@@ -132,12 +152,36 @@ mod tests {
         seen.balances.entry("a\"b".to_owned()).or_default().push(1, pulse);
         let text = render(&seen);
         for line in [
-            r#"heliostat:map_epoch{eplb="a\"b"} 3"#,
-            r#"heliostat:remaps_total{eplb="a\"b",end="committed"} 2"#,
+            r#"heliostat:map_epoch{eplb="a\"b",group="ep"} 3"#,
+            r#"heliostat:remaps_total{eplb="a\"b",group="ep",end="committed"} 2"#,
             "# TYPE heliostat:remaps counter",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn every_replica_has_figures_of_its_own_and_each_family_stands_once() {
+        let mut seen = Seen::default();
+        let moved = Moved { nvlink: Carried { experts: 2, bytes: 88 }, ..Moved::default() };
+        for (name, map_epoch) in [("serve/chat-1.eplb", 1), ("serve/chat-2.eplb", 2)] {
+            let pulse = EplbPulse { map_epoch, moved, ..EplbPulse::default() };
+            seen.balances.entry(name.to_owned()).or_default().push(1, pulse);
+        }
+        let text = render(&seen);
+        for line in [
+            r#"heliostat:map_epoch{eplb="serve/chat-1.eplb",group="serve.chat-1"} 1"#,
+            r#"heliostat:map_epoch{eplb="serve/chat-2.eplb",group="serve.chat-2"} 2"#,
+            r#"heliostat:moved_experts_total{eplb="serve/chat-2.eplb",group="serve.chat-2",path="nvlink"} 2"#,
+            r#"heliostat:moved_bytes_total{eplb="serve/chat-1.eplb",group="serve.chat-1",path="nvlink"} 88"#,
+            r#"heliostat:moved_bytes_total{eplb="serve/chat-1.eplb",group="serve.chat-1",path="host"} 0"#,
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        let declared: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+        let once: std::collections::BTreeSet<&&str> = declared.iter().collect();
+        assert_eq!(once.len(), declared.len(), "{text}");
+        assert!(!text.contains("eplb_"), "one set of names:\n{text}");
     }
 }

@@ -8,6 +8,8 @@ use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::map::Layout;
 
+use crate::telemetry::TelemetryArgs;
+
 /// Arguments of the `rank` actor; the same for all ranks of a group but for `rank`.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct RankArgs {
@@ -27,6 +29,8 @@ pub struct RankArgs {
     pub engine: EngineArgs,
     /// How the ranks talk.
     pub links: LinkArgs,
+    /// Where it sends traces, if anywhere.
+    pub telemetry: Option<TelemetryArgs>,
 }
 
 /// Bounds of one rank's engine, in vLLM's names.

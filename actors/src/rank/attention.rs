@@ -8,36 +8,43 @@ use heliostat_engine::cuda::StepResults;
 use heliostat_engine::model::Logits;
 use heliostat_engine::request::{Output, RankStats, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
-use heliostat_runtime::handle::{ActorAddr, ProcessId};
+use heliostat_runtime::handle::ProcessId;
 
 use super::clock::StepClock;
-use super::link::Submission;
+use super::link::{Owner, Submission};
 use super::outlet::Outlet;
+use super::spans::Spans;
+use crate::ingress::Hex;
 use crate::messages::Busy;
+use crate::telemetry::SpanCounts;
 
 /// What a DP rank owns.
 pub(super) struct Attention {
     scheduler: Scheduler,
-    owners: HashMap<RequestId, ActorAddr>,
+    owners: HashMap<RequestId, Owner>,
+    spans: Spans,
 }
 
 impl Attention {
     /// Without sequences; up to `depth` steps are in flight at a time.
-    pub(super) fn new(scheduler: Scheduler, depth: usize) -> Self {
-        Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new() }
+    pub(super) fn new(scheduler: Scheduler, depth: usize, spans: Spans) -> Self {
+        Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new(), spans }
     }
 
     /// Queues a sequence, under its grammar if it has one; a refusal goes to its ingress as the sequence's end.
     pub(super) fn submit(&mut self, submission: Submission, outlet: &mut Outlet) {
-        let Submission { request, constraint, ingress: owner } = submission;
-        let id = request.id;
+        let Submission { request, constraint, owner, traced } = submission;
+        let (id, sizes) = (request.id, (request.prompt.len(), request.generated.len()));
         let added = match constraint {
             Some(constraint) => self.scheduler.add_constrained(request, constraint),
             None => self.scheduler.add(request),
         };
         match added {
             Ok(()) => {
+                let request_id = owner.request_id.as_str();
+                tracing::debug!(request_id, sequence = %Hex(id), "took a sequence");
                 self.owners.insert(id, owner);
+                traced.iter().for_each(|traced| self.spans.queued(id, traced, sizes));
             }
             Err(refused) => {
                 let why = match refused.reason {
@@ -55,11 +62,12 @@ impl Attention {
     pub(super) fn abort(&mut self, id: RequestId) {
         self.scheduler.abort(id);
         self.owners.remove(&id);
+        self.spans.aborted(id);
     }
 
     /// Forgets all sequences whose ingress lives in that process.
     pub(super) fn abort_all_of(&mut self, process: ProcessId) {
-        let of_process = self.owners.iter().filter(|(_, owner)| owner.process == process);
+        let of_process = self.owners.iter().filter(|(_, owner)| owner.ingress.process == process);
         let ids: Vec<RequestId> = of_process.map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.abort(id));
     }
@@ -79,9 +87,23 @@ impl Attention {
         RankStats { step_us: clock.last_us(), phases: clock.phases(), ..self.scheduler.stats() }
     }
 
+    /// The steps that follow have numbers from this one on, as recordings know them.
+    pub(super) fn begin_step(&mut self, step: u64) {
+        self.spans.begin_step(step);
+    }
+
+    /// What became of the spans of this process.
+    pub(super) fn spans(&self) -> SpanCounts {
+        self.spans.counts()
+    }
+
     /// The next step, which may be empty.
     pub(super) fn schedule(&mut self) -> Arc<Step> {
-        self.scheduler.schedule()
+        let step = self.scheduler.schedule();
+        if !self.spans.is_empty() {
+            self.scheduler.shares().for_each(|(id, tokens)| self.spans.scheduled(id, tokens));
+        }
+        step
     }
 
     /// Works out what grammars allow next, while the device computes.
@@ -92,6 +114,7 @@ impl Attention {
     /// Has the steps in flight computed again, after a fault.
     pub(super) fn rewind(&mut self) {
         self.scheduler.rewind();
+        self.spans.interrupted();
     }
 
     /// Takes the logits of the oldest step and delivers what is drawn from them.
@@ -107,12 +130,17 @@ impl Attention {
     }
 
     fn deliver(&mut self, output: Output, outlet: &mut Outlet) {
+        self.spans.brought(&output);
         let owner = match output.finish {
             Some(_) => self.owners.remove(&output.id),
             None => self.owners.get(&output.id).cloned(),
         };
         if let Some(owner) = owner {
-            outlet.push(&owner, output);
+            if let Some(finish) = &output.finish {
+                let request_id = owner.request_id.as_str();
+                tracing::debug!(request_id, sequence = %Hex(output.id), ?finish, "ended a sequence");
+            }
+            outlet.push(&owner.ingress, output);
         }
     }
 }

@@ -16,6 +16,7 @@ use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use tokio::sync::oneshot;
 
 use super::plan::OpenPlan;
+use super::spans::Traced;
 use crate::messages::{Busy, RankJoined, StepLoad};
 use crate::monitor::trace::RankTrace;
 
@@ -24,7 +25,17 @@ pub(super) struct Submission {
     pub(super) request: Request,
     /// How its grammar was compiled, if it has one.
     pub(super) constraint: Option<Constraint>,
+    pub(super) owner: Owner,
+    /// Its trace, if that is recorded.
+    pub(super) traced: Option<Traced>,
+}
+
+/// Who asked for a sequence.
+#[derive(Clone, Debug)]
+pub(super) struct Owner {
     pub(super) ingress: ActorAddr,
+    /// The request of its client, for logs.
+    pub(super) request_id: String,
 }
 
 /// What the step thread is asked to do between two steps.
@@ -160,16 +171,16 @@ impl Link {
     }
 
     /// Queues a request.
-    pub(super) fn submit(&self, request: Request, constraint: Option<Constraint>, ingress: ActorAddr) {
-        self.send(Command::Submit(Box::new(Submission { request, constraint, ingress })));
+    pub(super) fn submit(&self, submission: Submission) {
+        self.send(Command::Submit(Box::new(submission)));
     }
 
     /// Queues a request that was noted, unless it was given up meanwhile.
-    pub(super) fn submit_compiled(&self, request: Request, constraint: Constraint, ingress: ActorAddr) {
+    pub(super) fn submit_compiled(&self, submission: Submission) {
         // Locked until it is queued, so that it is either not noted any more or queued before a command to stop it.
         let mut compiling = self.compiling();
-        if compiling.remove(&request.id).is_some() {
-            self.submit(request, Some(constraint), ingress);
+        if compiling.remove(&submission.request.id).is_some() {
+            self.submit(submission);
         }
     }
 

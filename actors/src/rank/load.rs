@@ -31,10 +31,12 @@ use super::grammars::Grammars;
 use super::join::ExpertLoader;
 use super::leases::Leases;
 use super::outlet::Outlet;
+use super::spans::Spans;
 use super::suspect::{Notice, heed};
 use super::thread::StepThread;
 use super::{Rank, join, link};
 use crate::deployment::rank_name;
+use crate::telemetry::Tracing;
 
 /// When a rank takes in the experts of its slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +71,7 @@ pub(super) struct Loaded {
     engine: Engine,
     attention: Option<Attention>,
     slots: SharedSlots,
+    tracing: Tracing,
 }
 
 /// Reads the rank's share of the checkpoint. Blocks for as long as that takes.
@@ -98,7 +101,8 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx, experts: Experts) -> Result<Lo
         Some(DeviceKind::Cpu { threads }) => load_cpu(args, *threads, (&config, &checkpoint), &mut progress)?,
         None => load_cpu(args, 1, (&config, &checkpoint), &mut progress)?,
     };
-    let attention = role.dp.map(|_| attention(args, &config, &engine)).transpose()?;
+    let tracing = Tracing::of(args.telemetry.as_ref().filter(|_| role.dp.is_some()), cx);
+    let attention = role.dp.map(|_| attention(args, &config, &engine, &tracing)).transpose()?;
     let loader = ExpertLoader { checkpoint, config: Arc::clone(&config), store: engine.store() };
     let layout = &args.layout;
     let slots = SharedSlots::new(Slots::new(layout.layers().len(), layout.shape().slots_per_rank() as usize));
@@ -112,7 +116,7 @@ pub(super) fn load(args: &RankArgs, cx: &ActorCx, experts: Experts) -> Result<Lo
         })
         .map_err(CreateError::Failed)?;
     }
-    Ok(Loaded { loader, config, engine, attention, slots })
+    Ok(Loaded { loader, config, engine, attention, slots, tracing })
 }
 
 /// Bytes of the experts that the rank starts with.
@@ -202,7 +206,12 @@ fn load_cuda(
     CudaRank::load(&device, config, &options, Weights::Checkpoint(checkpoint), progress)
 }
 
-fn attention(args: &RankArgs, config: &ModelConfig, device: &Engine) -> Result<Attention, CreateError> {
+fn attention(
+    args: &RankArgs,
+    config: &ModelConfig,
+    device: &Engine,
+    tracing: &Tracing,
+) -> Result<Attention, CreateError> {
     let engine = &args.engine;
     let (num_blocks, depth) = match device {
         Engine::Cpu(cpu) => (cpu.model.as_ref().map_or(0, |(_, kv)| kv.num_blocks()), 1),
@@ -220,7 +229,7 @@ fn attention(args: &RankArgs, config: &ModelConfig, device: &Engine) -> Result<A
         vocab_size: config.vocab_size,
     })
     .map_err(CreateError::failed)?;
-    Ok(Attention::new(scheduler, depth))
+    Ok(Attention::new(scheduler, depth, Spans::new(tracing.clone(), args.rank)))
 }
 
 /// A free port at the address where other processes reach this one.
@@ -290,6 +299,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         leases,
         probe,
         grammars: Arc::new(Grammars::new(args.model.clone())),
+        tracing: loaded.tracing,
         args,
     })
 }

@@ -17,6 +17,7 @@ mod outlet;
 mod plan;
 mod recorder;
 mod refill;
+mod spans;
 mod stager;
 mod steps;
 mod suspect;
@@ -36,6 +37,7 @@ use tokio::task::JoinHandle;
 
 pub use args::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs, RankArgs};
 
+use crate::ingress::Hex;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
     AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, BreakDevice, Busy, ExpertChunk, FetchExpert,
@@ -43,12 +45,14 @@ use crate::messages::{
     ReportLoad, ReturnExpert, StartTrace, StepLoad, Submit, TakeTrace,
 };
 use crate::monitor::trace::RankTrace;
+use crate::telemetry::Tracing;
 use borrow::Borrower;
 use grammars::Grammars;
 use join::ExpertLoader;
 use leases::Leases;
-use link::{Command, Link};
+use link::{Command, Link, Owner, Submission};
 use plan::OpenPlan;
+use spans::Traced;
 use stager::Stager;
 
 /// How often a rank sees whether its GPU still answers.
@@ -76,6 +80,7 @@ pub struct Rank {
     /// Tells whether its GPU still answers.
     probe: Option<Stream>,
     grammars: Arc<Grammars>,
+    tracing: Tracing,
 }
 
 struct Encoded {
@@ -100,6 +105,7 @@ impl Actor for Rank {
     fn stopped(&mut self, _: &mut Self::Context) {
         self.drop_staging();
         self.link.stop();
+        self.tracing.close();
     }
 }
 
@@ -149,11 +155,17 @@ impl Rank {
     fn compile(&self, message: Submit, dp: u32) {
         let (id, ingress) = (message.request.id, message.reply_to.process);
         self.link.note_compiling(id, ingress);
+        let (traced, request_id) = (Traced::now(&message.from), message.from.request_id.clone());
         let (grammars, link, cx) = (Arc::clone(&self.grammars), self.link.clone(), self.cx.clone());
         tokio::task::spawn_blocking(move || {
             let Some(grammar) = &message.request.grammar else { return };
             match grammars.compile(grammar) {
-                Ok(constraint) => link.submit_compiled(message.request, constraint, message.reply_to),
+                Ok(constraint) => link.submit_compiled(Submission {
+                    request: message.request,
+                    constraint: Some(constraint),
+                    owner: Owner { ingress: message.reply_to, request_id },
+                    traced,
+                }),
                 Err(why) => {
                     if link.abort(id) {
                         refuse(&cx, dp, &message, Busy::Unservable(why));
@@ -201,10 +213,12 @@ impl Rank {
 
 /// Tells the ingress that its request does not run.
 fn refuse(cx: &ActorCx, dp: u32, message: &Submit, why: Busy) {
+    let (request_id, sequence) = (message.from.request_id.as_str(), Hex(message.request.id));
+    tracing::debug!(request_id, %sequence, "refused a sequence: {why}");
     let ingress = cx.system().handle::<IngressActor>(message.reply_to.clone());
     let refusal = RankRefused { dp, id: message.request.id, why };
     if let Err(refused) = ingress.tell(refusal) {
-        tracing::warn!("the ingress took no refusal: {}", refused.reason);
+        tracing::warn!(request_id, %sequence, "the ingress took no refusal: {}", refused.reason);
     }
 }
 
@@ -261,7 +275,12 @@ impl Handler<Submit> for Rank {
         let dp = dp as u32 + self.args.first_rank;
         match self.link.admit(self.args.engine.max_waiting) {
             Ok(()) if message.request.grammar.is_some() => self.compile(message, dp),
-            Ok(()) => self.link.submit(message.request, None, message.reply_to),
+            Ok(()) => self.link.submit(Submission {
+                request: message.request,
+                constraint: None,
+                traced: Traced::now(&message.from),
+                owner: Owner { ingress: message.reply_to, request_id: message.from.request_id },
+            }),
             Err(why) => refuse(&self.cx, dp, &message, why),
         }
     }

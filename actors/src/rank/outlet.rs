@@ -13,11 +13,14 @@ use heliostat_runtime::system::System;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::args::RankArgs;
+use super::link::Owner;
 use super::plan::OpenPlan;
 use super::suspect::Notice;
 use crate::eplb::Eplb;
+use crate::ingress::Hex;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{Busy, PlanEnd, PlanReport, RankJoined, RankOutputs, RankRefused, StepLoad, StepTimes};
+use crate::telemetry::SpanCounts;
 
 /// The step thread's way out.
 pub(super) struct Outlet {
@@ -101,17 +104,19 @@ impl Outlet {
     }
 
     /// Sends figures to this ingress from now on.
-    pub(super) fn attach_ingress(&mut self, ingress: ActorAddr, stats: &RankStats) {
+    pub(super) fn attach_ingress(&mut self, ingress: ActorAddr, stats: &RankStats, spans: SpanCounts) {
         self.outputs.entry(ingress).or_default();
-        self.send_stats(stats);
+        self.send_stats(stats, spans);
     }
 
     /// Tells an ingress that a sequence cannot run here.
-    pub(super) fn refuse(&mut self, id: RequestId, ingress: &ActorAddr, why: Busy) {
+    pub(super) fn refuse(&mut self, id: RequestId, owner: &Owner, why: Busy) {
         let Some(dp) = self.dp.map(|dp| dp + self.first_rank) else { return };
-        let ingress = self.system.handle::<IngressActor>(ingress.clone());
+        let (request_id, sequence) = (owner.request_id.as_str(), Hex(id));
+        tracing::debug!(request_id, %sequence, "refused a sequence: {why}");
+        let ingress = self.system.handle::<IngressActor>(owner.ingress.clone());
         if let Err(refused) = ingress.tell(RankRefused { dp, id, why }) {
-            tracing::warn!("the ingress took no refusal: {}", refused.reason);
+            tracing::warn!(request_id, %sequence, "the ingress took no refusal: {}", refused.reason);
         }
     }
 
@@ -121,19 +126,19 @@ impl Outlet {
     }
 
     /// Sends what waits.
-    pub(super) fn send_outputs(&mut self, stats: &RankStats) {
-        self.send(stats, |waiting| !waiting.is_empty());
+    pub(super) fn send_outputs(&mut self, stats: &RankStats, spans: SpanCounts) {
+        self.send((stats, spans), |waiting| !waiting.is_empty());
     }
 
     /// Sends what waits, and the figures to everybody.
-    pub(super) fn send_stats(&mut self, stats: &RankStats) {
-        self.send(stats, |_| true);
+    pub(super) fn send_stats(&mut self, stats: &RankStats, spans: SpanCounts) {
+        self.send((stats, spans), |_| true);
     }
 
-    fn send(&mut self, stats: &RankStats, wanted: impl Fn(&[Output]) -> bool) {
+    fn send(&mut self, (stats, spans): (&RankStats, SpanCounts), wanted: impl Fn(&[Output]) -> bool) {
         let Some(dp) = self.dp.map(|dp| dp + self.first_rank) else { return };
         for (ingress, waiting) in self.outputs.iter_mut().filter(|(_, waiting)| wanted(waiting)) {
-            let message = RankOutputs { dp, outputs: std::mem::take(waiting), stats: stats.clone() };
+            let message = RankOutputs { dp, outputs: std::mem::take(waiting), stats: stats.clone(), spans };
             if let Err(refused) = self.system.handle::<IngressActor>(ingress.clone()).tell(message) {
                 *waiting = refused.message.outputs;
             }

@@ -143,6 +143,8 @@ impl StepThread {
     /// Computes one step: the whole model on a DP rank, the MoE layers on a rank with experts only.
     fn step(&mut self, group: &mut EpGroup, round: u64) -> Result<StepWork, ExchangeError> {
         group.begin_step(round);
+        let number = self.clock.steps() + 1;
+        self.attention.iter_mut().for_each(|attention| attention.begin_step(number));
         self.engine.step(self.attention.as_mut(), group, &mut self.outlet)
     }
 
@@ -181,14 +183,14 @@ impl StepThread {
         if self.outlet.load_is_due(self.args.engine.load_report_steps) {
             self.outlet.send_load();
         }
-        self.outlet.send_outputs(&attention.stats(&self.clock));
+        self.outlet.send_outputs(&attention.stats(&self.clock), attention.spans());
     }
 
     /// The same before a sleep, so that nobody is left with old figures.
     fn report_idle(&mut self) {
         if let Some(attention) = &self.attention {
             self.outlet.send_load();
-            self.outlet.send_stats(&attention.stats(&self.clock));
+            self.outlet.send_stats(&attention.stats(&self.clock), attention.spans());
         }
     }
 }

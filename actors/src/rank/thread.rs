@@ -381,8 +381,10 @@ impl StepThread {
                 let _ = reply.send(self.outlet.attach_eplb(eplb, now, open));
             }
             Command::AttachIngress(ingress) => {
-                let stats = self.attention.as_ref().map(|attention| attention.stats(&self.clock));
-                self.outlet.attach_ingress(ingress, &stats.unwrap_or_default());
+                let attention = self.attention.as_ref();
+                let stats = attention.map(|attention| (attention.stats(&self.clock), attention.spans()));
+                let (stats, spans) = stats.unwrap_or_default();
+                self.outlet.attach_ingress(ingress, &stats, spans);
             }
             Command::StartTrace(steps_max) => self.clock.recorder.start(steps_max as usize),
             Command::TakeTrace(reply) => {

@@ -14,6 +14,7 @@ use heliostat_actors::ingress::engine::{EngineLink, RankCommand, Ranks, Refusal,
 use heliostat_actors::ingress::model::ServedModel;
 use heliostat_actors::ingress::server::{HttpConfig, serve};
 use heliostat_actors::ingress::text::TextModel;
+use heliostat_actors::telemetry::Provenance;
 use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::checkpoint::Checkpoint;
 use heliostat_engine::config::{GenerationDefaults, ModelConfig};
@@ -62,7 +63,7 @@ struct Link {
 }
 
 impl EngineLink for Link {
-    fn send(&self, rank: u32, command: RankCommand) -> Result<(), Unavailable> {
+    fn send(&self, rank: u32, command: RankCommand, _: Provenance) -> Result<(), Unavailable> {
         let unavailable = |command, cause| Unavailable { rank, command: Box::new(command), cause };
         if self.mailbox_full.load(Ordering::Relaxed) {
             return Err(unavailable(command, Refusal::Full));

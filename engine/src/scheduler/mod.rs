@@ -213,6 +213,13 @@ impl Scheduler {
         self.pipeline.give().expect("it was just pushed")
     }
 
+    /// Whose tokens the step that `schedule` returned last computes, and how many of each.
+    pub fn shares(&self) -> impl Iterator<Item = (RequestId, usize)> {
+        let given = self.pipeline.last_given().into_iter();
+        let shares = given.flat_map(|given| given.turns.iter().zip(&given.step.seqs));
+        shares.filter_map(|(turn, share)| Some((self.running.get(turn.as_ref()?)?.id(), share.len)))
+    }
+
     /// The steps in flight, oldest first.
     pub fn in_flight(&self) -> impl ExactSizeIterator<Item = &Arc<Step>> {
         self.pipeline.steps()

@@ -57,6 +57,11 @@ impl Pipeline {
         Some(Arc::clone(&next.step))
     }
 
+    /// The step that `give` gave last.
+    pub(super) fn last_given(&self) -> Option<&InFlight> {
+        self.steps.get(self.given.checked_sub(1)?)
+    }
+
     /// Adds the newest step.
     pub(super) fn push(&mut self, step: Step, turns: Vec<Option<Turn>>) {
         self.steps.push_back(InFlight { step: Arc::new(step), turns });

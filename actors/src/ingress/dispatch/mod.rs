@@ -139,6 +139,14 @@ impl Dispatch {
         self.sequences.is_empty()
     }
 
+    /// Where a sequence is.
+    pub fn rank_of(&self, id: RequestId) -> Option<u32> {
+        match self.sequences.get(&id)?.place {
+            Place::On(rank) => Some(rank),
+            Place::Nowhere => None,
+        }
+    }
+
     /// Sequences that went on at another rank, since the start.
     pub fn moves(&self) -> u64 {
         self.moves

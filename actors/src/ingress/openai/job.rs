@@ -9,9 +9,10 @@ use heliostat_engine::request::{Request, SamplingParams, StopConditions};
 
 use crate::ingress::dispatch::Origin;
 use crate::ingress::error::ApiError;
-use crate::ingress::handle::Ingress;
+use crate::ingress::handle::{Arrival, Ingress};
 use crate::ingress::model::ServedModel;
-use crate::ingress::server::{client, request_limit};
+use crate::ingress::server::{client, request_id, request_limit, request_trace};
+use crate::ingress::spans::Asked;
 use crate::ingress::text::{SequenceText, TextOptions};
 
 use super::body::Body;
@@ -120,7 +121,16 @@ impl Job {
         let requests = self.requests(ingress);
         let texts =
             requests.iter().map(|_| SequenceText::new(model.text.clone(), self.text.clone())).collect();
-        let generation = ingress.submit(requests, origin, arrived)?;
+        let trace = request_trace(http).map(|trace| {
+            let chats = http.path().ends_with("/chat/completions") || http.path().ends_with("/responses");
+            let operation = if chats { "chat" } else { "text_completion" };
+            trace.with(Asked { operation, model: model.name().to_owned(), choices: self.choices })
+        });
+        let generation = ingress.submit(
+            requests,
+            origin,
+            Arrival { at: arrived, request_id: request_id(http).into(), trace },
+        )?;
         let prompt_tokens = self.prompts.iter().map(|prompt| prompt.ids.len()).sum();
         Ok(Run::new(generation, texts, (self.choices, prompt_tokens), request_limit(http)))
     }

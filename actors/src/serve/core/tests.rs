@@ -46,6 +46,7 @@ pub(in crate::serve) fn model(name: &str, seqs: u32) -> ModelDeployment {
             plan_timeout: Duration::from_secs(1),
             log_balancedness: false,
         },
+        telemetry: None,
         spread: false,
         selector: LabelSelector::default(),
         restart: RestartPolicy::default(),
