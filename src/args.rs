@@ -123,8 +123,8 @@ Examples:
 
 Without a file: ./cluster.toml, or the default cluster where there is none (the bundled model, where
 ./models/sundial-20m is there: a rank on each GPU, or four on CPU devices where there is no GPU).
-A file without [model] starts a cluster for actors and jobs. Head and node agent are restarted when they die.
-Ctrl-C, SIGTERM or `helio down` stop everything.")]
+A file without [model] starts a cluster for actors and jobs, and for what helio serve deploys.
+Head and node agent are restarted when they die. Ctrl-C, SIGTERM or `helio down` stop everything.")]
 pub(crate) struct Up {
     /// The cluster to start.
     pub(crate) file: Option<PathBuf>,

@@ -14,7 +14,7 @@ use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::{Gate, PlacementStrategy as Strategy, Policy as Planner};
 use heliostat_runtime::spec::{ActorSpec, LabelSelector, Placement, RestartPolicy};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Steps between two load reports of a rank; a shorter window reports more often.
@@ -26,7 +26,7 @@ pub(crate) const APPLICATION: &str = "cluster";
 
 /// What a configuration asks for.
 pub(crate) struct Plan {
-    /// The actors that the head keeps by itself: the jobs actor, and with a model the serve controller and the ingress.
+    /// The actors that the head keeps by itself: the serve controller, the ingress and the jobs actor.
     pub(crate) kept: Vec<ActorSpec>,
     /// Names of the actors of the model, which the controller adds.
     pub(crate) served: Vec<String>,
@@ -39,10 +39,19 @@ impl Plan {
     }
 }
 
+/// What documents go by where there is no model: everything but the model itself.
+fn no_model(config: &Config) -> Result<ModelDeployment> {
+    let served = Model { path: PathBuf::new(), name: String::new(), max_model_len: u32::MAX, deploy: false };
+    described(config, &served, None)
+}
+
 /// The model that a configuration describes. Reads its config.json and the initial layout.
 fn model(config: &Config, served: &Model) -> Result<ModelDeployment> {
-    let model = ModelConfig::from_dir(&served.path)?;
-    let layout_file = config.eplb.initial_layout.as_deref();
+    described(config, served, Some(&ModelConfig::from_dir(&served.path)?))
+}
+
+fn described(config: &Config, served: &Model, model: Option<&ModelConfig>) -> Result<ModelDeployment> {
+    let layout_file = config.eplb.initial_layout.as_deref().filter(|_| model.is_some());
     let initial_layout = layout_file
         .map(|path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display())))
         .transpose()?;
@@ -63,7 +72,7 @@ fn model(config: &Config, served: &Model) -> Result<ModelDeployment> {
             secret: config.token.as_ref().map(|Token(text)| text.clone().into_bytes()),
             stage_ahead: STAGE_AHEAD,
         },
-        eplb: eplb(config, &model),
+        eplb: eplb(config, model),
         topology: topology(config)?,
         telemetry: config.telemetry.clone(),
         spread: false,
@@ -91,10 +100,7 @@ fn door(config: &Config) -> HttpDoor {
 
 /// The actors that a configuration describes. Checks the model's files on this machine.
 pub(crate) fn plan(config: &Config) -> Result<Plan> {
-    let mut plan = match &config.model {
-        Some(served) => serving(config, served)?,
-        None => Plan { kept: Vec::new(), served: Vec::new() },
-    };
+    let mut plan = serving(config)?;
     if config.dashboard.enabled {
         let jobs = jobs_spec(&jobs_args(config), restart(config))?;
         plan.kept.push(ActorSpec { placement: jobs_placement(config), ..jobs });
@@ -103,12 +109,18 @@ pub(crate) fn plan(config: &Config) -> Result<Plan> {
 }
 
 /// The serve controller and the ingress, and what they serve from the start.
-fn serving(config: &Config, served: &Model) -> Result<Plan> {
-    let model = model(config, served)?;
+fn serving(config: &Config) -> Result<Plan> {
     let names = ReplicaNames::home();
-    // Whatever is wrong with the model is better said now than by the controller.
-    model.specs(&names, 0)?;
-    let actors = if served.deploy { model.actors(&names) } else { Vec::new() };
+    let (model, deploy, dir) = match &config.model {
+        Some(served) => {
+            let model = model(config, served)?;
+            // Whatever is wrong with the model is better said now than by the controller.
+            model.specs(&names, 0)?;
+            (model, served.deploy, served.path.parent())
+        }
+        None => (no_model(config)?, false, config.run_dir.parent()),
+    };
+    let actors = if deploy { model.actors(&names) } else { Vec::new() };
     let http = SocketAddr::new(config.serve.host, config.serve.port);
     let ingress = IngressArgs {
         bind: http,
@@ -120,9 +132,9 @@ fn serving(config: &Config, served: &Model) -> Result<Plan> {
     let placement = config.serve.node.clone().map_or(Placement::Anywhere, Placement::Node);
     let serve = ServeArgs {
         base: model,
-        application: served.deploy.then(|| APPLICATION.to_owned()),
-        // A checkpoint that a document names is looked for beside this one.
-        dir: served.path.parent().map(Path::to_path_buf).unwrap_or_default(),
+        application: deploy.then(|| APPLICATION.to_owned()),
+        // A checkpoint that a document names is looked for beside this one, or beside the run directory.
+        dir: dir.map(Path::to_path_buf).unwrap_or_default(),
         http,
     };
     let kept = vec![serve_spec(&serve, restart(config))?, ActorSpec { placement, ..ingress }];
@@ -221,8 +233,8 @@ fn cuda(cuda: &Cuda) -> CudaArgs {
     }
 }
 
-fn eplb(config: &Config, model: &ModelConfig) -> EplbConfig {
-    let experts = u32::try_from(model.moe.num_experts).unwrap_or(u32::MAX);
+fn eplb(config: &Config, model: Option<&ModelConfig>) -> EplbConfig {
+    let experts = model.map_or(0, |model| u32::try_from(model.moe.num_experts).unwrap_or(u32::MAX));
     let (ranks, slots) = (config.parallel.ep, experts.saturating_add(config.redundant_experts));
     // Hierarchical balancing wants whole ranks and slots per node.
     let nodes = u32::try_from(config.nodes.len()).unwrap_or(1);
@@ -242,6 +254,8 @@ fn eplb(config: &Config, model: &ModelConfig) -> EplbConfig {
         plan_timeout: Duration::from_secs_f64(config.eplb.plan_timeout_s),
         log_balancedness: config.eplb.log_balancedness,
     };
-    eplb.fit(model);
+    if let Some(model) = model {
+        eplb.fit(model);
+    }
     eplb
 }

@@ -32,6 +32,14 @@ pub use heliostat_actors as actors;
 pub use heliostat_runtime as runtime;
 pub use program::{BoxError, Driver, DriverError, Program, connect};
 
+/// What an actor needs that is a deployment behind a route (`docs/serve.md`).
+pub mod serve {
+    pub use heliostat_actors::serve::replica::{
+        CheckHealth, HttpHead, HttpPart, HttpRequest, HttpResponse, Reconfigure, ReplicaArgs,
+    };
+    pub use heliostat_runtime::actor::Items;
+}
+
 /// What a file with an actor needs.
 pub mod prelude {
     pub use crate::{BoxError, Driver, Program, functions, messages};

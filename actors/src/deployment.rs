@@ -65,6 +65,11 @@ impl ReplicaNames {
         rank_name(&self.prefix, rank)
     }
 
+    /// The actor, where the replica is one of a user.
+    pub fn replica(&self) -> String {
+        format!("{}replica", self.prefix)
+    }
+
     /// The EPLB actor.
     pub fn eplb(&self) -> String {
         format!("{}{EPLB}", self.prefix)

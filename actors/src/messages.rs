@@ -44,6 +44,7 @@ wire! {
     RankRefused => "ingress.refused",
     GetServing => "ingress.get_serving",
     GetRequests => "ingress.get_requests",
+    AwaitServing => "ingress.await_serving",
     StepLoad => "eplb.step_load",
     PlanReport => "eplb.plan_report",
     RankJoined => "eplb.rank_joined",
@@ -289,6 +290,11 @@ pub struct RankRefused {
 #[derive(Clone, Copy, Debug, Encode, Decode, Message)]
 #[rtype(result = "Vec<ServingReport>")]
 pub struct GetServing;
+
+/// Answered once every application that is served takes requests, and there is one.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct AwaitServing;
 
 /// The sequences that ended last, oldest first.
 #[derive(Clone, Copy, Debug, Encode, Decode, Message)]

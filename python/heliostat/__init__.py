@@ -1,4 +1,4 @@
-"""Client of a Heliostat cluster: submit jobs, call named actors, look at the cluster. Standard library only.
+"""Client of a Heliostat cluster: submit jobs, deploy applications, call named actors, look at the cluster. Standard library only.
 
     import heliostat
 
@@ -18,12 +18,14 @@ from ._errors import (
     ActorUnavailable,
     CallRefused,
     CallTimeout,
+    DeployFailed,
     HeliostatError,
     JobNotFound,
     NoAnswer,
     RequestRefused,
 )
 from ._jobs import Job, JobDetails, JobStatus
+from ._serve import ApplicationState, DeploymentState, ReplicaState
 from ._state import ActorState, NodeState, PlacementGroupState
 
 __version__ = "0.1.0"
@@ -34,9 +36,12 @@ __all__ = [
     "ActorNotFound",
     "ActorState",
     "ActorUnavailable",
+    "ApplicationState",
     "CallRefused",
     "CallTimeout",
     "Cluster",
+    "DeployFailed",
+    "DeploymentState",
     "HeliostatError",
     "Job",
     "JobDetails",
@@ -45,6 +50,7 @@ __all__ = [
     "NoAnswer",
     "NodeState",
     "PlacementGroupState",
+    "ReplicaState",
     "RequestRefused",
     "connect",
 ]

@@ -10,6 +10,8 @@ from ._actors import Actor
 from ._errors import ActorNotFound, HeliostatError
 from ._http import Http, path
 from ._jobs import Job, JobDetails, submit
+from . import _serve
+from ._serve import ApplicationState
 from ._state import ActorState, NodeState, PlacementGroupState, of
 
 # Where a dashboard is unless something says otherwise.
@@ -142,6 +144,27 @@ class Cluster:
     def get_job(self, submission_id: str) -> JobDetails:
         """All that is known of one job; raises JobNotFound."""
         return self.job(submission_id).details()
+
+    # Serving
+
+    def deploy(
+        self, document: Mapping[str, Any], *, timeout: Optional[float] = None
+    ) -> Dict[str, ApplicationState]:
+        """Serves exactly what a document of Ray Serve says, and returns its applications when they run.
+
+        document: as `yaml.safe_load` reads it from a file. An application that it does not list is drained and ends.
+        timeout: seconds to wait at most; what was deployed goes on being deployed after it.
+        Raises RequestRefused where the document is wrong, and DeployFailed where an application does not run.
+        """
+        return _serve.deploy(self._http, document, timeout)
+
+    def serve_status(self) -> Dict[str, ApplicationState]:
+        """All applications by name, with their deployments and replicas."""
+        return _serve.status(self._http)
+
+    def serve_shutdown(self) -> None:
+        """Drains and ends all applications, that of cluster.toml included, and returns when they are gone."""
+        _serve.shutdown(self._http)
 
     # State
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    from ._serve import ApplicationState
+
 
 class HeliostatError(Exception):
     """Base of all errors of this package."""
@@ -17,6 +22,14 @@ class RequestRefused(HeliostatError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class DeployFailed(HeliostatError):
+    """What was deployed does not run. `application` is its state, if there is one."""
+
+    def __init__(self, message: str, application: Optional[ApplicationState]) -> None:
+        super().__init__(message)
+        self.application = application
 
 
 class JobNotFound(RequestRefused):

@@ -20,11 +20,12 @@ pub(crate) fn run(args: &Check) -> Result<()> {
     warn(&config);
     let Some(model) = &config.model else {
         return print(&format!(
-            "cluster {} is fine\n  model    none: it runs actors and jobs\n  devices  {found}; {} nodes, {devices} devices\n  \
-             actors   {}\n",
+            "cluster {} is fine\n  model    none: it runs actors and jobs, and serves documents (helio serve)\n  \
+             devices  {found}; {} nodes, {devices} devices\n  actors   {}\n  serves   {}\n",
             config.name,
             config.nodes.len(),
             plan.names().join(", "),
+            config.serve_url(),
         ));
     };
     print(&format!(

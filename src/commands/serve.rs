@@ -78,7 +78,8 @@ impl Client {
     async fn controller(&self) -> Result<Handle<ServeController>> {
         self.cluster.forget(SERVE);
         let handle = self.cluster.handle::<ServeController>(SERVE).await;
-        let handle = handle.context("the serve controller cannot be asked: helio get actors serve shows why; without [model] there is none")?;
+        let handle =
+            handle.context("the serve controller cannot be asked: helio get actors serve shows why")?;
         Ok(handle.with_deadline(DEADLINE))
     }
 

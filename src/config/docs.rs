@@ -9,8 +9,8 @@ const INTRO: &str = "# cluster.toml
 
 <!-- Written by `helio reference > docs/configuration.md`; a test fails when it is out of date. -->
 
-Every key has a default. A file without `[model]` starts a cluster that serves nothing and runs actors and jobs; an empty
-`[model]` serves the bundled model with one rank per GPU of this machine, or on four CPU devices where it has none, and so
+Every key has a default. A file without `[model]` starts a cluster that runs actors and jobs, and serves what `helio serve`
+deploys; an empty `[model]` serves the bundled model with one rank per GPU of this machine, or on four CPU devices where it has none, and so
 does no file at all in a directory that has that model. Unknown keys are refused. Relative paths start at the directory of
 the file.
 `helio check cluster.toml` reads the file and the model without starting anything.

@@ -307,7 +307,7 @@ impl Config {
                 "connections between processes ({bind}) are not encrypted; set [security] (`helio cert --help`)"
             ));
         }
-        if self.model.is_some() && beyond(self.serve.host) && self.serve_tls.is_none() {
+        if beyond(self.serve.host) && self.serve_tls.is_none() {
             let host = self.serve.host;
             said.push(format!(
                 "HTTP on {host} is not encrypted, API keys included; set `tls_cert` and `tls_key` in [serve], or put a \

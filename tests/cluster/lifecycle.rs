@@ -41,18 +41,18 @@ async fn down_leaves_nothing_behind() {
     assert!(pids.iter().all(|&pid| !is_alive(pid)), "`helio down` returns when all is gone");
 }
 
-/// Without [model] there is a head, a node and the jobs actor, and jobs run.
+/// Without [model] there is nothing that serves a model, and jobs run.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_without_a_model_runs_jobs() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("cluster.toml");
-    let text_of = |head: u16, dashboard: u16| {
+    let text_of = |head: u16, http: u16, dashboard: u16| {
         format!(
             "[cluster]\nrun_dir = \"run\"\n[head]\nbind = \"127.0.0.1:{head}\"\n[devices]\ndevice = \"cpu\"\ncpu = 1\n\
-             [dashboard]\nport = {dashboard}\n"
+             [serve]\nport = {http}\n[dashboard]\nport = {dashboard}\n"
         )
     };
-    std::fs::write(&file, text_of(free_port(), free_port())).unwrap();
+    std::fs::write(&file, text_of(free_port(), free_port(), free_port())).unwrap();
     let run = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_helio"));
         command.args(args).current_dir(dir.path()).output().unwrap()
@@ -65,7 +65,7 @@ async fn a_cluster_without_a_model_runs_jobs() {
     );
     let started = Instant::now();
     let up = run(&["up", "--detach"]);
-    assert!(up.status.success() && text(&up).contains("no model is served"), "{}", text(&up));
+    assert!(up.status.success() && text(&up).contains("nothing is served yet"), "{}", text(&up));
     eprintln!("a cluster without a model is up after {:?}", started.elapsed());
     let job = run(&["job", "submit", "--", "echo", "no", "model"]);
     assert!(job.status.success() && text(&job).contains("no model"), "{}", text(&job));
@@ -73,7 +73,7 @@ async fn a_cluster_without_a_model_runs_jobs() {
         serde_json::from_slice(&run(&["list", "actors", "--json"]).stdout).unwrap();
     let names: Vec<&str> =
         actors.as_array().unwrap().iter().map(|actor| actor["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["jobs"]);
+    assert_eq!(names, ["ingress", "jobs", "serve"]);
     let down = run(&["down"]);
     assert!(down.status.success(), "{}", text(&down));
 }

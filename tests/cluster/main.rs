@@ -1,6 +1,7 @@
 //! The real binary as users run it: real processes, real sockets, real kills.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a failed setup is a failed test")]
 
+mod apps;
 mod browser;
 mod collector;
 mod cuda;

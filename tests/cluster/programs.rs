@@ -13,7 +13,7 @@ const TWO_NODES: [(&str, &str); 2] =
     [("devices", "device = \"cpu\"\ncpu = 1"), ("[nodes]", "name = \"a\"\n[[nodes]]\nname = \"b\"")];
 
 /// An example, which cargo has built beside the tests' own binary, or builds now.
-fn example(name: &str) -> PathBuf {
+pub(crate) fn example(name: &str) -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));

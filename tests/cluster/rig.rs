@@ -56,14 +56,18 @@ pub(crate) fn text(output: &Output) -> String {
 
 /// A configuration with free ports; `sections` adds keys by section.
 pub(crate) fn write_config(dir: &Path, model: &Path, sections: &[(&str, &str)]) -> (PathBuf, u16) {
+    configure(dir, Some(model), sections)
+}
+
+fn configure(dir: &Path, model: Option<&Path>, sections: &[(&str, &str)]) -> (PathBuf, u16) {
     let http = free_port();
     let mut all = vec![
         ("cluster", format!("run_dir = {:?}", dir.join("run"))),
         ("head", format!("bind = \"127.0.0.1:{}\"", free_port())),
-        ("model", format!("path = {model:?}")),
         ("serve", format!("port = {http}")),
         ("dashboard", format!("port = {}", free_port())),
     ];
+    all.extend(model.map(|model| ("model", format!("path = {model:?}"))));
     if !sections.iter().any(|(section, keys)| *section == "devices" && keys.contains("device")) {
         all.push(("devices", "device = \"cpu\"".to_owned()));
     }
@@ -94,17 +98,22 @@ impl Cluster {
 
     /// The same, started with these variables.
     pub(crate) async fn up_with(sections: &[(&str, &str)], environment: &[(&str, &str)]) -> Self {
-        Self::start(&bundled(), sections, environment).await
+        Self::start(Some(&bundled()), sections, environment).await
     }
 
     pub(crate) async fn up_model(model: &Path, sections: &[(&str, &str)]) -> Self {
-        Self::start(model, sections, &[]).await
+        Self::start(Some(model), sections, &[]).await
     }
 
-    async fn start(model: &Path, sections: &[(&str, &str)], environment: &[(&str, &str)]) -> Self {
+    /// A cluster without a model.
+    pub(crate) async fn up_bare(sections: &[(&str, &str)]) -> Self {
+        Self::start(None, sections, &[]).await
+    }
+
+    async fn start(model: Option<&Path>, sections: &[(&str, &str)], environment: &[(&str, &str)]) -> Self {
         let turn = TURN.lock().await;
         let dir = tempfile::tempdir().unwrap();
-        let (file, http) = write_config(dir.path(), model, sections);
+        let (file, http) = configure(dir.path(), model, sections);
         let started = Instant::now();
         let mut command = Command::new(env!("CARGO_BIN_EXE_helio"));
         command.args(["up", file.to_str().unwrap(), "--detach"]).envs(environment.iter().copied());

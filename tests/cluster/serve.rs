@@ -23,7 +23,7 @@ impl Cluster {
         Self::up(&[("model", "deploy = false"), ("devices", "device = \"cpu\"\ncpu = 3\nthreads = 1")]).await
     }
 
-    fn deploy(&self, apps: Value, more: &[&str]) -> (bool, String) {
+    pub(crate) fn deploy(&self, apps: Value, more: &[&str]) -> (bool, String) {
         let file = self.dir.path().join("serve.yaml");
         std::fs::write(&file, json!({ "applications": apps }).to_string()).unwrap();
         let args = [&["serve", "deploy", "serve.yaml"], more].concat();
@@ -31,19 +31,19 @@ impl Cluster {
         (output.status.success(), crate::rig::text(&output))
     }
 
-    fn deploy_and_wait(&self, apps: Value) {
+    pub(crate) fn deploy_and_wait(&self, apps: Value) {
         let (deployed, said) = self.deploy(apps, &["--wait"]);
         assert!(deployed, "{said}");
     }
 
     /// `helio serve status --json`.
-    fn serve_status(&self) -> Value {
+    pub(crate) fn serve_status(&self) -> Value {
         let output = self.helio(&["serve", "status", "--json"]);
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Replicas of an application, by number, with their states.
-    fn replicas(&self, app: &str) -> Vec<(String, String)> {
+    pub(crate) fn replicas(&self, app: &str) -> Vec<(String, String)> {
         let status = self.serve_status();
         let deployments = status[app]["deployments"].as_object().cloned().unwrap_or_default();
         let replicas =

@@ -119,8 +119,12 @@ fn table() -> Table {
         may_wait: false,
         replicas: vec![replica],
     };
-    let app =
-        TableApp { name: "bench".into(), route_prefix: Some("/".into()), deployments: vec![deployment] };
+    let app = TableApp {
+        name: "bench".into(),
+        route_prefix: Some("/".into()),
+        deployments: vec![deployment],
+        actors: vec![],
+    };
     Table { apps: vec![app] }
 }
 

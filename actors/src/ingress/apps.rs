@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use actix_web::web::Data;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::actors::ActorPool;
 use super::handle::Ingress;
 use super::model::ServedModel;
 
@@ -21,6 +22,7 @@ pub struct AppRoute {
     /// Without a slash at its end: empty for the root.
     prefix: String,
     models: Vec<ModelRoute>,
+    actors: Option<ActorPool>,
 }
 
 /// A model that answers in an application. Cheap to clone.
@@ -48,7 +50,17 @@ impl ModelRoute {
 impl AppRoute {
     /// `prefix` is as Ray writes it: `/`, `/chat`. `models` are in order of preference, at least one.
     pub fn new(name: &str, prefix: &str, models: Vec<ModelRoute>) -> Self {
-        Self { name: name.to_owned(), prefix: prefix.trim_end_matches('/').to_owned(), models }
+        Self { name: name.to_owned(), prefix: prefix.trim_end_matches('/').to_owned(), models, actors: None }
+    }
+
+    /// An application that is an actor of a user.
+    pub fn of_actors(name: &str, prefix: &str, actors: ActorPool) -> Self {
+        Self { actors: Some(actors), ..Self::new(name, prefix, Vec::new()) }
+    }
+
+    /// Its replicas, where it is an actor of a user.
+    pub(super) fn actors(&self) -> Option<&ActorPool> {
+        self.actors.as_ref()
     }
 
     /// As Ray writes it.
@@ -90,6 +102,9 @@ impl AppRoute {
     pub(super) fn ready(&self) -> Result<(), Vec<String>> {
         let mut names: Vec<&str> = self.models.iter().map(|route| route.model.name()).collect();
         names.dedup();
+        if let Some(actors) = &self.actors {
+            actors.ready()?;
+        }
         for name in names {
             if let Some(route) = self.choose(Some(name)) {
                 route.ingress.ready()?;
@@ -108,10 +123,13 @@ impl Apps {
         apps
     }
 
-    /// Serves exactly these from now on. Those without a model are left out.
+    /// Serves exactly these from now on. Those without a model or an actor are left out.
     pub fn set(&self, routes: Vec<AppRoute>) {
-        let mut routes: Vec<Arc<AppRoute>> =
-            routes.into_iter().filter(|route| !route.models.is_empty()).map(Arc::new).collect();
+        let mut routes: Vec<Arc<AppRoute>> = routes
+            .into_iter()
+            .filter(|it| !it.models.is_empty() || it.actors.is_some())
+            .map(Arc::new)
+            .collect();
         routes.sort_by_key(|route| std::cmp::Reverse(route.prefix.len()));
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = routes;
     }
@@ -125,6 +143,18 @@ impl Apps {
     pub(super) fn find<'a>(&self, path: &'a str) -> Option<(Arc<AppRoute>, &'a str)> {
         let routes = self.0.read().unwrap_or_else(PoisonError::into_inner);
         routes.iter().find_map(|route| Some((Arc::clone(route), route.below(path)?)))
+    }
+
+    /// What is still waited for before every application takes requests.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn ready(&self) -> Result<(), String> {
+        let routes = self.all();
+        if routes.is_empty() {
+            return Err("no application is deployed".to_owned());
+        }
+        routes.iter().try_for_each(|route| route.ready()).map_err(|missing| missing.join("; "))
     }
 
     /// From now on new requests are refused; those in flight go on.

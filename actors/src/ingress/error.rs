@@ -73,8 +73,14 @@ impl ApiError {
         Self { retry_after: Some(seconds), ..error }
     }
 
+    /// 503: all that could do it are busy.
+    pub(super) fn busy(message: String) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("queue_full");
+        Self { retry_after: Some(RETRY_FULL_SECONDS), ..error }
+    }
+
     /// 408: it was not done in the time that the server gives a request.
-    fn timed_out(message: String) -> Self {
+    pub(super) fn timed_out(message: String) -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, message).with_code("request_timeout")
     }
 

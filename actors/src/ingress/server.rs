@@ -19,6 +19,7 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::Instrument;
 
+use super::actors::{self, ActorPool, Terms};
 use super::apps::{AppRoute, Apps};
 use super::error::ApiError;
 use super::handle::Ingress;
@@ -217,15 +218,11 @@ fn routes(app: &mut ServiceConfig) {
 
 /// Of the application that the path names; without one of all.
 async fn health(apps: Data<Apps>, route: Option<Data<Arc<AppRoute>>>) -> Result<HttpResponse, ApiError> {
-    let routes = route.map_or_else(|| apps.all(), |route| vec![Arc::clone(&route)]);
-    if routes.is_empty() {
-        return Err(ApiError::not_ready("not ready: no application is deployed"));
-    }
-    for route in routes {
-        if let Err(missing) = route.ready() {
-            return Err(ApiError::not_ready(format!("not ready: {}", missing.join("; "))));
-        }
-    }
+    let ready = match route {
+        Some(route) => route.ready().map_err(|missing| missing.join("; ")),
+        None => apps.ready(),
+    };
+    ready.map_err(|missing| ApiError::not_ready(format!("not ready: {missing}")))?;
     Ok(HttpResponse::Ok().json(json!({"status": "ready"})))
 }
 
@@ -272,6 +269,10 @@ async fn find_app(apps: &Apps, request: &mut ServiceRequest) -> Result<(), ApiEr
         let message = format!("No application answers at `{path}`; `GET /-/routes` lists their prefixes.");
         return Err(ApiError::new(StatusCode::NOT_FOUND, message).with_code("unknown_url"));
     };
+    if route.actors().is_some() && is_common(&path) {
+        return Ok(());
+    }
+    let has_actors = route.actors().is_some();
     if rest.len() != path.len() {
         let rest = if rest.is_empty() { "/" } else { rest };
         let query = request.query_string();
@@ -281,6 +282,12 @@ async fn find_app(apps: &Apps, request: &mut ServiceRequest) -> Result<(), ApiEr
         })?;
         request.match_info_mut().get_mut().update(&target);
         request.head_mut().uri = target;
+    }
+    if has_actors {
+        let mut found = Extensions::new();
+        found.insert(Data::new(route));
+        request.add_data_container(Rc::new(found));
+        return Ok(());
     }
     let named = match route.has_several() && request.method() == Method::POST {
         true => model_named(request).await?,
@@ -387,6 +394,14 @@ fn new_name() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
+/// The replicas that answer a request, where its application is an actor of a user.
+fn actors_of(request: &ServiceRequest) -> Option<(ActorPool, Terms)> {
+    let pool = request.app_data::<Data<Arc<AppRoute>>>()?.actors()?.clone();
+    let hide_key = request.app_data::<Data<Door>>().is_some_and(|door| !door.keys.is_empty());
+    let limit = request.extensions().get::<Admitted>().and_then(|admitted| admitted.until);
+    Some((pool, Terms { limit, hide_key }))
+}
+
 /// Around every request: its name, the door, the count of answers.
 async fn around(
     mut request: ServiceRequest,
@@ -415,7 +430,13 @@ async fn around(
     // Whatever its handler says is said of this request.
     let log = tracing::debug_span!("request", request_id = name);
     let mut response = match admitted {
-        Ok(()) => next.call(request).instrument(log).await?.map_into_boxed_body(),
+        Ok(()) => match actors_of(&request) {
+            None => next.call(request).instrument(log).await?.map_into_boxed_body(),
+            Some((pool, terms)) => {
+                let answer = actors::answer(&pool, &mut request, terms).instrument(log).await;
+                request.into_response(answer)
+            }
+        },
         Err(refusal) => request.into_response(refusal.error_response()),
     };
     if let Some(span) = &mut span {

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::{Actor, AsyncContext, Context, Handler, MessageResult};
+use actix::{Actor, AsyncContext, Context, Handler, MessageResult, ResponseFuture};
 use actix_web::web::{Data, ServiceConfig};
 use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
@@ -24,13 +24,14 @@ use crate::ingress::engine::{EngineLink, RankCommand, Refusal, Unavailable};
 use crate::ingress::model::ServedModel;
 use crate::ingress::server::{HttpConfig, HttpService, serve};
 use crate::messages::{
-    Abort, AttachIngress, Busy, GetRequests, GetServing, RankOutputs, RankRefused, Submit,
+    Abort, AttachIngress, AwaitServing, Busy, GetRequests, GetServing, RankOutputs, RankRefused, Submit,
 };
 use crate::rank::Rank;
 use crate::serve::ServeController;
 use crate::serve::messages::{GetTable, SetTable, Table, TableModel};
 use crate::telemetry::{Provenance, TelemetryArgs, Tracing};
 use pools::{Handles, Pools, lock};
+use tokio::sync::oneshot;
 
 /// How long an ingress that starts waits to hear what is served.
 const TABLE_PATIENCE: Duration = Duration::from_secs(20);
@@ -56,6 +57,8 @@ pub struct IngressActor {
     pools: Pools,
     handles: Handles,
     tracing: Tracing,
+    /// Who waits until everything takes requests.
+    waiting: Vec<oneshot::Sender<()>>,
     /// Serves for as long as the actor lives.
     _service: HttpService,
 }
@@ -84,7 +87,7 @@ impl RemoteActor for IngressActor {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<RankOutputs>().accept::<RankRefused>().accept::<SetTable>();
-        m.accept::<GetServing>().accept::<GetRequests>();
+        m.accept::<GetServing>().accept::<GetRequests>().accept::<AwaitServing>();
     }
 }
 
@@ -149,6 +152,12 @@ impl IngressActor {
             }
         });
         lock(&self.handles).retain(|rank, _| met.contains(rank));
+        if self.pools.all_serve() {
+            for waiting in self.waiting.drain(..) {
+                // Who has stopped waiting is not told.
+                let _ = waiting.send(());
+            }
+        }
     }
 
     fn load(&self, models: Vec<(String, String, TableModel)>, ctx: &mut Context<Self>) {
@@ -278,6 +287,22 @@ impl Handler<GetServing> for IngressActor {
     }
 }
 
+impl Handler<AwaitServing> for IngressActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: AwaitServing, _: &mut Self::Context) -> Self::Result {
+        let (waiting, serving) = oneshot::channel();
+        self.waiting.retain(|waiting| !waiting.is_closed());
+        if self.pools.all_serve() {
+            let _ = waiting.send(());
+        } else {
+            self.waiting.push(waiting);
+        }
+        // An actor that ends says so by itself.
+        Box::pin(async move { serving.await.unwrap_or(()) })
+    }
+}
+
 impl Handler<GetRequests> for IngressActor {
     type Result = MessageResult<GetRequests>;
 
@@ -311,7 +336,7 @@ impl Spawn for IngressActor {
 
     async fn create(args: IngressArgs, cx: ActorCx) -> Result<Self, CreateError> {
         let (handles, apps) = (Handles::default(), Apps::default());
-        let mut pools = Pools::new(apps.clone());
+        let mut pools = Pools::new(apps.clone(), cx.system().clone());
         for key in pools.set_table(table(cx.cluster()).await) {
             let wanted = key.2.clone();
             let model = tokio::task::spawn_blocking(move || pools::load(&wanted)).await;
@@ -337,6 +362,6 @@ impl Spawn for IngressActor {
         let service = serve(&http, apps, routes).map_err(CreateError::failed)?;
         let scheme = if http.tls.is_some() { "https" } else { "http" };
         tracing::info!("serving HTTP at {scheme}://{}", service.bound());
-        Ok(Self { cx, pools, handles, tracing, _service: service })
+        Ok(Self { cx, pools, handles, tracing, waiting: Vec::new(), _service: service })
     }
 }

@@ -1,7 +1,7 @@
 //! What the ingress serves: a pool for each model of each deployment, with the ranks of all its replicas.
 //!
 //! A pool is one [`Ingress`]: its router sees all ranks of all replicas, so a request goes to the best of them, and one
-//! whose replica ends goes on at another.
+//! whose replica ends goes on at another. Deployments of users' actors have an [`ActorPool`] each.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,8 +10,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use heliostat_engine::config::{GenerationDefaults, ModelConfig};
 use heliostat_runtime::group::{GroupView, Member, MemberState};
 use heliostat_runtime::handle::Handle;
+use heliostat_runtime::system::System;
 
 use crate::ingress::Ingress;
+use crate::ingress::actors::ActorPool;
 use crate::ingress::apps::{AppRoute, Apps, ModelRoute};
 use crate::ingress::dispatch::DispatchConfig;
 use crate::ingress::engine::{Admission, EngineLink, Ranks};
@@ -19,7 +21,7 @@ use crate::ingress::metrics::Metrics;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::TextModel;
 use crate::rank::Rank;
-use crate::serve::messages::{Table, TableDeployment, TableModel, TableReplica, TableReport};
+use crate::serve::messages::{Table, TableActors, TableDeployment, TableModel, TableReplica, TableReport};
 
 /// The ready DP ranks of all replicas, by their numbers here.
 pub(super) type Handles = Arc<Mutex<HashMap<u32, Handle<Rank>>>>;
@@ -36,6 +38,9 @@ pub(super) struct Pools {
     apps: Apps,
     table: Table,
     pools: Vec<(Key, Pool)>,
+    /// Deployments of users' actors, by application and name.
+    actors: BTreeMap<(String, String), ActorPool>,
+    system: System,
     /// Why a model is not served.
     problems: Vec<(Key, String)>,
     /// The newest view of each group.
@@ -55,11 +60,13 @@ pub(super) struct NewRank<'a> {
 }
 
 impl Pools {
-    pub(super) fn new(apps: Apps) -> Self {
+    pub(super) fn new(apps: Apps, system: System) -> Self {
         Self {
             apps,
             table: Table::default(),
             pools: Vec::new(),
+            actors: BTreeMap::new(),
+            system,
             problems: Vec::new(),
             views: BTreeMap::new(),
         }
@@ -73,6 +80,7 @@ impl Pools {
     /// Takes what is served. Returns the models that must be loaded for it.
     pub(super) fn set_table(&mut self, table: Table) -> Vec<(String, String, TableModel)> {
         self.table = table;
+        self.set_actors();
         let wanted: Vec<Key> = each(&self.table).map(|(app, deployment)| key(app, deployment)).collect();
         self.pools.retain(|(key, pool)| {
             let stays = wanted.contains(key);
@@ -87,6 +95,17 @@ impl Pools {
                 || self.problems.iter().any(|(known, _)| known == key)
         };
         wanted.into_iter().filter(|key| !known(key)).collect()
+    }
+
+    fn set_actors(&mut self) {
+        let mut before = std::mem::take(&mut self.actors);
+        for (app, deployment) in actors(&self.table) {
+            let key = (app.clone(), deployment.name.clone());
+            let pool = before.remove(&key).unwrap_or_else(|| ActorPool::new(self.system.clone()));
+            pool.set(deployment);
+            self.actors.insert(key, pool);
+        }
+        before.values().for_each(ActorPool::close);
     }
 
     /// A model was loaded, or cannot be.
@@ -134,6 +153,10 @@ impl Pools {
         }
         let routes = self.table.apps.iter().filter_map(|app| {
             let prefix = app.route_prefix.as_deref()?;
+            let of_actors = |it: &TableActors| self.actors.get(&(app.name.clone(), it.name.clone()));
+            if let Some(pool) = app.actors.iter().find_map(of_actors) {
+                return Some(AppRoute::of_actors(&app.name, prefix, pool.clone()));
+            }
             let pool = |it: &TableDeployment| self.pool(&key(&app.name, it)).map(|pool| pool.route.clone());
             Some(AppRoute::new(&app.name, prefix, app.deployments.iter().filter_map(pool).collect()))
         });
@@ -160,9 +183,15 @@ impl Pools {
         self.pools.iter().for_each(|(_, pool)| pool.ingress.on_ranks(pool.ranks.clone()));
     }
 
+    /// Whether every application takes requests, and there is one.
+    pub(super) fn all_serve(&self) -> bool {
+        self.apps.ready().is_ok()
+    }
+
     /// From now on new requests are refused.
     pub(super) fn stop_taking_requests(&self) {
         self.pools.iter().for_each(|(_, pool)| pool.ingress.stop_taking_requests());
+        self.actors.values().for_each(ActorPool::close);
     }
 
     /// What is in flight.
@@ -178,6 +207,12 @@ impl Pools {
                 draining.push((replica.number, there as u64));
             }
         }
+        for (app, deployment) in actors(&self.table) {
+            let Some(pool) = self.actors.get(&(app.clone(), deployment.name.clone())) else { continue };
+            loads.insert((app.clone(), deployment.name.clone()), pool.load());
+            let leaving = deployment.replicas.iter().filter(|replica| replica.draining);
+            draining.extend(leaving.map(|replica| (replica.number, pool.load_at(replica.number))));
+        }
         let problem =
             |((app, deployment, _), why): &(Key, String)| (app.clone(), deployment.clone(), why.clone());
         TableReport {
@@ -186,6 +221,10 @@ impl Pools {
             problems: self.problems.iter().map(problem).collect(),
         }
     }
+}
+
+fn actors(table: &Table) -> impl Iterator<Item = (&String, &TableActors)> {
+    table.apps.iter().flat_map(|app| app.actors.iter().map(|deployment| (&app.name, deployment)))
 }
 
 fn each(table: &Table) -> impl Iterator<Item = (&String, &TableDeployment)> {

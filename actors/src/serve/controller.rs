@@ -16,7 +16,7 @@ use crate::deployment::ModelDeployment;
 /// Arguments of the controller.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct ServeArgs {
-    /// What cluster.toml says of a model; documents say what differs.
+    /// What cluster.toml says of models; documents say what differs. Without a section [model] its model has no name.
     pub base: ModelDeployment,
     /// The application of that model, if it is to be served.
     pub application: Option<String>,
@@ -32,7 +32,7 @@ impl ServeArgs {
         let rollout = Rollout::InPlace { thousandths: 1000 };
         let deployment = DeploymentTarget {
             name: self.base.model_name.clone(),
-            model: self.base.clone(),
+            workload: self.base.clone().into(),
             settings: Settings { rollout, ..Settings::default() },
         };
         Some(AppTarget {

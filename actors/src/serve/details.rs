@@ -5,10 +5,12 @@
 use std::net::SocketAddr;
 
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
+use heliostat_runtime::spec::Resources;
 use serde_json::{Map, Value as Json, json};
 
 use super::core::{App, Deployment, DeploymentState, Replica, Seen, ServeState, Stage};
 use super::target::{Scale, Source};
+use super::workload::{ActorDeployment, Workload};
 use crate::deployment::{INGRESS, SERVE};
 
 /// Everything.
@@ -132,6 +134,9 @@ fn deployment((app, name): (&str, &str), deployment: &Deployment, status: Option
     if let Some(max) = settings.max_queued_requests {
         config["max_queued_requests"] = max.into();
     }
+    if let Some(actor) = deployment.workload().actor() {
+        actor_config(actor, &mut config);
+    }
     let replicas = deployment.replicas().iter().map(|it| replica((app, name), it, status));
     json!({
         "name": name,
@@ -140,14 +145,42 @@ fn deployment((app, name): (&str, &str), deployment: &Deployment, status: Option
         "message": message,
         "deployment_config": config,
         "target_num_replicas": deployment.replicas_wanted(),
-        "required_resources": { "devices": deployment.model().topology.size() },
+        "required_resources": required(deployment.workload()),
         "replicas": replicas.collect::<Vec<_>>(),
     })
 }
 
+/// What a replica takes, in Ray's words where it has some.
+fn required(workload: &Workload) -> Json {
+    match workload {
+        Workload::Model(model) => json!({ "devices": model.topology.size() }),
+        Workload::Actor(actor) => {
+            let Resources { devices, cpus, memory, custom } = &actor.resources;
+            let mut shown = Map::from_iter([("CPU".to_owned(), json!(cpus.as_f64()))]);
+            if *devices > 0 {
+                shown.insert("GPU".to_owned(), json!(devices));
+            }
+            if *memory > 0 {
+                shown.insert("memory".to_owned(), json!(memory));
+            }
+            shown.extend(custom.iter().map(|(name, amount)| (name.clone(), json!(amount.as_f64()))));
+            Json::Object(shown)
+        }
+    }
+}
+
+/// What only deployments of users' actors say.
+fn actor_config(actor: &ActorDeployment, config: &mut Json) {
+    let user_config = actor.user_config.as_deref().and_then(|it| serde_json::from_str::<Json>(it).ok());
+    config["user_config"] = user_config.unwrap_or_default();
+    config["health_check_period_s"] = actor.health.period.as_secs_f64().into();
+    config["health_check_timeout_s"] = actor.health.timeout.as_secs_f64().into();
+}
+
 fn replica((app, name): (&str, &str), replica: &Replica, status: Option<&ClusterStatus>) -> Json {
-    let first = replica.names(app, name).rank(0);
-    let mut shown = who(status.and_then(|status| status.actor(&first)));
+    let actors = replica.workload.actors(&replica.names(app, name));
+    let first = actors.first().and_then(|first| status?.actor(first));
+    let mut shown = who(first);
     let state = match replica.stage {
         Stage::Starting => "STARTING",
         Stage::Running => "RUNNING",

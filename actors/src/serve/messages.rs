@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use actix::Message;
 use bincode::{Decode, Encode};
+use heliostat_runtime::handle::ActorAddr;
 
 use crate::messages::wire;
 
@@ -75,11 +76,41 @@ pub struct TableApp {
     pub name: String,
     /// Start of its paths; none: no HTTP.
     pub route_prefix: Option<String>,
-    /// By name.
+    /// Those of models, by name.
     pub deployments: Vec<TableDeployment>,
+    /// Those of users' actors, by name.
+    pub actors: Vec<TableActors>,
 }
 
-/// A deployment.
+/// A deployment of actors of a user.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TableActors {
+    /// Its name.
+    pub name: String,
+    /// Requests that each replica may have at once.
+    pub max_ongoing_requests: u32,
+    /// Requests that may wait for a replica; none: as many as come.
+    pub max_queued_requests: Option<u32>,
+    /// Requests may wait for the first replica: one is started for them.
+    pub may_wait: bool,
+    /// Why there is none, as far as is known.
+    pub message: String,
+    /// Its replicas.
+    pub replicas: Vec<TableActorReplica>,
+}
+
+/// A replica that is an actor of a user.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct TableActorReplica {
+    /// Its number.
+    pub number: u64,
+    /// Where it is; none while it may not have requests.
+    pub addr: Option<ActorAddr>,
+    /// It takes nothing new, and ends when it has nothing left.
+    pub draining: bool,
+}
+
+/// A deployment of a model.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct TableDeployment {
     /// Its name.
@@ -127,9 +158,9 @@ pub struct TableReplica {
 /// What is in flight.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct TableReport {
-    /// Sequences in flight, waiting ones included, by application and deployment.
+    /// Sequences, or requests, in flight, waiting ones included, by application and deployment.
     pub loads: Vec<(String, String, u64)>,
-    /// Sequences at each replica that takes nothing new, by number.
+    /// Sequences, or requests, at each replica that takes nothing new, by number.
     pub draining: Vec<(u64, u64)>,
     /// Deployments that cannot be served here, and why.
     pub problems: Vec<(String, String, String)>,

@@ -1,8 +1,8 @@
 //! What is served: applications and their deployments, from Ray Serve's documents and from cluster.toml alike.
 //!
-//! `document` reads, `core` decides, `service` executes, `details` tells, each pure but for `service`. A replica of a
-//! deployment is a whole DP x EP group; the head keeps its actors alive, the ingress routes to its ranks. Neither knows
-//! of deployments.
+//! `document` reads, `core` and `probes` decide, `service` executes, `details` tells, each pure but for `service`. A replica
+//! of a deployment is a whole DP x EP group of a model, or an actor of a user that speaks `replica`'s messages; the head
+//! keeps its actors alive, the ingress routes to them. Neither knows of deployments.
 
 mod controller;
 pub mod core;
@@ -10,7 +10,10 @@ mod details;
 pub mod document;
 pub mod http;
 pub mod messages;
+mod probes;
+pub mod replica;
 mod service;
 pub mod target;
+pub mod workload;
 
 pub use controller::{ServeArgs, ServeController};

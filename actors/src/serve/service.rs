@@ -9,6 +9,7 @@ use futures_util::future::join_all;
 use heliostat_engine::config::ModelConfig;
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::cluster::{Cluster, ClusterError};
+use heliostat_runtime::handle::{AskError, Refusal};
 use heliostat_runtime::spec::{ActorSpec, DeathCause, Lifetime};
 use tokio::sync::Notify;
 
@@ -17,6 +18,9 @@ use super::core::{Command, Health, Replica, Seen, ServeState, Stage};
 use super::details;
 use super::document::{self, Facts};
 use super::messages::{DeployRefused, SetTable, Table};
+use super::probes::{Answer, Probes, Question};
+use super::replica::{AnyReplica, CheckHealth, Reconfigure};
+use super::workload::{ActorDeployment, HealthChecks};
 use crate::deployment::{INGRESS, ReplicaNames};
 use crate::ingress_actor::IngressActor;
 
@@ -48,6 +52,17 @@ struct State {
     seen: Seen,
     /// Replicas whose actors the head does not take, and why.
     refused: BTreeMap<u64, String>,
+    /// What replicas that are actors of users have answered.
+    probes: Probes,
+}
+
+/// What is to be asked of a replica that is an actor of a user.
+struct Probe {
+    number: u64,
+    incarnation: u64,
+    actor: String,
+    question: Question,
+    checks: HealthChecks,
 }
 
 /// What is to be done for one replica.
@@ -113,10 +128,19 @@ impl Service {
     pub(super) async fn deploy(&self, json: String) -> Result<(), DeployRefused> {
         let args = self.0.args.clone();
         let nodes = self.0.cluster.status().await.map_or(1, |status| status.nodes.len().max(1));
+        let packages = self.0.cluster.packages().await;
+        let packages = packages.map_err(|why| DeployRefused::NotKept(why.to_string()))?;
         let read = tokio::task::spawn_blocking(move || {
             let look = |dir: &std::path::Path| ModelConfig::from_dir(dir).map_err(|why| why.to_string());
-            let facts =
-                Facts { base: &args.base, dir: &args.dir, http: args.http, num_nodes: nodes, look: &look };
+            let facts = Facts {
+                base: &args.base,
+                dir: &args.dir,
+                http: args.http,
+                num_nodes: nodes,
+                packages: &packages,
+                restart: args.base.restart,
+                look: &look,
+            };
             document::read(&json, &facts)
         });
         let targets = read.await.map_err(|why| DeployRefused::NotKept(why.to_string()))?;
@@ -135,7 +159,7 @@ impl Service {
 
     /// What an ingress serves.
     pub(super) fn table(&self) -> Table {
-        self.lock().core.table()
+        self.lock().table()
     }
 
     /// All that is known, for people and for Ray's tools.
@@ -199,8 +223,9 @@ impl Service {
         let mut kept = self.0.kept.lock().await;
         let (orders, changed) = {
             let mut state = self.lock();
-            state.look_at(status);
             let now = self.0.started.elapsed();
+            let questions = state.look_at(status, now);
+            questions.into_iter().for_each(|question| self.ask(question));
             let State { core, seen, .. } = &mut *state;
             let commands = core.step(now, unix_ms(), seen);
             let changed = commands.contains(&Command::Persist).then(|| core.clone());
@@ -228,13 +253,14 @@ impl Service {
     async fn carry_out(&self, order: Order) {
         let Order { replica, names, remove } = order;
         if remove {
-            let actors = replica.model.actors(&names);
+            let actors = replica.workload.actors(&names);
             join_all(actors.iter().map(|actor| self.0.cluster.remove_actor(actor))).await;
             self.lock().refused.remove(&replica.number);
             return;
         }
         let number = replica.number;
-        let specs = tokio::task::spawn_blocking(move || replica.model.specs(&names, replica.first_rank));
+        let specs =
+            tokio::task::spawn_blocking(move || replica.workload.specs(&names, number, replica.first_rank));
         let specs = match specs.await {
             Ok(Ok(specs)) => specs,
             Ok(Err(why)) => return self.refuse(number, why.to_string()),
@@ -249,6 +275,18 @@ impl Service {
         }
     }
 
+    /// Asks in the background, and looks again once there is an answer.
+    fn ask(&self, probe: Probe) {
+        let service = self.clone();
+        tokio::spawn(async move {
+            let Probe { number, incarnation, actor, question, checks } = probe;
+            let asked = ask_replica(&service.0.cluster, (&actor, incarnation), &question, checks.timeout);
+            let (answer, now) = (asked.await, service.0.started.elapsed());
+            service.lock().probes.told((number, incarnation), question, answer, (now, checks.period));
+            service.0.woken.notify_one();
+        });
+    }
+
     fn refuse(&self, number: u64, why: String) {
         self.lock().refused.insert(number, why);
         self.0.woken.notify_one();
@@ -256,15 +294,28 @@ impl Service {
 }
 
 impl State {
-    /// Takes in how the actors of all replicas are.
-    fn look_at(&mut self, status: &ClusterStatus) {
+    /// What an ingress serves: as the core says, and where the actors of users are.
+    fn table(&self) -> Table {
+        let mut table = self.core.table();
+        let replicas = table.apps.iter_mut().flat_map(|app| &mut app.actors).flat_map(|it| &mut it.replicas);
+        for shown in replicas.filter(|shown| !shown.draining) {
+            let actor = self.core.replica(shown.number).and_then(|(_, _, replica)| replica.workload.actor());
+            shown.addr = actor.and_then(|actor| self.probes.addr(shown.number, actor)).cloned();
+        }
+        table
+    }
+
+    /// Takes in how the actors of all replicas are. Returns what must be asked of them.
+    fn look_at(&mut self, status: &ClusterStatus, now: Duration) -> Vec<Probe> {
         let actors: HashMap<&str, &ActorStatus> =
             status.actors.iter().map(|actor| (actor.name.as_str(), actor)).collect();
+        let questions = self.probe(&actors, now);
         let health = self.core.replicas().map(|(app, deployment, replica)| {
             let names = replica.names(app, deployment);
-            let group = status.group(&names.group).is_some_and(|group| group.complete);
+            let group = replica.workload.model().is_none()
+                || status.group(&names.group).is_some_and(|group| group.complete);
             let of: Vec<(String, Option<&ActorStatus>)> = replica
-                .model
+                .workload
                 .actors(&names)
                 .into_iter()
                 .map(|name| (name.clone(), actors.get(name.as_str()).copied()))
@@ -272,12 +323,84 @@ impl State {
             let refused = self.refused.get(&replica.number).filter(|_| replica.stage != Stage::Stopping);
             let health = match refused {
                 Some(why) => Health::Broken(why.clone()),
-                None => health(&of, group, replica.stage),
+                None => match (health(&of, group, replica.stage), replica.workload.actor()) {
+                    (Health::Ready, Some(actor)) => self.probes.health(replica.number, actor),
+                    (health, _) => health,
+                },
             };
             (replica.number, health)
         });
         self.seen.health = health.collect();
+        questions
     }
+
+    /// What must be asked of the actors of users that live.
+    fn probe(&mut self, actors: &HashMap<&str, &ActorStatus>, now: Duration) -> Vec<Probe> {
+        let live = |(app, name, replica): (&str, &str, &Replica)| {
+            let wanted = replica.workload.actor()?.clone();
+            let actor = replica.names(app, name).replica();
+            let there = actors.get(actor.as_str()).filter(|actor| actor.state == ActorState::Ready)?;
+            matches!(replica.stage, Stage::Starting | Stage::Running).then_some((
+                replica.number,
+                there.incarnation.0,
+                actor,
+                wanted,
+            ))
+        };
+        let live: Vec<_> = self.core.replicas().filter_map(live).collect();
+        self.probes.set_living(&live.iter().map(|(number, it, ..)| (*number, *it)).collect());
+        let question = |(number, _, actor, wanted): (u64, u64, String, ActorDeployment)| {
+            let (incarnation, question) = self.probes.ask(number, &wanted, now)?;
+            Some(Probe { number, incarnation, actor, question, checks: wanted.health })
+        };
+        live.into_iter().filter_map(question).collect()
+    }
+}
+
+async fn ask_replica(
+    cluster: &Cluster,
+    (actor, incarnation): (&str, u64),
+    question: &Question,
+    limit: Duration,
+) -> Answer {
+    let known = cluster.handle::<AnyReplica>(actor).await;
+    let handle = match known {
+        Ok(handle) if handle.addr().incarnation.0 == incarnation => Ok(handle),
+        _ => {
+            cluster.forget(actor);
+            cluster.handle::<AnyReplica>(actor).await
+        }
+    };
+    let handle = match handle {
+        Ok(handle) => handle.with_deadline(limit),
+        Err(why) => return Answer::None(why.to_string()),
+    };
+    let addr = handle.addr().clone();
+    let fine = || Answer::Fine(addr.clone());
+    match question {
+        Question::Configure(config) => match handle.ask(Reconfigure { user_config: config.clone() }).await {
+            Ok(Ok(())) => fine(),
+            Ok(Err(why)) => Answer::No(why),
+            Err(why) if is_unknown(&why) => Answer::No(
+                "the actor has no settings; have it accept `Reconfigure` in its table of messages, or leave \
+                     user_config out"
+                    .to_owned(),
+            ),
+            Err(why) => Answer::None(why.to_string()),
+        },
+        Question::Check => match handle.ask(CheckHealth).await {
+            Ok(Ok(())) => fine(),
+            Ok(Err(why)) => Answer::No(why),
+            // Its process has answered: it lives. Whether its thread hangs the runtime sees by itself.
+            Err(why) if is_unknown(&why) => fine(),
+            Err(why) => Answer::None(why.to_string()),
+        },
+    }
+}
+
+/// Whether the actor does not know such a message.
+fn is_unknown<M>(why: &AskError<M>) -> bool {
+    matches!(why, AskError::Refused(refused) if refused.reason == Refusal::UnknownMessage)
 }
 
 fn order(core: &ServeState, command: &Command) -> Option<Order> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bincode::{Decode, Encode};
 
-use crate::deployment::ModelDeployment;
+use super::workload::Workload;
 
 /// One application: its route, and the deployments behind it.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
@@ -36,7 +36,7 @@ pub struct DeploymentTarget {
     /// Its name, unique in its application.
     pub name: String,
     /// What a replica is.
-    pub model: ModelDeployment,
+    pub workload: Workload,
     /// What changes without a new process.
     pub settings: Settings,
 }
@@ -46,7 +46,7 @@ pub struct DeploymentTarget {
 pub struct Settings {
     /// How many replicas.
     pub scale: Scale,
-    /// Requests in flight per replica; none: the queues of the ranks are the bound.
+    /// Requests in flight per replica; none: the queues of the ranks are the bound. An actor of a user always has one.
     pub max_ongoing_requests: Option<u32>,
     /// Requests beyond those that wait; none: no bound of its own.
     pub max_queued_requests: Option<u32>,

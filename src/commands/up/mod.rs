@@ -1,7 +1,7 @@
 //! `helio up`: starts the cluster's processes on this machine, shows how far they are, keeps them alive and ends them.
 //!
-//! It holds the run directory's lock. It never talks to an actor of the product: what it knows of them is the head's
-//! status.
+//! It holds the run directory's lock. What it knows of the product's actors is the head's status, and the ingress's word
+//! that it serves.
 
 mod detach;
 pub(crate) mod family;
@@ -9,7 +9,6 @@ mod report;
 mod watch;
 
 use crate::args;
-use crate::client::client;
 use crate::cluster::Access;
 use crate::config::{Config, Devices, Node};
 use crate::deploy;
@@ -95,8 +94,7 @@ fn take(run: &RunDir) -> Result<Lock> {
 /// Refuses ports that others listen on, before anything is started.
 fn check_ports(config: &Config) -> Result<()> {
     let http = SocketAddr::new(config.serve.host, config.serve.port);
-    let mut ports = vec![(config.bind, "`bind` in [head]")];
-    ports.extend(config.model.is_some().then_some((http, "`port` in [serve]")));
+    let mut ports = vec![(config.bind, "`bind` in [head]"), (http, "`port` in [serve]")];
     let dashboard = SocketAddr::new(config.dashboard.host, config.dashboard.port);
     ports.extend(config.dashboard.enabled.then_some((dashboard, "`port` in [dashboard]")));
     for (address, key) in ports {
@@ -129,37 +127,15 @@ struct Supervisor<'a> {
     daemon: bool,
 }
 
-/// How long the ingress may take to hear that the group is complete.
-const HEARD_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Waits until the HTTP server takes requests: it hears of the complete group when this process does, from the head, and
-/// whoever reads that the cluster serves may be quicker. A server that cannot be asked from here is left alone.
-async fn heard_of_ranks(url: &str) {
-    let Ok(client) = client(None) else { return };
-    let health = format!("{url}/health");
-    let look = async {
-        while let Ok(answer) = client.get(&health).send().await
-            && answer.status() == reqwest::StatusCode::SERVICE_UNAVAILABLE
-        {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    // When it takes longer, requests are refused with the reason, and `helio status` shows it.
-    let _ = tokio::time::timeout(HEARD_TIMEOUT, look).await;
-}
-
 impl Supervisor<'_> {
     async fn serve(&mut self, signals: &mut Signals, mut ready: Ready, expected: Vec<String>) -> Result<()> {
         let started = Instant::now();
         self.prepare(&ready)?;
         self.start()?;
-        let mut watch = Watch::start(Access::of(self.config), expected);
+        let mut watch = Watch::start(Access::of(self.config), expected, ready.model.is_some());
         match self.until_ready(signals, &mut watch).await? {
             Startup::Stopped => return Ok(()),
             Startup::Ready => {}
-        }
-        if ready.model.is_some() {
-            heard_of_ranks(&ready.url).await;
         }
         ready.took_ms = started.elapsed().as_millis() as u64;
         self.display.show(&Report::Ready(ready.clone()))?;

@@ -252,13 +252,14 @@ pub(crate) fn welcome(ready: &Ready, detached: bool) -> String {
         let dashboard = dashboard.as_deref().unwrap_or("none ([dashboard])");
         return format!(
             "
-{cluster} runs after {seconds:.1} s; no model is served ([model])
+{cluster} runs after {seconds:.1} s; nothing is served yet
 
+  serves     {url}
   head       {head} (helio status)
   dashboard  {dashboard}
   logs       {run_dir} (helio logs ACTOR -f)
 
-Try:   helio submit PROGRAM, or helio job submit -- COMMAND
+Try:   helio serve deploy DOCUMENT, helio submit PROGRAM, or helio job submit -- COMMAND
 Stop:  {stop}
 "
         );

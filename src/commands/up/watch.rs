@@ -6,7 +6,10 @@ use super::report::{Row, RowState};
 use crate::cluster::Access;
 use crate::commands::serve;
 use crate::deploy::APPLICATION;
-use heliostat_actors::deployment::SERVE;
+use heliostat_actors::deployment::{INGRESS, SERVE};
+use heliostat_actors::ingress_actor::IngressActor;
+use heliostat_actors::messages::AwaitServing;
+use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::spec::DeathCause;
 use std::time::Duration;
@@ -37,8 +40,9 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Starts to look. `expected` are the names of the actors that must be ready.
-    pub(crate) fn start(access: Access, expected: Vec<String>) -> Self {
+    /// Starts to look. `expected` are the names of the actors that must be ready; `serves` tells whether a model is
+    /// served from the start, which then must take requests.
+    pub(crate) fn start(access: Access, expected: Vec<String>, serves: bool) -> Self {
         let (sender, seen) = mpsc::channel(1);
         let task = tokio::spawn(async move {
             let cluster = loop {
@@ -60,7 +64,9 @@ impl Watch {
                     Ok(status) => {
                         version = status.version;
                         let mut seen = see(&status, &expected);
-                        if seen.failed.is_none() && awaits_controller(&status, &expected) {
+                        let asleep = seen.ready && serves && !takes_requests(&cluster).await;
+                        seen.ready &= !asleep;
+                        if seen.failed.is_none() && (asleep || awaits_controller(&status, &expected)) {
                             seen.failed = serve::given_up(&cluster, APPLICATION).await;
                         }
                         send(&sender, seen).await;
@@ -80,6 +86,14 @@ impl Watch {
             None => std::future::pending().await,
         }
     }
+}
+
+/// Waits for a while until the ingress takes requests: it hears from the head that the ranks have met when this process does,
+/// and whoever reads that the cluster serves may be quicker.
+async fn takes_requests(cluster: &Cluster) -> bool {
+    cluster.forget(INGRESS);
+    let Ok(ingress) = cluster.handle::<IngressActor>(INGRESS).await else { return false };
+    ingress.with_deadline(LONGEST_LOOK).ask(AwaitServing).await.is_ok()
 }
 
 /// Hands over what was seen. A receiver that is gone has ended this task, too.

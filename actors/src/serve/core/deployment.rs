@@ -12,8 +12,9 @@ use bincode::{Decode, Encode};
 use super::autoscale::Scaler;
 use super::{Command, Health, Numbers, Seen};
 use crate::deployment::{ModelDeployment, ReplicaNames};
-use crate::serve::messages::{TableDeployment, TableModel, TableReplica};
+use crate::serve::messages::{TableActorReplica, TableActors, TableDeployment, TableModel, TableReplica};
 use crate::serve::target::{DeploymentTarget, Scale, Settings};
+use crate::serve::workload::Workload;
 
 /// Starts of a new version that may fail before it is given up.
 const FAILURES_MAX: u32 = 3;
@@ -32,7 +33,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(60);
 struct Target {
     /// Changes when its processes do.
     version: u64,
-    model: ModelDeployment,
+    workload: Workload,
     settings: Settings,
 }
 
@@ -49,7 +50,7 @@ pub enum Stage {
     Stopping,
 }
 
-/// A replica: a whole DP x EP group with its EPLB actor.
+/// A replica: a whole DP x EP group with its EPLB actor, or an actor of a user.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct Replica {
     /// Its number, never used again.
@@ -59,7 +60,7 @@ pub struct Replica {
     /// Whether its actors have the short names of cluster.toml's model.
     pub home: bool,
     /// What it runs.
-    pub model: ModelDeployment,
+    pub workload: Workload,
     /// How far it is.
     pub stage: Stage,
     /// What it lacks, if it serves and is not whole.
@@ -150,9 +151,9 @@ fn next(number: &mut u64) -> u64 {
 impl Deployment {
     pub(super) fn new(target: DeploymentTarget, versions: &mut u64) -> Self {
         let scaled = target.settings.scale.initial();
-        let DeploymentTarget { model, settings, .. } = target;
+        let DeploymentTarget { workload, settings, .. } = target;
         Self {
-            target: Target { version: next(versions), model, settings },
+            target: Target { version: next(versions), workload, settings },
             proven: None,
             replicas: Vec::new(),
             scaled,
@@ -174,9 +175,9 @@ impl Deployment {
 
     /// Something else, or the same again, is wanted.
     pub(super) fn retarget(&mut self, wanted: DeploymentTarget, versions: &mut u64) {
-        let DeploymentTarget { model, settings, .. } = wanted;
-        let same = model.has_processes_of(&self.target.model);
-        let known = self.proven.as_ref().filter(|proven| proven.model.has_processes_of(&model));
+        let DeploymentTarget { workload, settings, .. } = wanted;
+        let same = workload.has_processes_of(&self.target.workload);
+        let known = self.proven.as_ref().filter(|proven| proven.workload.has_processes_of(&workload));
         let version = match known {
             _ if same => self.target.version,
             Some(proven) => proven.version,
@@ -185,7 +186,7 @@ impl Deployment {
         if self.target.settings.scale != settings.scale {
             self.scaled = settings.scale.bound(self.scaled.max(u32::from(self.removing)));
         }
-        self.target = Target { version, model, settings };
+        self.target = Target { version, workload, settings };
         self.try_anew();
         (self.removing, self.changed) = (false, true);
     }
@@ -280,9 +281,12 @@ impl Deployment {
         self.give_up_or_prove();
         let version = self.target.version;
         for replica in self.replicas.iter_mut().filter(|it| it.version == version && it.is_live()) {
-            if replica.model != self.target.model {
+            if replica.workload != self.target.workload {
                 // The head sees which of its actors differ: settings of EPLB concern that actor alone.
-                replica.model = self.target.model.clone();
+                replica.workload = self.target.workload.clone();
+                if replica.workload.actor().is_some() {
+                    replica.ailing = Some("its new settings are on their way".to_owned());
+                }
                 (replica.ordered, self.changed) = (None, true);
             }
         }
@@ -349,12 +353,12 @@ impl Deployment {
     fn start(&mut self, now: Duration, numbers: &mut Numbers, may_be_home: bool) {
         let home = may_be_home && !self.replicas.iter().any(|replica| replica.home);
         let first_rank = numbers.rank;
-        numbers.rank = numbers.rank.wrapping_add(self.target.model.topology.dp as u32);
+        numbers.rank = numbers.rank.wrapping_add(self.target.workload.dp());
         self.replicas.push(Replica {
             number: next(&mut numbers.replica),
             first_rank,
             home,
-            model: self.target.model.clone(),
+            workload: self.target.workload.clone(),
             stage: Stage::Starting,
             ailing: None,
             started_at_ms: numbers.wall_ms,
@@ -407,8 +411,8 @@ impl Deployment {
     }
 
     /// What each replica is to run.
-    pub fn model(&self) -> &ModelDeployment {
-        &self.target.model
+    pub fn workload(&self) -> &Workload {
+        &self.target.workload
     }
 
     /// The other settings.
@@ -428,6 +432,10 @@ impl Deployment {
         let ailing = self.replicas.iter().find_map(|replica| replica.ailing.clone());
         let message = self.trouble.clone().or(ailing).unwrap_or_default();
         let old = self.count(|it| it.version != version && it.stage != Stage::Stopping);
+        // What is wanted has changed since the last look.
+        let stale =
+            |it: &Replica| it.version == version && it.is_live() && it.workload != self.target.workload;
+        let old = old + self.count(stale);
         let sick = self.replicas.iter().any(|it| it.stage == Stage::Running && it.ailing.is_some());
         let state = match running.cmp(&self.wanted()) {
             _ if self.removing => DeploymentState::Downscaling,
@@ -445,9 +453,10 @@ impl Deployment {
 
     /// As an ingress sees it: once for each model that its replicas serve, what is wanted first.
     pub(super) fn table(&self, app: &str, name: &str) -> Vec<TableDeployment> {
-        let mut models = vec![table_model(&self.target.model)];
-        for replica in self.replicas.iter().filter(|it| it.stage != Stage::Stopping) {
-            let model = table_model(&replica.model);
+        let present = self.replicas.iter().filter(|it| it.stage != Stage::Stopping).map(|it| &it.workload);
+        let mut models: Vec<TableModel> = Vec::new();
+        for model in std::iter::once(&self.target.workload).chain(present).filter_map(Workload::model) {
+            let model = table_model(model);
             if !models.contains(&model) {
                 models.push(model);
             }
@@ -461,10 +470,12 @@ impl Deployment {
             number: replica.number,
             group: replica.names(app, name).group,
             first_rank: replica.first_rank,
-            dp: replica.model.topology.dp as u32,
+            dp: replica.workload.dp(),
             draining: replica.stage == Stage::Draining,
         };
-        let shown = |it: &&Replica| it.stage != Stage::Stopping && table_model(&it.model) == model;
+        let shown = |it: &&Replica| {
+            it.stage != Stage::Stopping && it.workload.model().is_some_and(|it| table_model(it) == model)
+        };
         let per_replica = settings.max_ongoing_requests.map(u64::from);
         let in_flight_max = per_replica.map(|max| {
             let running = u64::from(self.count(|it| it.stage == Stage::Running).max(1));
@@ -474,11 +485,35 @@ impl Deployment {
         TableDeployment {
             name: name.to_owned(),
             in_flight_max: in_flight_max.filter(|max| *max < u64::MAX),
-            may_wait: !self.removing
-                && matches!(&settings.scale, Scale::Auto(auto) if auto.min_replicas == 0),
+            may_wait: self.may_wait(),
             replicas: self.replicas.iter().filter(shown).map(seat).collect(),
             model,
         }
+    }
+
+    /// Requests may wait for the first replica: one is started for them.
+    fn may_wait(&self) -> bool {
+        !self.removing && matches!(&self.target.settings.scale, Scale::Auto(auto) if auto.min_replicas == 0)
+    }
+
+    /// As an ingress sees it, where it is an actor of a user. Where its replicas are is not known here.
+    pub(super) fn table_of_actors(&self, name: &str) -> Option<TableActors> {
+        self.target.workload.actor()?;
+        let settings = &self.target.settings;
+        let seat = |replica: &Replica| TableActorReplica {
+            number: replica.number,
+            addr: None,
+            draining: replica.stage == Stage::Draining,
+        };
+        let present = self.replicas.iter().filter(|it| it.stage != Stage::Stopping);
+        Some(TableActors {
+            name: name.to_owned(),
+            max_ongoing_requests: settings.max_ongoing_requests.unwrap_or(u32::MAX),
+            max_queued_requests: settings.max_queued_requests,
+            may_wait: self.may_wait(),
+            message: self.state().1,
+            replicas: present.map(seat).collect(),
+        })
     }
 }
 

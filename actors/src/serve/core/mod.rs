@@ -19,7 +19,7 @@ use heliostat_runtime::wire::{CodecError, from_bytes, to_bytes};
 
 pub use self::deployment::{Deployment, DeploymentState, Replica, Stage};
 #[cfg(test)]
-pub(super) use self::tests::model as test_model;
+pub(super) use self::tests::{actor as test_actor, model as test_model};
 use super::messages::{Table, TableApp};
 use super::target::{AppTarget, Source};
 
@@ -297,6 +297,7 @@ impl ServeState {
             name: name.clone(),
             route_prefix: app.route_prefix.clone(),
             deployments: app.deployments.iter().flat_map(|(it, state)| state.table(name, it)).collect(),
+            actors: app.deployments.iter().filter_map(|(it, state)| state.table_of_actors(it)).collect(),
         };
         Table { apps: self.apps.iter().map(app).collect() }
     }

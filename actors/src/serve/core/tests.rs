@@ -6,13 +6,15 @@ use std::time::Duration;
 use heliostat_engine::batch::PrefillAttention;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::{Gate, PlacementStrategy, Policy};
-use heliostat_runtime::spec::{LabelSelector, RestartPolicy};
+use heliostat_runtime::package::{Digest, PackageId};
+use heliostat_runtime::spec::{LabelSelector, Resources, RestartPolicy};
 
 use super::*;
 use crate::deployment::ModelDeployment;
 use crate::eplb::EplbConfig;
 use crate::rank::{CudaArgs, EngineArgs, KvCacheArgs, LinkArgs};
 use crate::serve::target::{Autoscaling, DeploymentTarget, Rollout, Scale, Settings};
+use crate::serve::workload::{ActorDeployment, HealthChecks, Workload};
 
 /// A model of two ranks; another `seqs` needs other processes.
 pub(in crate::serve) fn model(name: &str, seqs: u32) -> ModelDeployment {
@@ -53,13 +55,39 @@ pub(in crate::serve) fn model(name: &str, seqs: u32) -> ModelDeployment {
     }
 }
 
+/// An actor of a user; another `content` of its package needs other processes.
+pub(in crate::serve) fn actor(name: &str, content: u8) -> ActorDeployment {
+    ActorDeployment {
+        application: name.to_owned(),
+        deployment: name.to_owned(),
+        package: PackageId { name: name.to_owned(), version: "1".to_owned(), sha256: Digest([content; 32]) },
+        actor_type: name.to_owned(),
+        args: "{}".to_owned(),
+        user_config: None,
+        resources: Resources::default(),
+        selector: LabelSelector::default(),
+        health: HealthChecks::default(),
+        mailbox_capacity: 8,
+        restart: RestartPolicy::default(),
+    }
+}
+
+/// Which version a replica is of.
+fn seqs(replica: &Replica) -> u32 {
+    replica.workload.model().unwrap().engine.max_num_seqs
+}
+
 pub(super) fn target(name: &str, seqs: u32, settings: Settings) -> AppTarget {
     AppTarget {
         name: name.to_owned(),
         route_prefix: Some(format!("/{name}")),
         source: Source::Document,
         config: "{}".to_owned(),
-        deployments: vec![DeploymentTarget { name: name.to_owned(), model: model(name, seqs), settings }],
+        deployments: vec![DeploymentTarget {
+            name: name.to_owned(),
+            workload: model(name, seqs).into(),
+            settings,
+        }],
     }
 }
 
@@ -115,7 +143,7 @@ impl Rig {
                 Command::Ensure(number) => {
                     self.ensured.push(number);
                     let (_, _, replica) = self.state.replica(number).unwrap();
-                    let works = !self.broken.contains(&replica.model.engine.max_num_seqs);
+                    let works = !self.broken.contains(&seqs(replica));
                     let health = if works { Health::Ready } else { Health::Broken("no".to_owned()) };
                     self.seen.health.insert(number, health);
                 }
@@ -139,7 +167,7 @@ impl Rig {
     fn serving(&self, app: &str) -> Vec<u32> {
         let serving =
             self.deployment(app).replicas().iter().filter(|replica| replica.stage == Stage::Running);
-        serving.map(|replica| replica.model.engine.max_num_seqs).collect()
+        serving.map(seqs).collect()
     }
 
     fn state(&self, app: &str) -> DeploymentState {
@@ -176,11 +204,20 @@ fn the_same_again_changes_nothing_and_settings_of_eplb_change_without_another_re
     rig.steps(4);
     assert_eq!((rig.ensured.len(), rig.removed.len()), (ensured, 0));
     let mut live = target("a", 8, replicas(2));
-    live.deployments[0].model.eplb.step_interval = 77;
+    let Workload::Model(changed) = &mut live.deployments[0].workload else { unreachable!() };
+    changed.eplb.step_interval = 77;
     rig.deploy(vec![live]);
     rig.steps(4);
     assert_eq!((rig.ensured.len(), rig.removed.len()), (ensured + 2, 0), "the same replicas, described anew");
-    assert!(rig.deployment("a").replicas().iter().all(|replica| replica.model.eplb.step_interval == 77));
+    assert!(
+        rig.deployment("a").replicas().iter().all(|replica| replica
+            .workload
+            .model()
+            .unwrap()
+            .eplb
+            .step_interval
+            == 77)
+    );
     assert_eq!(rig.state("a"), DeploymentState::Healthy);
 }
 
@@ -373,4 +410,56 @@ fn a_controller_that_starts_anew_goes_on_without_another_replica() {
     rig.steps(4);
     assert_eq!(rig.serving("a"), [8, 8]);
     assert_eq!(rig.ensured, [1, 2], "the same are applied again, which changes nothing");
+}
+
+#[test]
+fn an_actor_of_a_user_is_updated_by_its_package_and_told_its_settings_live() {
+    let mut rig = Rig::new();
+    let target = |actor: ActorDeployment| AppTarget {
+        deployments: vec![DeploymentTarget {
+            name: "a".to_owned(),
+            workload: actor.into(),
+            settings: Settings { max_ongoing_requests: Some(5), ..Settings::default() },
+        }],
+        ..self::target("a", 1, Settings::default())
+    };
+    rig.state.deploy(vec![target(actor("a", 1))], 1).unwrap();
+    let numbers = |state: &ServeState| state.replicas().map(|(_, _, it)| it.number).collect::<Vec<_>>();
+    let step = |state: &mut ServeState, seen: &mut Seen, at: u64| {
+        for command in state.step(Duration::from_secs(at), 7, seen) {
+            match command {
+                Command::Ensure(number) => drop(seen.health.insert(number, Health::Ready)),
+                Command::Remove(number) => drop(seen.health.remove(&number)),
+                Command::Persist => {}
+            }
+        }
+        let drained = state.replicas().filter(|(_, _, it)| it.stage == Stage::Draining);
+        seen.draining = drained.map(|(_, _, it)| (it.number, 0)).collect();
+    };
+    let (mut state, mut seen) = (rig.state, rig.seen);
+    (0..3).for_each(|at| step(&mut state, &mut seen, at));
+    assert_eq!(numbers(&state), [1]);
+    let table = state.table();
+    assert!(table.apps[0].deployments.is_empty());
+    let shown = &table.apps[0].actors[0];
+    assert_eq!((shown.name.as_str(), shown.max_ongoing_requests, shown.replicas.len()), ("a", 5, 1));
+
+    // Settings concern nobody's process.
+    let live = ActorDeployment { user_config: Some("2".to_owned()), ..actor("a", 1) };
+    state.deploy(vec![target(live.clone())], 2).unwrap();
+    let said = |state: &ServeState| state.apps()["a"].deployments["a"].state();
+    assert_eq!(said(&state).0, DeploymentState::Updating, "nothing was told yet");
+    step(&mut state, &mut seen, 3);
+    assert_eq!(said(&state), (DeploymentState::Unhealthy, "its new settings are on their way".to_owned()));
+    (4..6).for_each(|at| step(&mut state, &mut seen, at));
+    assert_eq!(said(&state).0, DeploymentState::Healthy);
+    assert_eq!(numbers(&state), [1]);
+    assert!(state.replicas().all(|(_, _, it)| it.workload == live.clone().into()));
+
+    // Another binary does: the new one comes first.
+    state.deploy(vec![target(actor("a", 2))], 3).unwrap();
+    step(&mut state, &mut seen, 6);
+    assert_eq!(numbers(&state), [1, 2]);
+    (7..12).for_each(|at| step(&mut state, &mut seen, at));
+    assert_eq!(numbers(&state), [2]);
 }

@@ -95,6 +95,11 @@ impl<'a> Fields<'a> {
         Some(Self::open(self.at(key), value, self.problems))
     }
 
+    /// Names of the fields that were not taken yet.
+    pub(super) fn keys(&self) -> Vec<String> {
+        self.object.keys().cloned().collect()
+    }
+
     /// Takes a list.
     pub(super) fn list(&mut self, key: &str) -> Vec<(String, Json)> {
         let path = self.at(key);

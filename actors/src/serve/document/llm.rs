@@ -15,10 +15,9 @@ use super::settings::settings;
 use super::{Builder, Facts};
 use crate::deployment::ModelDeployment;
 use crate::rank::{EngineArgs, KvCacheArgs};
-use crate::serve::target::DeploymentTarget;
 
 /// The label of nodes that `accelerator_type` asks for.
-const ACCELERATOR_LABEL: &str = "accelerator-type";
+pub(super) const ACCELERATOR_LABEL: &str = "accelerator-type";
 
 const LLM_REFUSED: &[Refused] = &[
     no("llm_engine", &["\"vLLM\""], "Heliostat's own engine takes vLLM's arguments"),
@@ -60,13 +59,13 @@ const ENGINE_REFUSED: &[Refused] = &[
     no("scheduling_policy", &["\"fcfs\"", "\"priority\""], ""),
 ];
 
-/// One LLMConfig; `over` are fields of a deployment of that name elsewhere in the document.
+/// One LLMConfig: the name of its deployment, what a replica runs, and the options of the deployment.
 pub(super) fn deployment(
     value: Json,
     (path, builder): (&str, Builder),
     facts: &Facts<'_>,
     problems: &Problems,
-) -> (DeploymentTarget, Json) {
+) -> (String, ModelDeployment, Json) {
     let mut llm = Fields::open(path, value, problems);
     let mut model = facts.base.clone();
     let mut loading = llm.object("model_loading_config").unwrap_or_else(|| {
@@ -130,7 +129,7 @@ pub(super) fn deployment(
         .get("name")
         .and_then(Json::as_str)
         .map_or_else(|| builder.deployment_name(&id), str::to_owned);
-    (DeploymentTarget { name, model, settings: Default::default() }, options)
+    (name, model, options)
 }
 
 /// Settings of a deployment: its `deployment_config`, with the fields of the document's `deployments` entry above it.

@@ -3,6 +3,7 @@
 //! Pure: what lies outside of the document comes in as facts. Everything that is not supported is refused by its path in
 //! the document; nothing is ignored in silence.
 
+mod actor;
 mod fields;
 mod llm;
 mod settings;
@@ -13,8 +14,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use heliostat_engine::config::ModelConfig;
+use heliostat_runtime::package::PackageStatus;
+use heliostat_runtime::spec::RestartPolicy;
 use serde_json::Value as Json;
 
+use self::actor::ActorPath;
 use self::fields::{Fields, Problems, Refused, no};
 pub use self::llm::default_redundancy;
 use super::target::{AppTarget, DeploymentTarget, Source};
@@ -33,8 +37,20 @@ pub struct Facts<'a> {
     pub http: SocketAddr,
     /// Nodes of the cluster.
     pub num_nodes: usize,
+    /// Programs of users that the cluster has.
+    pub packages: &'a [PackageStatus],
+    /// Restarts of actors.
+    pub restart: RestartPolicy,
     /// Reads the shape of the model in a directory.
     pub look: &'a dyn Fn(&Path) -> Result<ModelConfig, String>,
+}
+
+/// What an import path names.
+enum Import {
+    /// Who makes deployments of models of the application's arguments.
+    Builder(Builder),
+    /// An actor of a user.
+    Actor(ActorPath),
 }
 
 /// Who makes deployments of an application's arguments.
@@ -52,16 +68,31 @@ enum Builder {
 const IMPORT_PATHS: &str =
     "ray.serve.llm:build_openai_app, ray.serve.llm:build_dp_openai_app and heliostat:build_openai_app";
 
+impl Import {
+    fn parse(import_path: &str, packages: &[PackageStatus]) -> Result<Self, String> {
+        if let Some(builder) = Builder::parse(import_path)? {
+            return Ok(Self::Builder(builder));
+        }
+        let path = ActorPath::parse(import_path, packages);
+        let refused = |why| format!("{import_path:?} cannot be imported: {why}; builders are {IMPORT_PATHS}");
+        path.map(Self::Actor).map_err(refused)
+    }
+}
+
 impl Builder {
-    fn parse(import_path: &str) -> Result<Self, String> {
+    /// The builder of that name; none: it is none of a builder's module.
+    fn parse(import_path: &str) -> Result<Option<Self>, String> {
         match import_path {
-            "ray.serve.llm:build_openai_app" => Ok(Self::OpenAi),
-            "ray.serve.llm:build_dp_openai_app" => Ok(Self::DataParallel),
-            "heliostat:build_openai_app" => Ok(Self::Own),
+            "ray.serve.llm:build_openai_app" => Ok(Some(Self::OpenAi)),
+            "ray.serve.llm:build_dp_openai_app" => Ok(Some(Self::DataParallel)),
+            "heliostat:build_openai_app" => Ok(Some(Self::Own)),
             "ray.serve.llm:build_pd_openai_app" => Err(format!(
                 "{import_path} is not supported: prefill and decode are not separated; use ray.serve.llm:build_dp_openai_app"
             )),
-            other => Err(format!("{other:?} cannot be imported; there are {IMPORT_PATHS}")),
+            other if other.starts_with("ray.") || other.starts_with("heliostat:") => {
+                Err(format!("{other:?} cannot be imported; there are {IMPORT_PATHS}"))
+            }
+            _ => Ok(None),
         }
     }
 
@@ -84,7 +115,7 @@ const TOP_REFUSED: &[Refused] = &[
 ];
 
 const APP_REFUSED: &[Refused] = &[
-    no("runtime_env", &["{}"], "models need none"),
+    no("runtime_env", &["{}"], "models and programs of one binary need none"),
     no("autoscaling_policy", &[], "use autoscaling_config of the deployments"),
     no("external_scaler_enabled", &["false"], ""),
 ];
@@ -175,12 +206,17 @@ fn app(path: &str, value: Json, facts: &Facts<'_>, problems: &Problems) -> AppTa
     if let Some(prefix) = &route_prefix {
         check_prefix(&app, prefix);
     }
-    let builder = match app.take::<String>("import_path") {
+    let import = match app.take::<String>("import_path") {
         None => {
-            app.wrong("import_path", format!("it is missing; there are {IMPORT_PATHS}"));
+            app.wrong(
+                "import_path",
+                format!("it is missing; there are {IMPORT_PATHS}, and PACKAGE:ACTOR_TYPE"),
+            );
             None
         }
-        Some(import_path) => Builder::parse(&import_path).map_err(|why| app.wrong("import_path", why)).ok(),
+        Some(import_path) => {
+            Import::parse(&import_path, facts.packages).map_err(|why| app.wrong("import_path", why)).ok()
+        }
     };
     for (key, own) in [("host", facts.http.ip().to_string()), ("port", facts.http.port().to_string())] {
         let neutral = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned) == own;
@@ -190,14 +226,20 @@ fn app(path: &str, value: Json, facts: &Facts<'_>, problems: &Problems) -> AppTa
     }
     logging(&mut app);
     app.refuse(APP_REFUSED);
-    let args = app.object("args");
+    let args = app.raw("args");
     let overrides = app.list("deployments");
     app.finish();
-    let deployments = match (builder, args) {
-        (Some(builder), Some(args)) => deployments(builder, args, overrides, (path, facts, problems)),
-        (Some(_), None) => {
+    let deployments = match (import, args) {
+        (Some(Import::Builder(builder)), Some(args)) => {
+            let args = Fields::open(format!("{path}.args"), args, problems);
+            deployments(builder, args, overrides, (path, facts, problems))
+        }
+        (Some(Import::Builder(_)), None) => {
             problems.add(&format!("{path}.args"), "it is missing: the builder needs the model");
             Vec::new()
+        }
+        (Some(Import::Actor(of)), args) => {
+            vec![actor::deployment(of, (&name, path), (args, overrides), facts, problems)]
         }
         (None, _) => Vec::new(),
     };
@@ -248,16 +290,17 @@ fn deployments(
     let mut made: Vec<DeploymentTarget> = Vec::new();
     let mut used = vec![false; overrides.len()];
     for (config_path, config) in configs {
-        let (mut target, mut under) = llm::deployment(config, (&config_path, builder), facts, problems);
-        if made
-            .iter()
-            .any(|other| other.name == target.name || other.model.model_name == target.model.model_name)
-        {
-            problems.add(&config_path, format!("model {:?} is listed twice", target.model.model_name));
+        let (name, mut model, mut under) = llm::deployment(config, (&config_path, builder), facts, problems);
+        let twice = |other: &DeploymentTarget| {
+            let other_model = other.workload.model().map(|it| it.model_name.as_str());
+            other.name == name || other_model == Some(model.model_name.as_str())
+        };
+        if made.iter().any(twice) {
+            problems.add(&config_path, format!("model {:?} is listed twice", model.model_name));
         }
         let over = overrides
             .iter()
-            .position(|(_, value)| value.get("name").and_then(Json::as_str) == Some(target.name.as_str()));
+            .position(|(_, value)| value.get("name").and_then(Json::as_str) == Some(name.as_str()));
         if let Some(at) = over {
             used[at] = true;
         }
@@ -266,13 +309,13 @@ fn deployments(
         for (options, path) in [(Some(&mut under), options_path.as_str()), (over.as_mut(), path)] {
             let config = options.and_then(Json::as_object_mut).and_then(|it| it.shift_remove("user_config"));
             if let Some(config) = config {
-                let shape = (facts.look)(&target.model.model).ok();
+                let shape = (facts.look)(&model.model).ok();
                 let fields = Fields::open(format!("{path}.user_config"), config, problems);
-                llm::user_config(fields, &mut target.model, shape.as_ref());
+                llm::user_config(fields, &mut model, shape.as_ref());
             }
         }
-        target.settings = llm::options(under, over, &options_path, problems);
-        made.push(target);
+        let settings = llm::options(under, over, &options_path, problems);
+        made.push(DeploymentTarget { name, workload: model.into(), settings });
     }
     let names: Vec<&str> = made.iter().map(|target| target.name.as_str()).collect();
     for ((path, value), _) in overrides.iter().zip(used).filter(|(_, used)| !used) {

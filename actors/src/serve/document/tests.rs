@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::eplb::Policy;
+use heliostat_runtime::package::{Digest, PackageId};
+use heliostat_runtime::spec::{LabelSelector, Quantity, Resources};
 use serde_json::json;
 
 use super::*;
@@ -29,6 +31,8 @@ fn read_with(
         dir: Path::new("/models"),
         http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
         num_nodes: 1,
+        packages: &packages(),
+        restart: RestartPolicy::default(),
         look,
     };
     read(&document.to_string(), &facts)
@@ -53,6 +57,36 @@ fn document(engine_kwargs: Json, deployment_config: Json) -> Json {
     }] })
 }
 
+/// Programs that the cluster has: one with a version, one with two, of which one was replaced.
+fn packages() -> Vec<PackageStatus> {
+    let package = |(name, version, content, replaced): (&str, &str, u8, bool)| PackageStatus {
+        id: PackageId { name: name.into(), version: version.into(), sha256: Digest([content; 32]) },
+        bytes: 1,
+        actors: Vec::new(),
+        nodes: Vec::new(),
+        replaced,
+    };
+    let all = [
+        ("greeter", "1", 1, true),
+        ("greeter", "1", 2, false),
+        ("many", "1", 3, false),
+        ("many", "2", 4, false),
+    ];
+    all.into_iter().map(package).collect()
+}
+
+fn model_of(apps: &[AppTarget]) -> &ModelDeployment {
+    apps[0].deployments[0].workload.model().unwrap()
+}
+
+/// A document with an actor of a user, and what is added to its deployment.
+fn of_actor(import_path: &str, deployment: Json) -> Json {
+    json!({ "applications": [{
+        "name": "hello", "route_prefix": "/hello", "import_path": import_path, "args": { "word": "hi" },
+        "deployments": [deployment],
+    }] })
+}
+
 fn one(document: Json) -> DeploymentTarget {
     read_document(document).unwrap().remove(0).deployments.remove(0)
 }
@@ -74,7 +108,7 @@ fn rays_wide_ep_document_is_understood() {
         json!({ "num_replicas": 2, "max_ongoing_requests": 10, "max_queued_requests": 5, "graceful_shutdown_timeout_s": 3 }),
     ));
     assert_eq!(made.name, "DPServer:sundial-20m");
-    let model = &made.model;
+    let model = made.workload.model().unwrap();
     assert_eq!((model.topology.dp, model.topology.ep, model.redundant_experts), (4, 4, 8));
     assert_eq!((model.eplb.window_size, model.eplb.step_interval), (7, 9));
     assert!(matches!(model.eplb.policy, Policy::Incremental(_)));
@@ -123,16 +157,16 @@ fn builders_are_rays_and_ours_and_no_others() {
     assert_eq!((apps[0].name.as_str(), apps[0].route_prefix.as_deref()), ("default", Some("/")));
     let names: Vec<&str> = apps[0].deployments.iter().map(|it| it.name.as_str()).collect();
     assert_eq!(names, ["LLMServer:org--a_b", "LLMServer:c"]);
-    assert_eq!(apps[0].deployments[0].model.topology.dp, 1);
-    assert_eq!(apps[0].deployments[0].model.model, Path::new("/models/sundial-20m"));
+    assert_eq!(model_of(&apps).topology.dp, 1);
+    assert_eq!(model_of(&apps).model, Path::new("/models/sundial-20m"));
     let own = with("heliostat:build_openai_app", json!({ "llm_configs": [llm("a")] })).unwrap();
-    assert_eq!(own[0].deployments[0].model.topology.dp, 2, "as in cluster.toml");
+    assert_eq!(model_of(&own).topology.dp, 2, "as in cluster.toml");
     let said = with("ray.serve.llm:build_pd_openai_app", json!({})).unwrap_err();
     assert!(
         said[0].starts_with("applications.0.import_path: ray.serve.llm:build_pd_openai_app is not supported")
     );
     let said = with("my.app:main", json!({})).unwrap_err();
-    assert!(said[0].contains("there are ray.serve.llm:build_openai_app"), "{said:?}");
+    assert!(said[0].contains("builders are ray.serve.llm:build_openai_app"), "{said:?}");
     let said =
         with("ray.serve.llm:build_openai_app", json!({ "llm_configs": [llm("a"), llm("a")] })).unwrap_err();
     assert!(
@@ -161,7 +195,8 @@ fn user_config_sets_what_changes_live() {
         json!({}),
         json!({ "user_config": { "enable_eplb": false, "eplb_config": { "step_interval": 5 } } }),
     ));
-    assert_eq!((made.model.eplb.enabled, made.model.eplb.step_interval), (false, 5));
+    let eplb = &made.workload.model().unwrap().eplb;
+    assert_eq!((eplb.enabled, eplb.step_interval), (false, 5));
     let said = problems(document(json!({}), json!({ "user_config": { "temperature": 1 } })));
     assert!(said[0].contains("user_config.temperature: there is no such field"), "{said:?}");
 }
@@ -204,4 +239,62 @@ fn prefixes_are_checked() {
     let mut it = document(json!({}), json!({}));
     it["applications"][0]["route_prefix"] = Json::Null;
     assert_eq!(read_document(it).unwrap()[0].route_prefix, None);
+}
+
+#[test]
+fn an_actor_of_a_user_has_rays_options() {
+    let made = one(of_actor(
+        "greeter:Greeter",
+        json!({
+            "name": "Greeter", "num_replicas": 2, "max_queued_requests": 7, "user_config": { "tone": "dry" },
+            "health_check_period_s": 1, "health_check_timeout_s": 2.5, "graceful_shutdown_timeout_s": 3,
+            "ray_actor_options": {
+                "num_cpus": 0.5, "num_gpus": 1, "resources": { "tpu": 2 }, "label_selector": { "zone": "a" },
+            },
+        }),
+    ));
+    let actor = made.workload.actor().unwrap();
+    assert_eq!((actor.package.sha256, actor.actor_type.as_str()), (Digest([2; 32]), "Greeter"));
+    assert_eq!((made.name.as_str(), actor.application.as_str()), ("Greeter", "hello"));
+    assert_eq!(
+        (actor.args.as_str(), actor.user_config.as_deref()),
+        (r#"{"word":"hi"}"#, Some(r#"{"tone":"dry"}"#))
+    );
+    let needs = Resources { devices: 1, ..Resources::cpus(Quantity::milli(500)).with("tpu", 2) };
+    assert_eq!((&actor.resources, &actor.selector), (&needs, &LabelSelector::of("zone", "a")));
+    assert_eq!((actor.health.period.as_secs(), actor.health.timeout.as_millis()), (1, 2500));
+    let settings = &made.settings;
+    assert_eq!((settings.max_ongoing_requests, settings.max_queued_requests), (Some(5), Some(7)));
+    let plain = one(of_actor("many@2:It", json!({ "name": "It" })));
+    let actor = plain.workload.actor().unwrap();
+    assert_eq!((actor.package.sha256, &actor.resources), (Digest([4; 32]), &Resources::cpus(1)));
+}
+
+#[test]
+fn an_actor_that_cannot_be_is_refused_by_name() {
+    let said = |import_path: &str| problems(of_actor(import_path, json!({ "name": "It" }))).remove(0);
+    for (import_path, why) in [
+        ("none:It", "no package is called"),
+        ("many:It", "say which: many@1:It"),
+        ("many@3:It", "no version \"3\" that is registered; there is 1, 2"),
+        ("greeter", "PACKAGE@VERSION:ACTOR_TYPE"),
+        ("ray.serve.llm:other", "cannot be imported; there are"),
+    ] {
+        let said = said(import_path);
+        assert!(said.starts_with("applications.0.import_path: ") && said.contains(why), "{said}");
+    }
+    for (option, why) in [
+        (json!({ "name": "Other" }), "no deployment is named \"Other\"; there is It"),
+        (json!({ "name": "It", "ray_actor_options": { "num_gpus": 2 } }), "an actor has one or none"),
+        (json!({ "name": "It", "health_check_period_s": 0 }), "it must be above 0"),
+        (json!({ "name": "It", "wings": 2 }), "there is no such field"),
+        (
+            json!({ "name": "It", "request_router_config": { "request_router_class":
+                "ray.serve.llm.request_router.PrefixCacheAffinityRouter" } }),
+            "the less busy one of two",
+        ),
+    ] {
+        let said = problems(of_actor("many@1:It", option));
+        assert!(said.iter().any(|said| said.contains(why)), "{said:?}");
+    }
 }
