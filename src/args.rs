@@ -224,7 +224,11 @@ pub(crate) struct Node {
     /// Shared memory for objects, in bytes. Without it: 30 % of all there is.
     #[arg(long, value_name = "BYTES")]
     pub(crate) objects: Option<u64>,
-    /// Where objects go that have no room there. Without it: in the run directory.
+    /// Size of objects, in bytes, for which memory is kept ready; may be repeated.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) objects_ready: Vec<u64>,
+    /// Where objects go that have no room there: the node makes a directory of its own in it. Without it: in the run
+    /// directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) spill_dir: Option<PathBuf>,
     /// Bytes of objects that may lie there; 0 for none.

@@ -6,11 +6,14 @@ mod accepts;
 mod stream;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use actix::{Arbiter, ArbiterHandle};
 use bincode::{Decode, Encode};
 use futures_util::future::BoxFuture;
-use tokio::sync::Notify;
+use rustix::process::Pid;
+use tokio::sync::{Notify, SetOnce};
 
 use crate::cluster::Cluster;
 use crate::function::{FunctionActor, FunctionTable};
@@ -62,7 +65,8 @@ pub trait Spawn: RemoteActor {
     type Args: Encode + Decode<()> + 'static;
 
     /// Creates the actor, on the thread it will live on. It may take long: it blocks no other actor. The actor is
-    /// ready when this returns.
+    /// ready when this returns. What it awaits may take as long as it likes; where it holds the thread for longer than
+    /// `ActorSpec::hang_timeout` without a word (`ActorCx::progress`) it counts as hung.
     fn create(args: Self::Args, cx: ActorCx) -> impl Future<Output = Result<Self, CreateError>>;
 }
 
@@ -188,6 +192,7 @@ where
         let system = cx.system().clone();
         let options = SpawnOptions { id: cx.actor_id(), incarnation: cx.incarnation(), mailbox_capacity };
         let made = move || async move {
+            cx.parts.reports.begun();
             let args = scope::received(cx.system().objects(), || from_bytes::<T>(&args))
                 .map_err(|e| CreateError::Args { type_name: A::TYPE, why: e.to_string() })?;
             create(args, cx).await
@@ -293,8 +298,10 @@ impl ActorCx {
         self.parts.reports.update(|pending| pending.announce = Some(join_info));
     }
 
-    /// Says how far starting is. Cheap: only the latest is kept until it is sent.
+    /// Says how far starting is. Cheap: only the latest is kept until it is sent. It counts as a sign of life of a creation that
+    /// holds its thread.
     pub fn progress(&self, progress: Progress) {
+        self.parts.reports.start.words.fetch_add(1, Ordering::Relaxed);
         self.parts.reports.update(|pending| pending.progress = Some(progress));
     }
 
@@ -321,6 +328,15 @@ pub struct Pending {
 #[derive(Clone, Default)]
 pub struct Reports {
     shared: Arc<(Mutex<Pending>, Notify)>,
+    start: Arc<Start>,
+}
+
+/// What is known of an actor's creation from outside of its thread.
+#[derive(Default)]
+struct Start {
+    thread: SetOnce<(ArbiterHandle, Pid)>,
+    /// How often it has said how far it is.
+    words: AtomicU64,
 }
 
 impl Reports {
@@ -338,6 +354,22 @@ impl Reports {
                 return pending;
             }
         }
+    }
+
+    /// Notes that the creation begins, on the thread that calls this.
+    fn begun(&self) {
+        // Only the first creation counts; there is no other.
+        let _ = self.start.thread.set((Arbiter::current(), rustix::thread::gettid()));
+    }
+
+    /// Waits for the thread on which the actor is created.
+    pub(crate) async fn thread(&self) -> (ArbiterHandle, Pid) {
+        self.start.thread.wait().await.clone()
+    }
+
+    /// How often the actor has said how far its creation is.
+    pub(crate) fn words(&self) -> u64 {
+        self.start.words.load(Ordering::Relaxed)
     }
 
     fn update(&self, change: impl FnOnce(&mut Pending)) {

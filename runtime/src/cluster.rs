@@ -9,11 +9,12 @@ pub mod status;
 pub mod values;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use actix::Handler;
 
+use self::named::Limits;
 pub use self::named::{Idempotent, Named, NamedError, NamedJson};
 pub use self::placement_group::PlacementGroup;
 pub use self::spawn::{PackageError, SpawnFailed};
@@ -114,6 +115,8 @@ pub struct Cluster {
     stood_by: Arc<Mutex<Option<(String, String)>>>,
     /// Addresses that were looked up.
     known: Arc<Mutex<HashMap<String, Located>>>,
+    /// What is so of the calls in JSON that are under way, by actor.
+    json: Arc<Mutex<HashMap<String, Weak<OnceLock<Limits>>>>>,
     /// Where names are looked for that say no namespace.
     namespace: Arc<str>,
     /// What actors belong to that do not say how long they are there.
@@ -151,6 +154,7 @@ impl Cluster {
             heads,
             stood_by: Arc::default(),
             known: Arc::default(),
+            json: Arc::default(),
             namespace: DEFAULT_NAMESPACE.into(),
             owner: None,
             by: owned::this_process().into(),

@@ -261,6 +261,54 @@ async fn the_embedded_store_conforms() {
     conforms(&StateStore::open(&embedded(&dir)).await.unwrap()).await;
 }
 
+#[tokio::test]
+async fn a_state_file_of_another_version_is_refused_and_left_as_it_is() {
+    let dir = TempDir::new().unwrap();
+    drop(reopen(&dir).await);
+    let counters = redb::TableDefinition::<&str, u64>::new("counters");
+    let mark = |format: u64| {
+        let file = redb::Database::open(state_file(&dir)).unwrap();
+        let write = file.begin_write().unwrap();
+        let before = write.open_table(counters).unwrap().insert("format", format).unwrap().unwrap().value();
+        write.commit().unwrap();
+        before
+    };
+    let mut before = 1;
+    for other in [0, 2] {
+        assert_eq!(mark(other), before, "opening changed the mark");
+        before = other;
+        let error = refusal(&embedded(&dir)).await;
+        assert!(error.contains(&format!("state.redb has format {other}")), "{error}");
+        assert!(error.contains("reads format 1: run the version that wrote it"), "{error}");
+        assert!(error.contains("another dir in [state]"), "{error}");
+    }
+    mark(1);
+    drop(reopen(&dir).await);
+}
+
+/// Why the store is not opened, for good.
+async fn refusal(config: &StateConfig) -> String {
+    let error = StateStore::open(config).await.err().expect("it opened");
+    assert!(matches!(error, StateError::Format { .. }) && !error.is_transient(), "{error}");
+    error.to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_prefix_of_another_version_is_refused() {
+    let server = EtcdServer::start().await;
+    let config = server.config("heliostat");
+    drop(StateStore::open(&config).await.unwrap());
+    drop(StateStore::open(&config).await.expect("the same format again"));
+    let mut client = etcd_client::Client::connect([&server.client_url], None).await.unwrap();
+    for other in ["0", "2"] {
+        client.put("heliostat.format", other, None).await.unwrap();
+        let error = refusal(&config).await;
+        assert!(error.contains(&format!("etcd under heliostat/ has format {other}")), "{error}");
+        assert!(error.contains("another prefix in [state]"), "{error}");
+    }
+    StateStore::open(&server.config("helio")).await.expect("another cluster's own");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_conforms() {
     let server = EtcdServer::start().await;

@@ -49,6 +49,8 @@ async fn config(args: &args::Node) -> Result<NodeConfig> {
     config.objects_bytes_max = args.objects.unwrap_or(config.objects_bytes_max);
     config.spill_dir.clone_from(&args.spill_dir);
     config.spill_bytes_max = args.spill;
+    let ready = args.objects_ready.iter().map(|bytes| usize::try_from(*bytes));
+    config.objects_ready = ready.collect::<Result<_, _>>().context("--objects-ready")?;
     config.capacity.custom = args.resources.iter().cloned().collect();
     config.labels = args.labels.iter().cloned().collect();
     config.worker_command = vec![program()?.display().to_string(), "worker".into()];

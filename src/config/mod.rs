@@ -14,7 +14,9 @@ mod validate;
 
 pub(crate) use docs::reference_page;
 pub(crate) use error::ConfigError;
-pub(crate) use raw::{All2All, Dashboard, Eplb, Packages, PlacementStrategy, Policy, Serve, Supervision};
+pub(crate) use raw::{
+    All2All, Dashboard, Eplb, Objects, Packages, PlacementStrategy, Policy, Serve, Supervision,
+};
 
 use crate::gpus;
 use anyhow::{Context, Result};
@@ -87,6 +89,8 @@ pub(crate) struct Config {
     pub(crate) serve_tls: Option<CertFiles>,
     /// Jobs and their REST API.
     pub(crate) dashboard: Dashboard,
+    /// The object store of each node.
+    pub(crate) objects: Objects,
     /// Programs of users.
     pub(crate) packages: Packages,
     /// What clients of the dashboard must prove to know; empty on loopback only.
@@ -160,6 +164,19 @@ impl Node {
         self.memory.into_iter().for_each(|memory| arg("--memory", memory.to_string()));
         self.resources.iter().for_each(|(name, amount)| arg("--resource", format!("{name}={amount}")));
         self.labels.iter().for_each(|(key, value)| arg("--label", format!("{key}={value}")));
+        args
+    }
+}
+
+impl Objects {
+    /// The store of a node, as `helio node` takes it.
+    pub(crate) fn args(&self) -> Vec<String> {
+        let mut args = Vec::new();
+        let mut arg = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        self.memory.into_iter().for_each(|memory| arg("--objects", memory.0.to_string()));
+        self.spill_dir.iter().for_each(|dir| arg("--spill-dir", dir.display().to_string()));
+        arg("--spill", self.spill_bytes.0.to_string());
+        self.ready.iter().for_each(|size| arg("--objects-ready", size.0.to_string()));
         args
     }
 }

@@ -378,6 +378,22 @@ section! {
 }
 
 section! {
+    /// The object store of each node: large values that actors share by ref.
+    Objects = "objects" {
+        /// Shared memory for objects. Without it: 30 % of the machine's memory.
+        memory: Option<ByteSize> = None,
+        /// Where objects go that have no room in memory, on every node: each makes a directory of its own in it. Without it: in
+        /// the node's run directory.
+        spill_dir: Option<PathBuf> = None,
+        /// Bytes of objects that may lie there; 0: none, and a full store refuses.
+        spill_bytes: ByteSize = ByteSize(16 << 30),
+        /// Sizes of objects for which memory is kept ready, so that a process's first put of such a size is as quick as its
+        /// second. It counts as memory of the store, and is let go while more than half of that is in use.
+        ready: Vec<ByteSize> = Vec::new(),
+    }
+}
+
+section! {
     /// Programs of users (`helio submit`): binaries that the head keeps and nodes fetch.
     Packages = "packages" {
         /// All that the head keeps; those that no actor runs make room, the one registered first first.
@@ -458,13 +474,14 @@ pub(crate) struct Raw {
     pub(crate) engine: Engine,
     pub(crate) serve: Serve,
     pub(crate) dashboard: Dashboard,
+    pub(crate) objects: Objects,
     pub(crate) packages: Packages,
     pub(crate) telemetry: Telemetry,
     pub(crate) supervision: Supervision,
 }
 
 /// Every section, in the order of the documentation.
-pub(crate) const SECTIONS: [SectionInfo; 15] = [
+pub(crate) const SECTIONS: [SectionInfo; 16] = [
     Cluster::INFO,
     Head::INFO,
     Security::INFO,
@@ -477,6 +494,7 @@ pub(crate) const SECTIONS: [SectionInfo; 15] = [
     Engine::INFO,
     Serve::INFO,
     Dashboard::INFO,
+    Objects::INFO,
     Packages::INFO,
     Telemetry::INFO,
     Supervision::INFO,

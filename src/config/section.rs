@@ -50,6 +50,7 @@ kinds! {
     Vec<PathBuf> => "list of paths", BTreeMap<String, String> => "table of strings",
     BTreeMap<String, Quantity> => "table of numbers",
     Count => "integer or \"auto\"", ByteSize => "bytes, or a string such as \"256MiB\"",
+    Vec<ByteSize> => "list of bytes, or of strings such as \"256MiB\"",
 }
 impl<T: Kind> Kind for Option<T> {
     const NAME: &'static str = T::NAME;

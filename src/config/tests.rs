@@ -86,6 +86,20 @@ fn an_empty_model_section_is_the_default_cluster() {
 }
 
 #[test]
+fn objects_reach_node_agents() {
+    let args = |text: &str| parse(text).expect(text).objects.args().join(" ");
+    assert_eq!(args(""), "--spill 17179869184", "what the node decides is left to it");
+    assert_eq!(
+        args(
+            "[objects]\nmemory = \"1GiB\"\nspill_dir = \"/spill\"\nspill_bytes = 0\nready = [\"1MiB\", 4096]"
+        ),
+        "--objects 1073741824 --spill-dir /spill --spill 0 --objects-ready 1048576 --objects-ready 4096"
+    );
+    let relative = parse("[objects]\nspill_dir = \"spill\"").expect("a relative directory");
+    assert!(relative.objects.spill_dir.is_some_and(|dir| dir.is_absolute() && dir.ends_with("spill")));
+}
+
+#[test]
 fn ranks_follow_devices_where_they_are_not_written() {
     let ranks = |text: &str| {
         let c = parse(text).expect(text);
@@ -392,6 +406,14 @@ c.toml:2:16: `node_grace_s` = 0.5 is less than two heartbeats of 500 ms: a late 
   |
 2 | node_grace_s = 0.5
   |                ^^^ raise it, or lower `heartbeat_ms`",
+    );
+    refused(
+        "[objects]\nmemory = \"1GiB\"\nready = [\"512MiB\", \"1MiB\"]\n",
+        "
+c.toml:3:9: 513MiB to be kept ready are more than half of the store's 1GiB
+  |
+3 | ready = [\"512MiB\", \"1MiB\"]
+  |         ^^^^^^^^^^^^^^^^^^ leave sizes out, or raise `memory`",
     );
     refused(
         "[state]\nstore = \"etcd\"\ndir = \"x\"\n",

@@ -14,7 +14,7 @@ pub(super) use network::tls_files;
 use super::error::Problem;
 use super::raw::{Device, Raw};
 use super::read::locate;
-use super::section::Count;
+use super::section::{ByteSize, Count};
 use super::{Config, Model, Node, Parallel};
 use crate::args::{DEFAULT_PORT, with_port};
 use heliostat_engine::config::ModelConfig;
@@ -82,11 +82,9 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let cuda = check.cuda(&raw, facts, kind);
     let state = check.state(&raw, &facts.dir);
     let telemetry = check.telemetry(&raw, facts);
+    check.objects(&raw);
     check.supervision(&raw);
-    if !check.problems.is_empty() {
-        check.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
-        return Err(check.problems);
-    }
+    check.finish()?;
     let mut raw = absolute(raw, &facts.dir);
     devices::write_out(&mut raw, &nodes, cuda.as_ref());
     engine::write_out(&mut raw, &engine);
@@ -122,6 +120,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
         dashboard_keys,
         dashboard_key: network::first_key(facts.dashboard_key_file.as_ref()),
         dashboard_tls,
+        objects: raw.objects,
         packages: raw.packages,
         telemetry,
         supervision: raw.supervision,
@@ -156,6 +155,7 @@ fn absolute(mut raw: Raw, dir: &Path) -> Raw {
         &mut raw.dashboard.tls_cert,
         &mut raw.dashboard.tls_key,
         &mut raw.telemetry.headers_file,
+        &mut raw.objects.spill_dir,
     ];
     for path in others.into_iter().flatten() {
         *path = dir.join(&*path);
@@ -170,6 +170,12 @@ struct Check<'t> {
 }
 
 impl Check<'_> {
+    /// All problems in the order of the file, if there are any.
+    fn finish(mut self) -> Result<(), Vec<Problem>> {
+        self.problems.sort_by_key(|p| p.span.as_ref().map_or(usize::MAX, |s| s.start));
+        if self.problems.is_empty() { Ok(()) } else { Err(self.problems) }
+    }
+
     /// Reports the value at `path` unless `ok`.
     fn require(&mut self, ok: bool, path: &str, message: impl Into<String>, help: impl Into<String>) {
         if !ok {
@@ -309,6 +315,29 @@ impl Check<'_> {
                 message,
                 "a JSON file with `physical_to_logical_map`",
             );
+        }
+    }
+
+    fn objects(&mut self, raw: &Raw) {
+        let objects = &raw.objects;
+        self.require(
+            objects.memory.is_none_or(|memory| memory.0 > 0),
+            "objects.memory",
+            "`memory` must be above 0",
+            "leave it out for 30 % of the machine's memory",
+        );
+        self.require(
+            objects.ready.iter().all(|size| size.0 > 0),
+            "objects.ready",
+            "`ready` has a size of 0: such an object needs no memory",
+            "leave it out",
+        );
+        let ready = objects.ready.iter().fold(0_u64, |sum, size| sum.saturating_add(size.0));
+        // The store keeps none ready beyond the half of its memory.
+        if let Some(memory) = objects.memory.filter(|memory| memory.0 > 0 && ready > memory.0 / 2) {
+            let message =
+                format!("{} to be kept ready are more than half of the store's {memory}", ByteSize(ready));
+            self.require(false, "objects.ready", message, "leave sizes out, or raise `memory`");
         }
     }
 

@@ -3,7 +3,7 @@
 //! A message that was certainly not seen goes to the incarnation that is there now, once. Nothing else is repeated.
 
 use std::marker::PhantomData;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use actix::Handler;
@@ -21,9 +21,24 @@ impl Cluster {
         Named { cluster: self.clone(), actor: actor.into(), limits: Arc::default(), kind: PhantomData }
     }
 
-    /// The same for a caller that speaks JSON and need not know the type of the actor.
+    /// The same for a caller that speaks JSON and need not know the type of the actor. Such callers make a handle for each call,
+    /// so all handles of this process to an actor count as one where calls have a limit.
     pub fn json(&self, actor: impl Into<String>) -> NamedJson {
-        NamedJson { cluster: self.clone(), actor: actor.into(), deadline: None }
+        let actor = actor.into();
+        let limits = self.json_limits(&self.full(&actor));
+        NamedJson { cluster: self.clone(), actor, limits, deadline: None }
+    }
+
+    /// The limits that handles of the actor share while there are any.
+    fn json_limits(&self, actor: &str) -> Arc<OnceLock<Limits>> {
+        let mut known = self.json.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(limits) = known.get(actor).and_then(Weak::upgrade) {
+            return limits;
+        }
+        known.retain(|_, limits| limits.strong_count() > 0);
+        let limits = Arc::default();
+        known.insert(actor.to_owned(), Arc::downgrade(&limits));
+        limits
     }
 
     /// Asks an actor a message in JSON: `json(actor).ask(message, value)`.
@@ -53,7 +68,7 @@ pub trait Idempotent: WireMessage + Clone {}
 const BACK_PATIENCE: Duration = Duration::from_secs(120);
 
 /// What is so of all calls of a handle and its clones.
-struct Limits {
+pub(super) struct Limits {
     /// Those that may be under way, and how many that are.
     pending: Option<(Semaphore, u32)>,
     max_task_retries: u32,
@@ -92,7 +107,7 @@ impl<A: RemoteActor> Named<A> {
         M: WireMessage,
     {
         let Self { cluster, actor, .. } = self;
-        let _place = match self.begin(&cluster.locate(actor).await?) {
+        let _place = match begin(&self.limits, &cluster.locate(actor).await?) {
             Ok(place) => place,
             Err(reason) => return Err(NamedError::Ask(AskError::Refused(Refused { message, reason }))),
         };
@@ -148,16 +163,19 @@ impl<A: RemoteActor> Named<A> {
             Err(late @ SpawnFailed::Late { .. }) => Err(ClusterError::Refused(late.to_string())),
         }
     }
+}
 
-    /// Takes a place among the calls that may be under way.
-    fn begin(&self, located: &Located) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
-        let limits = self.limits.get_or_init(|| Limits {
-            pending: located.max_pending_calls.map(|max| (Semaphore::new(max as usize), max)),
-            max_task_retries: located.max_task_retries,
-        });
-        let Some((places, max)) = &limits.pending else { return Ok(None) };
-        places.try_acquire().map(Some).map_err(|_| Refusal::TooManyPending((*max).into()))
-    }
+/// Takes a place among the calls that may be under way.
+fn begin<'l>(
+    limits: &'l OnceLock<Limits>,
+    located: &Located,
+) -> Result<Option<SemaphorePermit<'l>>, Refusal> {
+    let limits = limits.get_or_init(|| Limits {
+        pending: located.max_pending_calls.map(|max| (Semaphore::new(max as usize), max)),
+        max_task_retries: located.max_task_retries,
+    });
+    let Some((places, max)) = &limits.pending else { return Ok(None) };
+    places.try_acquire().map(Some).map_err(|_| Refusal::TooManyPending((*max).into()))
 }
 
 impl<A> Named<A> {
@@ -192,6 +210,7 @@ fn is_lost<M>(error: &NamedError<M>) -> bool {
 pub struct NamedJson {
     cluster: Cluster,
     actor: String,
+    limits: Arc<OnceLock<Limits>>,
     deadline: Option<Duration>,
 }
 
@@ -204,6 +223,13 @@ impl NamedJson {
     /// Asks the present incarnation the message of that name (`WireMessage::NAME`) and waits for its answer. Follows
     /// the actor like `Named::ask`.
     pub async fn ask(&self, message: &str, value: Value) -> Result<Value, NamedError<JsonMessage>> {
+        let _place = match begin(&self.limits, &self.cluster.locate(&self.actor).await?) {
+            Ok(place) => place,
+            Err(reason) => {
+                let message = JsonMessage { message: message.to_owned(), value: Box::new(value) };
+                return Err(NamedError::Ask(AskError::Refused(Refused { message, reason })));
+            }
+        };
         let asked = self.handle().await?.ask(message, value).await;
         match self.cluster.settle(&self.actor, asked) {
             Settled::Done(outcome) => outcome.map_err(NamedError::Ask),

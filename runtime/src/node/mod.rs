@@ -34,6 +34,7 @@ use crate::objects::store::{self, StoreConfig, StoreHandle};
 use crate::package::{Door, PACKAGES_BYTES_MAX, PackageActor};
 use crate::spec::{Capacity, Device, Labels};
 use crate::system::{Secret, SpawnError, SpawnOptions, System, SystemConfig, SystemError, TlsFiles};
+use crate::wire::name_hash;
 
 /// What a node is.
 #[derive(Debug, Clone)]
@@ -71,7 +72,8 @@ pub struct NodeConfig {
     pub packages_bytes_max: u64,
     /// Shared memory for objects, in bytes. Default: 30 % of the machine's.
     pub objects_bytes_max: u64,
-    /// Where objects go that have no room in memory. Default: in the run directory.
+    /// Where objects go that have no room in memory: in a directory of the node's own, which is made in this one and removed
+    /// when the node leaves. Default: in the run directory.
     pub spill_dir: Option<PathBuf>,
     /// Bytes of objects that may lie there; 0 has a full store refuse. Default 16 GiB.
     pub spill_bytes_max: u64,
@@ -196,6 +198,15 @@ pub struct NodeHandle {
     _lock: File,
 }
 
+/// Where the store of a node puts what has no room in memory. A store removes what it finds there and does not know, so it has
+/// the place to itself: neither what else a user keeps in that directory nor another node's objects are its own.
+fn spill_dir(config: &NodeConfig) -> PathBuf {
+    let Some(dir) = &config.spill_dir else { return RunDir::new(&config.run_dir).spilled() };
+    // Nodes of one machine never share a run directory, those of one cluster never a name.
+    let who = format!("{} {}", config.name, config.run_dir.display());
+    dir.join(format!("heliostat-objects-{:016x}", name_hash(&who)))
+}
+
 /// Starts a node agent: takes over what workers it finds and joins the head, for as long as that takes.
 pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
     check(&config)?;
@@ -229,7 +240,7 @@ pub async fn run(mut config: NodeConfig) -> Result<NodeHandle, NodeError> {
         node: config.name.clone(),
         socket: dir.objects(),
         memory_bytes_max: config.objects_bytes_max,
-        spill_dir: config.spill_dir.clone().unwrap_or_else(|| dir.spilled()),
+        spill_dir: spill_dir(&config),
         spill_bytes_max: config.spill_bytes_max,
         ready: config.objects_ready.clone(),
     };

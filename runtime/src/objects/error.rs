@@ -37,8 +37,8 @@ pub enum ObjectError {
     /// Neither the store nor its disk has room.
     #[error(
         "the object store of this node is full: {asked} bytes are asked for, {used} of {capacity} are in use by objects \
-         that somebody reads or that cannot be spilled ({disk}); drop refs, or raise `--objects` or `--spill` \
-         of `helio node`"
+         that somebody reads or that cannot be spilled ({disk}); drop refs, or raise `memory` or `spill_bytes` \
+         in [objects] (`--objects`, `--spill` of `helio node`)"
     )]
     StoreFull {
         /// What was asked for.
@@ -52,7 +52,8 @@ pub enum ObjectError {
     },
     /// It is larger than the whole store.
     #[error(
-        "an object of {asked} bytes is larger than the store of this node, {capacity} bytes: raise `--objects` of `helio node`"
+        "an object of {asked} bytes is larger than the store of this node, {capacity} bytes: raise `memory` in [objects] \
+         (`--objects` of `helio node`)"
     )]
     TooLarge {
         /// What was asked for.

@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Entry, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
+use super::{Entry, Event, Expect, FORMAT_VERSION, LeaseId, Op, Revision, Snapshot, StateError};
 use crate::panics;
 use crate::wire::to_bytes;
 pub(super) use watch::EmbeddedWatch;
@@ -35,7 +35,6 @@ const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters"
 const REVISION: &str = "revision";
 const LEASE: &str = "lease";
 const FORMAT: &str = "format";
-const FORMAT_VERSION: u64 = 1;
 
 /// Transactions whose events are kept.
 const LOG_LENGTH: u64 = if cfg!(test) { 16 } else { 4096 };
@@ -160,7 +159,12 @@ impl Inner {
             Ok(Err(error)) => return Err(damaged(error.to_string())),
             Err(panic) => return Err(damaged(panics::message(&*panic))),
         };
-        let (revision, leases) = prepare(&database).map_err(damaged)?;
+        let Found { format, revision, leases } =
+            prepare(&database).map_err(|error| damaged(error.to_string()))?;
+        if format != FORMAT_VERSION {
+            let (place, found) = (file.display().to_string(), format.to_string());
+            return Err(StateError::Format { place, found, other: "dir" });
+        }
         let ends_at = |ttl| Instant::now() + ttl;
         Ok(Self {
             database,
@@ -305,36 +309,37 @@ impl Inner {
     }
 }
 
-/// Creates what is missing in the file and returns the revision and the leases.
-fn prepare(database: &Database) -> Result<(u64, Vec<(LeaseId, Duration)>), String> {
-    let work = || -> Result<_, redb::Error> {
-        let write = database.begin_write()?;
-        write.open_table(ENTRIES)?;
-        write.open_table(LOG)?;
-        let (format, revision) = {
-            let mut counters = write.open_table(COUNTERS)?;
-            if counters.get(FORMAT)?.is_none() {
-                counters.insert(FORMAT, FORMAT_VERSION)?;
-            }
-            (counter(&counters, FORMAT)?, counter(&counters, REVISION)?)
-        };
-        let leases = {
-            let table = write.open_table(LEASES)?;
-            let mut leases = Vec::new();
-            for item in table.iter()? {
-                let (id, ttl) = item?;
-                leases.push((LeaseId(id.value()), Duration::from_millis(ttl.value())));
-            }
-            leases
-        };
-        write.commit()?;
-        Ok((format, revision, leases))
+/// What a file has when it is opened.
+struct Found {
+    format: u64,
+    revision: u64,
+    /// With their times to live.
+    leases: Vec<(LeaseId, Duration)>,
+}
+
+/// A new file gets what it lacks; one of another format stays as it is.
+fn prepare(database: &Database) -> Result<Found, redb::Error> {
+    let write = database.begin_write()?;
+    let (format, revision) = {
+        let mut counters = write.open_table(COUNTERS)?;
+        if counters.get(FORMAT)?.is_none() {
+            counters.insert(FORMAT, FORMAT_VERSION)?;
+        }
+        (counter(&counters, FORMAT)?, counter(&counters, REVISION)?)
     };
-    match work() {
-        Ok((FORMAT_VERSION, revision, leases)) => Ok((revision, leases)),
-        Ok((format, ..)) => Err(format!("it has format {format}, this version reads {FORMAT_VERSION}")),
-        Err(error) => Err(error.to_string()),
+    if format != FORMAT_VERSION {
+        write.abort()?;
+        return Ok(Found { format, revision, leases: Vec::new() });
     }
+    write.open_table(ENTRIES)?;
+    write.open_table(LOG)?;
+    let mut leases = Vec::new();
+    for item in write.open_table(LEASES)?.iter()? {
+        let (id, ttl) = item?;
+        leases.push((LeaseId(id.value()), Duration::from_millis(ttl.value())));
+    }
+    write.commit()?;
+    Ok(Found { format, revision, leases })
 }
 
 fn counter(

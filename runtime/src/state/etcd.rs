@@ -11,7 +11,7 @@ use etcd_client::{
 };
 use tokio::time::timeout;
 
-use super::{Entry, EtcdTls, Event, Expect, LeaseId, Op, Revision, Snapshot, StateError};
+use super::{Entry, EtcdTls, Event, Expect, FORMAT_VERSION, LeaseId, Op, Revision, Snapshot, StateError};
 
 /// Limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -62,7 +62,34 @@ impl Etcd {
             StateError::Unavailable(why) => unavailable(why),
             other => other,
         })?;
+        store.check_format().await?;
         Ok(store)
+    }
+
+    /// Marks what is below the prefix with the format of this version, unless it has a mark, and refuses another.
+    async fn check_format(&self) -> Result<(), StateError> {
+        // Beside the keys, so that who reads all of them does not find it.
+        let key = format!("{}.format", self.prefix.trim_end_matches('/'));
+        let written = FORMAT_VERSION.to_string();
+        // What has no mark was written before there were any, in format 1, or is new.
+        let absent = Compare::version(key.as_str(), CompareOp::Equal, 0);
+        let mark = Txn::new()
+            .when([absent])
+            .and_then([TxnOp::put(key.as_str(), written.as_str(), None)])
+            .or_else([TxnOp::get(key.as_str(), None)]);
+        let response = within(self.client.kv_client().txn(mark)).await?;
+        let found = response.op_responses().into_iter().find_map(|answer| match answer {
+            TxnOpResponse::Get(mut got) => got.take_kvs().pop(),
+            _ => None,
+        });
+        match found {
+            Some(found) if found.value() != written.as_bytes() => {
+                let found = String::from_utf8_lossy(found.value()).into_owned();
+                let place = format!("etcd under {}", self.prefix);
+                Err(StateError::Format { place, found, other: "prefix" })
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     pub(super) async fn get(&self, key: &str) -> Result<Option<Entry>, StateError> {

@@ -22,6 +22,10 @@ pub const TXN_OPS_MAX: usize = 128;
 /// Bytes of keys and values of one transaction at most: within etcd's default limit of a request.
 pub const TXN_BYTES_MAX: usize = 1_400_000;
 
+/// The format of what is kept: of the store, and of the head's records and what else is written to it. Whoever changes the encoding of
+/// any of these raises it; a store of another format is refused.
+pub(crate) const FORMAT_VERSION: u64 = 1;
+
 /// A state of the store; grows with every change and never goes back, also over restarts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct Revision(pub u64);
@@ -208,6 +212,19 @@ pub enum StateError {
         file: String,
         /// What was found.
         why: String,
+    },
+    /// Another version of Heliostat wrote it.
+    #[error(
+        "the state in {place} has format {found}, and this version of Heliostat reads format {FORMAT_VERSION}: run the version \
+         that wrote it, or have this cluster begin anew with another {other} in [state]"
+    )]
+    Format {
+        /// The file, or the prefix in etcd.
+        place: String,
+        /// Its format, as it stands there.
+        found: String,
+        /// The key of cluster.toml that says where the state is.
+        other: &'static str,
     },
     /// The request makes no sense.
     #[error("invalid request to the state store: {0}")]

@@ -8,18 +8,56 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::actor::Reports;
 use crate::mailbox::Entry;
 use crate::spec::DeathCause;
 
 /// Beats in the longest time that the actor may take for one.
 const BEATS: u32 = 40;
 
+/// Which part of its life is watched.
+pub(super) enum Watched {
+    /// Its creation.
+    Create(Reports),
+    /// All that comes after it.
+    Handlers(Arc<Entry>),
+}
+
+impl Watched {
+    /// How often the actor has shown by itself that it goes on, with its thread held.
+    fn words(&self) -> u64 {
+        match self {
+            Self::Create(reports) => reports.words(),
+            Self::Handlers(_) => 0,
+        }
+    }
+
+    /// What the actor is at.
+    fn at(&self) -> String {
+        match self {
+            Self::Create(_) => {
+                "it is being created (Spawn::create), and says nothing of its progress".to_owned()
+            }
+            Self::Handlers(entry) => match entry.handling() {
+                Some(message) => format!("it is at message {message:?}"),
+                None => "its thread is at something that is no message".to_owned(),
+            },
+        }
+    }
+}
+
 /// Returns when the actor's thread has taken no work for `limit`. Never for an actor without a thread of its own, and for
 /// one that ended.
-pub(super) async fn hung(entry: Arc<Entry>, limit: Duration) -> DeathCause {
+pub(super) async fn hung(watched: Watched, limit: Duration) -> DeathCause {
     let beat = (limit / BEATS).max(Duration::from_millis(1));
-    let mut thread = None;
-    while let Some(arbiter) = entry.thread() {
+    let (arbiter, mut thread) = match &watched {
+        Watched::Create(reports) => {
+            let (arbiter, thread) = reports.thread().await;
+            (Some(arbiter), Some(thread))
+        }
+        Watched::Handlers(entry) => (entry.thread().cloned(), None),
+    };
+    while let Some(arbiter) = &arbiter {
         let (told, mut heard) = oneshot::channel();
         let beat_once = move || {
             // Nobody listens where the worker ends already.
@@ -29,7 +67,7 @@ pub(super) async fn hung(entry: Arc<Entry>, limit: Duration) -> DeathCause {
             break;
         }
         // Counted in beats, not by a clock: a process that was frozen as a whole has missed one at most.
-        let mut missed = 0;
+        let (mut missed, mut words) = (0, watched.words());
         loop {
             tokio::select! {
                 biased;
@@ -42,9 +80,13 @@ pub(super) async fn hung(entry: Arc<Entry>, limit: Duration) -> DeathCause {
                 },
                 () = tokio::time::sleep(beat) => missed += 1,
             }
+            let said = watched.words();
+            if said != words {
+                (missed, words) = (0, said);
+            }
             if missed == BEATS {
                 let waited_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-                return DeathCause::Hung { waited_ms, what: what(&entry, thread) };
+                return DeathCause::Hung { waited_ms, what: what(&watched, thread) };
             }
         }
         tokio::time::sleep(beat).await;
@@ -53,11 +95,8 @@ pub(super) async fn hung(entry: Arc<Entry>, limit: Duration) -> DeathCause {
 }
 
 /// What the actor is at, as far as can be seen from outside of its thread.
-fn what(entry: &Entry, thread: Option<rustix::process::Pid>) -> String {
-    let at = match entry.handling() {
-        Some(message) => format!("it is at message {message:?}"),
-        None => "its thread is at something that is no message".to_owned(),
-    };
+fn what(watched: &Watched, thread: Option<rustix::process::Pid>) -> String {
+    let at = watched.at();
     match thread.and_then(state) {
         Some(state) => format!("{at}; the thread {state}"),
         None => at,

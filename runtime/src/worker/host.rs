@@ -6,7 +6,7 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler};
 use tokio::sync::{Notify, watch};
 
-use super::hang;
+use super::hang::{self, Watched};
 use super::views::Views;
 use crate::actor::{Accepts, ActorCx, ActorTypes, CreateError, CxParts, RemoteActor, Reports};
 use crate::cluster::Cluster;
@@ -142,12 +142,16 @@ impl Host {
             incarnation: order.incarnation,
             device: order.device,
             group: spec.group,
-            reports,
+            reports: reports.clone(),
         });
         let (is_rank, hang_timeout) = (mesh.is_some(), spec.hang_timeout);
         let cx = cx.in_cluster(self.on_behalf()).in_mesh(mesh);
         let capacity = spec.mailbox_capacity as usize;
-        match self.types.create(&spec.type_name, spec.args, capacity, cx).await {
+        let created = tokio::select! {
+            created = self.types.create(&spec.type_name, spec.args, capacity, cx) => created,
+            hung = hung(hang_timeout, Some(Watched::Create(reports))) => return hung,
+        };
+        match created {
             Ok(addr) => {
                 let ended = self.system.watch_local(addr.actor, addr.incarnation);
                 {
@@ -167,7 +171,7 @@ impl Host {
                             DeathCause::Failed { message: "the actor stopped without a cause".into() }
                         }
                     },
-                    hung = self.hung(hang_timeout) => hung,
+                    hung = hung(hang_timeout, self.handlers()) => hung,
                 }
             }
             Err(CreateError::Panicked(panic)) => DeathCause::panicked(panic),
@@ -175,12 +179,9 @@ impl Host {
         }
     }
 
-    /// Returns when the actor hangs, if that is to be noticed.
-    async fn hung(&self, limit: Option<Duration>) -> DeathCause {
-        match (limit, self.system.registry().find(self.actor(), self.record.incarnation)) {
-            (Some(limit), Ok(entry)) => hang::hung(entry, limit).await,
-            (None, _) | (_, Err(_)) => std::future::pending().await,
-        }
+    /// The actor's life after its creation, if it lives.
+    fn handlers(&self) -> Option<Watched> {
+        self.system.registry().find(self.actor(), self.record.incarnation).ok().map(Watched::Handlers)
     }
 
     /// Its place in a mesh, if the spec has one. From then on rounds of the mesh wait for the first view.
@@ -302,6 +303,14 @@ impl Host {
         if matches!(report.phase, WorkerPhase::Ended(_)) {
             self.end_reported.send_replace(true);
         }
+    }
+}
+
+/// Returns when the actor hangs, if that is to be noticed.
+async fn hung(limit: Option<Duration>, watched: Option<Watched>) -> DeathCause {
+    match (limit, watched) {
+        (Some(limit), Some(watched)) => hang::hung(watched, limit).await,
+        (None, _) | (_, None) => std::future::pending().await,
     }
 }
 

@@ -10,7 +10,7 @@ use heliostat_runtime::spec::{ActorSpec, GroupMember, Progress, Resources};
 use heliostat_runtime::supervisor::{ChildDied, Verdict};
 use heliostat_runtime::wire::to_bytes;
 
-use crate::causes::Sufferer;
+use crate::causes::{Newborn, Sufferer};
 use crate::mesh::MeshRank;
 use crate::objects::Vault;
 
@@ -143,6 +143,7 @@ pub(crate) fn types() -> ActorTypes {
         .with::<Boss>()
         .with::<Other>()
         .with::<Sufferer>()
+        .with::<Newborn>()
         .with::<Vault>()
 }
 

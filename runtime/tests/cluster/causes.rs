@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, ResponseFuture};
+use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::cluster::{Idempotent, Named, NamedError};
 use heliostat_runtime::handle::{AskError, Refusal};
-use heliostat_runtime::spec::{ActorSpec, DeathCause, RestartPolicy};
+use heliostat_runtime::spec::{ActorSpec, DeathCause, Progress, RestartPolicy};
 use rustix::process::Signal;
+use serde_json::json;
 
 use crate::actors::counter;
 use crate::harness::{TestCluster, message, signal};
@@ -26,7 +28,7 @@ message!(/** Blocks its thread, milliseconds. */ Block(u64) -> (), "block");
 message!(/** Ends the process. */ Exit(i32) -> (), "exit");
 message!(/** Asks for its end. */ GiveUp(String) -> (), "give_up");
 message!(/** Takes memory, MiB. */ Eat(u64) -> u64, "eat");
-message!(/** Answers after a while with the number of these so far. */ Slow(u64) -> u32, "slow");
+message!(/** Answers after a while with the number of these so far. */ #[derive(serde::Deserialize)] Slow(u64) -> u32, "slow");
 message!(/** How many `Slow` have begun. */ Begun() -> u32, "begun");
 
 impl Idempotent for Slow {}
@@ -44,7 +46,7 @@ impl RemoteActor for Sufferer {
             .accept::<Exit>()
             .accept::<GiveUp>()
             .accept::<Eat>()
-            .accept::<Slow>()
+            .accept_json::<Slow>()
             .accept::<Begun>();
     }
 }
@@ -126,6 +128,74 @@ impl Handler<Begun> for Sufferer {
     fn handle(&mut self, _: Begun, _: &mut Context<Self>) -> u32 {
         self.handled
     }
+}
+
+/// Takes its time to be created.
+pub(crate) struct Newborn;
+
+/// What its creation does for 3 s.
+#[derive(Debug, Clone, Copy, Encode, Decode)]
+pub(crate) enum Birth {
+    /// It holds its thread.
+    Blocks,
+    /// The same, and says how far it is.
+    Tells,
+    /// It waits, with its thread free.
+    Awaits,
+}
+
+impl Actor for Newborn {
+    type Context = Context<Self>;
+}
+
+impl RemoteActor for Newborn {
+    const TYPE: &'static str = "newborn";
+
+    fn messages(_: &mut Accepts<Self>) {}
+}
+
+impl Spawn for Newborn {
+    type Args = Birth;
+
+    async fn create(birth: Birth, cx: ActorCx) -> Result<Self, CreateError> {
+        const STEPS: u64 = 10;
+        for done in 0..STEPS {
+            match birth {
+                Birth::Blocks => std::thread::sleep(Duration::from_millis(300)),
+                Birth::Tells => {
+                    std::thread::sleep(Duration::from_millis(300));
+                    cx.progress(Progress { phase: "stretching".into(), done, total: STEPS });
+                }
+                Birth::Awaits => tokio::time::sleep(Duration::from_millis(300)).await,
+            }
+        }
+        Ok(Self)
+    }
+}
+
+/// A creation that holds its thread and says nothing is a hang; one that waits or says how far it is takes its time.
+pub(crate) async fn hung_in_create() {
+    let cluster = TestCluster::start(&[0]).await;
+    let newborn = |name: &str, birth: Birth| ActorSpec {
+        hang_timeout: Some(Duration::from_secs(1)),
+        restart: RestartPolicy { max_restarts: 0, ..RestartPolicy::default() },
+        ..ActorSpec::of::<Newborn>(name, &birth).unwrap()
+    };
+    let births = [("blocks", Birth::Blocks), ("tells", Birth::Tells), ("awaits", Birth::Awaits)];
+    let specs = births.map(|(name, birth)| newborn(name, birth));
+    cluster.cluster.apply(specs.to_vec()).await.unwrap();
+    let settled = |actor: &ActorStatus| matches!(actor.state, ActorState::Ready | ActorState::Dead { .. });
+    let status = cluster
+        .until("all born or dead", |status| status.actors.len() == 3 && status.actors.iter().all(settled))
+        .await;
+    let ActorState::Dead { cause } = &actor(&status, "blocks").state else { panic!("{status:#?}") };
+    println!("  {cause}");
+    let DeathCause::Hung { what, waited_ms: 1000 } = cause else { panic!("{cause}") };
+    assert!(what.contains("being created (Spawn::create)"), "{what}");
+    assert!(what.contains("the thread waits in the kernel"), "{what}");
+    assert_eq!(actor(&status, "tells").state, ActorState::Ready);
+    assert_eq!(actor(&status, "awaits").state, ActorState::Ready);
+    cluster.end().await;
 }
 
 /// Waits until so many `Slow` have begun.
@@ -274,10 +344,24 @@ pub(crate) async fn calls_of_a_spec() {
     let full = named.ask(Begun()).await.unwrap_err();
     let NamedError::Ask(AskError::Refused(refused)) = full else { panic!("{full}") };
     assert_eq!(refused.reason, Refusal::TooManyPending(2));
+    // So do callers in JSON, together: each of their calls has a handle of its own.
+    let in_json = [(); 2].map(|()| {
+        let cluster = cluster.cluster.clone();
+        tokio::spawn(async move { cluster.ask_json("s", "slow", json!(2000)).await })
+    });
+    begun(&cluster.cluster.named("s"), 4).await;
+    let full = cluster.cluster.ask_json("s", "slow", json!(0)).await.unwrap_err();
+    let NamedError::Ask(AskError::Refused(refused)) = full else { panic!("{full}") };
+    assert_eq!(refused.reason, Refusal::TooManyPending(2));
+    assert_eq!((refused.message.message.as_str(), &*refused.message.value), ("slow", &json!(0)));
     signal(actor(&status, "s").pid.unwrap(), Signal::KILL);
     for asked in asked {
         assert!(asked.await.unwrap().unwrap() <= 2, "the next incarnation answers");
     }
+    for asked in in_json {
+        asked.await.unwrap().unwrap_err();
+    }
+    cluster.cluster.ask_json("s", "slow", json!(0)).await.expect("there is room again");
     status = cluster.all_ready(1).await;
     assert_eq!(actor(&status, "s").restarts, 1);
     // One that kills every incarnation is not sent for ever.

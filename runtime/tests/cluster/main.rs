@@ -25,6 +25,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("worker_killed", || Box::pin(scenarios::worker_killed())),
     ("actor_panics", || Box::pin(scenarios::actor_panics())),
     ("causes", || Box::pin(causes::causes())),
+    ("hung_in_create", || Box::pin(causes::hung_in_create())),
     ("ends_by_request", || Box::pin(causes::ends_by_request())),
     ("own_words", || Box::pin(causes::own_words())),
     ("calls_of_a_spec", || Box::pin(causes::calls_of_a_spec())),

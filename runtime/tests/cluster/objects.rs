@@ -390,6 +390,9 @@ pub(crate) async fn objects_on_disk() {
         "  a disk that is full: {}",
         if small.is_some() { "a small tmpfs" } else { "by configuration only" }
     );
+    // What else lies there is nobody's but the user's.
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("mine"), "mine").unwrap();
     let spill_max = if small.is_some() { 1 << 40 } else { 40 * MIB };
     let mut cluster = TestCluster::start(&[]).await;
     let more = [&(40 * MIB).to_string(), &*dir.to_string_lossy(), &spill_max.to_string()];
@@ -423,6 +426,10 @@ pub(crate) async fn objects_on_disk() {
     assert_eq!(make(&cluster, "a", 16 * MIB, 77).await.len(), 16 * MIB as u64, "there is room again");
     drop(objects);
     stores(&cluster, "nothing is left", |stores| no_objects(stores) && stores[0].spilled == 0).await;
-    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0, "nor on disk");
+    let spilled = || std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    let own: Vec<_> = spilled().filter(|path| path.is_dir()).collect();
+    assert_eq!(own.len(), 1, "{own:?}");
+    assert_eq!(std::fs::read_dir(&own[0]).unwrap().count(), 0, "nor on disk");
     cluster.end().await;
+    assert!(dir.join("mine").exists(), "a store removes what is its own");
 }

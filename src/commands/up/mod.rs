@@ -277,6 +277,7 @@ fn node_args(config: &Config, node: &Node, run: &RunDir) -> Vec<String> {
     args.extend(["--name".into(), node.name.clone()]);
     args.extend(node.devices.args());
     args.extend(node.offer_args());
+    args.extend(config.objects.args());
     args.extend(["--run-dir".into(), dir.display().to_string()]);
     args.extend(["--worker-grace".into(), config.supervision.worker_grace_s.to_string()]);
     args.extend(["--heartbeat".into(), config.supervision.heartbeat_ms.to_string()]);
@@ -302,7 +303,8 @@ fn by_hand(config: &Config, node: &Node) -> String {
     };
     let heads: Vec<String> =
         std::iter::once(config.bind.to_string()).chain(config.peers.iter().cloned()).collect();
-    let offer: String = node.offer_args().iter().map(|arg| format!(" {arg}")).collect();
+    let offer = node.offer_args().into_iter().chain(config.objects.args());
+    let offer: String = offer.map(|arg| format!(" {arg}")).collect();
     format!("helio node --join {} --name {} {devices}{offer}{token}{tls}", heads.join(","), node.name)
 }
 
