@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use actix_web::HttpResponse;
 use actix_web::web::{self, Data, Query, ServiceConfig};
-use heliostat_runtime::cluster::Cluster;
-use heliostat_runtime::handle::Handle;
+use heliostat_runtime::cluster::{Cluster, Named};
 use serde::Deserialize;
 
 use crate::deployment::{GROUP, eplb_of_group};
@@ -31,12 +30,12 @@ pub(super) fn routes(app: &mut ServiceConfig, cluster: Option<Cluster>) {
 }
 
 async fn status(cluster: Data<Option<Cluster>>, which: Query<Which>) -> Result<HttpResponse, ApiError> {
-    let answer = eplb(&cluster, &which).await?.ask(GetStatus).await.map_err(unavailable)?;
+    let answer = within(eplb(&cluster, &which)?.ask(GetStatus)).await?;
     Ok(HttpResponse::Ok().content_type("application/json").body(answer))
 }
 
 async fn rebalance(cluster: Data<Option<Cluster>>, which: Query<Which>) -> Result<HttpResponse, ApiError> {
-    match eplb(&cluster, &which).await?.ask(Rebalance).await.map_err(unavailable)? {
+    match within(eplb(&cluster, &which)?.ask(Rebalance)).await? {
         Ok(started) => Ok(HttpResponse::Accepted().json(started)),
         Err(refused) => {
             let error = serde_json::json!({ "message": refused.to_string(), "detail": refused });
@@ -45,11 +44,16 @@ async fn rebalance(cluster: Data<Option<Cluster>>, which: Query<Which>) -> Resul
     }
 }
 
-async fn eplb(cluster: &Data<Option<Cluster>>, which: &Which) -> Result<Handle<Eplb>, ApiError> {
+/// The EPLB actor, in whichever incarnation it is.
+fn eplb(cluster: &Data<Option<Cluster>>, which: &Which) -> Result<Named<Eplb>, ApiError> {
     let cluster = cluster.as_ref().as_ref().ok_or_else(|| unavailable("this process is in no cluster"))?;
-    let actor = eplb_of_group(which.group.as_deref().unwrap_or(GROUP));
-    let handle = cluster.handle::<Eplb>(&actor).await.map_err(unavailable)?;
-    Ok(handle.with_deadline(DEADLINE))
+    Ok(cluster.named(eplb_of_group(which.group.as_deref().unwrap_or(GROUP))))
+}
+
+async fn within<T, E: Display>(asked: impl Future<Output = Result<T, E>>) -> Result<T, ApiError> {
+    let answer = tokio::time::timeout(DEADLINE, asked).await;
+    let answer = answer.map_err(|_| unavailable(format!("no answer within {} s", DEADLINE.as_secs())))?;
+    answer.map_err(unavailable)
 }
 
 fn unavailable(why: impl Display) -> ApiError {
