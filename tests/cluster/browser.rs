@@ -15,18 +15,28 @@ pub(crate) struct Browser {
     session: String,
 }
 
+/// A driver and its port, unless it ends at once.
+fn start_driver() -> Option<(Child, u16)> {
+    let started =
+        Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let mut driver = started.expect("chromedriver starts (scripts/setup installs it)");
+    let lines = BufReader::new(driver.stdout.take().unwrap()).lines();
+    let port = lines.map_while(Result::ok).find_map(|line| {
+        let (_, rest) = line.split_once("started successfully on port ")?;
+        rest.trim_end_matches('.').parse::<u16>().ok()
+    });
+    if port.is_none() {
+        let _ = driver.wait();
+    }
+    Some((driver, port?))
+}
+
 impl Browser {
     /// An empty tab.
     pub(crate) async fn open() -> Self {
-        let started =
-            Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let mut driver = started.expect("chromedriver starts (scripts/setup installs it)");
-        let lines = BufReader::new(driver.stdout.take().unwrap()).lines();
-        let port = lines.map_while(Result::ok).find_map(|line| {
-            let (_, rest) = line.split_once("started successfully on port ")?;
-            rest.trim_end_matches('.').parse::<u16>().ok()
-        });
-        let base = format!("http://127.0.0.1:{}", port.expect("chromedriver names its port"));
+        // The port that it draws may be taken where it listens next: for IPv6 after IPv4.
+        let (driver, port) = (0..5).find_map(|_| start_driver()).expect("chromedriver names its port");
+        let base = format!("http://127.0.0.1:{port}");
         // In a container Chromium has neither a sandbox nor a large /dev/shm.
         let args = [
             "--headless=new",

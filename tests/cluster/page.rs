@@ -214,7 +214,7 @@ async fn top_timeline_and_metrics_tell_of_the_load() {
     for line in [
         "ray_cluster_active_nodes{node_type=\"node\"} 1",
         "ray_actors{Name=\"rank\",State=\"ALIVE\"} 4",
-        "heliostat:ranks_ready{eplb=\"eplb\"} 4",
+        "heliostat:ranks_ready{eplb=\"eplb\",group=\"ep\"} 4",
     ] {
         assert!(metrics.lines().any(|l| l == line), "{line} is not in\n{metrics}");
     }

@@ -115,7 +115,7 @@ fn recorded(timeline: &Value) -> BTreeMap<(String, u64), (u64, u64)> {
         .map(|step| {
             let actor = actors[&step["pid"].as_u64().unwrap()].to_owned();
             let (began, took) = (ns(step, "ts"), ns(step, "dur"));
-            ((actor, step["args"]["step"].as_u64().unwrap()), (began - 500_000, began + took / 2))
+            ((actor, step["args"]["step"].as_u64().unwrap()), (began - 500_000, began + took + 500_000))
         })
         .collect()
 }
