@@ -176,13 +176,13 @@ others stand by. One takes over within 2 to 3 s (`lease_s`) when the leader dies
 pub(crate) struct Head {
     /// The cluster to deploy.
     pub(crate) file: Option<PathBuf>,
-    /// Run directory, instead of `run_dir` in [cluster].
+    /// Run directory, instead of `run_dir` in `[cluster]`.
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
-    /// Where to listen, instead of `bind` in [head].
+    /// Where to listen, instead of `bind` in `[head]`.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) bind: Option<SocketAddr>,
-    /// Host name or address by which others reach it, instead of `advertise` in [head].
+    /// Host name or address by which others reach it, instead of `advertise` in `[head]`.
     #[arg(long, value_name = "HOST")]
     pub(crate) advertise: Option<String>,
     /// Wait for an etcd that does not answer: this process led before.

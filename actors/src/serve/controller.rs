@@ -16,7 +16,7 @@ use crate::deployment::ModelDeployment;
 /// Arguments of the controller.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct ServeArgs {
-    /// What cluster.toml says of models; documents say what differs. Without a section [model] its model has no name.
+    /// What cluster.toml says of models; documents say what differs. Without a section `[model]` its model has no name.
     pub base: ModelDeployment,
     /// The application of that model, if it is to be served.
     pub application: Option<String>,
