@@ -387,8 +387,8 @@ section! {
         spill_dir: Option<PathBuf> = None,
         /// Bytes of objects that may lie there; 0: none, and a full store refuses.
         spill_bytes: ByteSize = ByteSize(16 << 30),
-        /// Sizes of objects for which memory is kept ready, so that a process's first put of such a size is as quick as its
-        /// second. It counts as memory of the store, and is let go while more than half of that is in use.
+        /// Sizes of objects for which memory is kept ready, so that a process's first put of such a size waits for no
+        /// pages to be cleared. It counts as memory of the store, and is let go while more than half of that is in use.
         ready: Vec<ByteSize> = Vec::new(),
     }
 }

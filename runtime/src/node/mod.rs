@@ -78,7 +78,7 @@ pub struct NodeConfig {
     /// Bytes of objects that may lie there; 0 has a full store refuse. Default 16 GiB.
     pub spill_bytes_max: u64,
     /// Sizes of objects, in bytes, for each of which the store keeps memory ready, with its pages cleared: the first object of
-    /// that size of a process is as quick to put as its second. It counts as memory of the store. Default: none.
+    /// that size of a process needs only to be mapped and copied. It counts as memory of the store. Default: none.
     pub objects_ready: Vec<usize>,
 }
 

@@ -130,6 +130,14 @@ pub(super) fn memory_file(bytes: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// The same with every page cleared, which the kernel puts off until a page is first used.
+pub(super) fn cleared_file(bytes: usize) -> io::Result<OwnedFd> {
+    let fd = memory_file(bytes as u64)?;
+    let flags = MapFlags::SHARED | MapFlags::POPULATE;
+    Mapping::new(fd.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags)?;
+    Ok(fd)
+}
+
 /// Closes a file that was filled: from here on nobody can change it.
 pub(super) fn seal(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(fcntl_add_seals(fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::WRITE | SealFlags::SEAL)?)

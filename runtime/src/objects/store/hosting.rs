@@ -8,7 +8,7 @@ use rustix::net::sockopt::socket_peercred;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
-use super::super::map::memory_file;
+use super::super::map::cleared_file;
 use super::super::messages::{ObjectStatus, StoreStatus, ToProcess, ToStore};
 use super::super::socket::{self, Inbox};
 use super::super::{ObjectAddr, ObjectError, ObjectId};
@@ -78,7 +78,7 @@ impl Store {
     fn make_ready(self: &Arc<Self>, size: u64) {
         let store = self.clone();
         self.system.runtime().spawn_blocking(move || {
-            let made = memory_file(size);
+            let made = usize::try_from(size).map_err(io::Error::other).and_then(cleared_file);
             let mut inner = store.lock();
             let ok = made.is_ok();
             match made {
