@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import select
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import unittest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "python"))
+from rig import ROOT, folder, free_port, heliostat, helio, up
 
-import heliostat  # noqa: E402
-
-HELIO = os.environ["HELIO"]
 KEY = "a-key-of-the-tests"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(what, seconds=20.0):
@@ -42,43 +28,20 @@ def until(what, seconds=20.0):
 class ClientTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        directory = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(directory.cleanup)
-        cls.dir = pathlib.Path(directory.name)
-        cls.dashboard = f"http://127.0.0.1:{free_port()}"
+        cls.dir = folder(cls)
+        dashboard = free_port()
+        cls.dashboard = f"http://127.0.0.1:{dashboard}"
         key_file = cls.dir / "key"
         key_file.write_text(KEY + "\n")
         key_file.chmod(0o600)
-        config = cls.dir / "cluster.toml"
-        config.write_text(
-            f"""
-[cluster]
-run_dir = "run"
-[head]
-bind = "127.0.0.1:{free_port()}"
-[devices]
-device = "cpu"
-cpu = 1
-[model]
-path = "{ROOT / "models" / "sundial-20m"}"
-[serve]
-port = {free_port()}
-[dashboard]
-port = {cls.dashboard.rsplit(":", 1)[1]}
-api_key_file = "key"
-"""
-        )
-        up = subprocess.run([HELIO, "up", str(config), "--detach"], capture_output=True, text=True)
-        assert up.returncode == 0, up.stderr
-        cls.addClassCleanup(cls.helio, "down")
+        model = f'[model]\npath = "{ROOT / "models" / "sundial-20m"}"\n'
+        up(cls, cls.dir, free_port(), dashboard, 'api_key_file = "key"\n' + model)
         cls.cluster = heliostat.connect(cls.dashboard, api_key=KEY)
         cls.addClassCleanup(cls.cluster.close)
 
     @classmethod
     def helio(cls, *words: str) -> str:
-        done = subprocess.run([HELIO, *words], cwd=cls.dir, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return helio(cls.dir, *words)
 
     # Connecting
 

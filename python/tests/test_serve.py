@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import pathlib
-import subprocess
-import tempfile
 import unittest
 import urllib.request
 
-from test_client import HELIO, ROOT, free_port, heliostat
+from rig import ROOT, folder, free_port, heliostat, up
 
 
 def app(**engine: object) -> "dict[str, object]":
@@ -26,29 +23,8 @@ def app(**engine: object) -> "dict[str, object]":
 class ServeTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        directory = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(directory.cleanup)
-        cls.dir = pathlib.Path(directory.name)
-        head, dashboard, cls.http = free_port(), free_port(), free_port()
-        config = cls.dir / "cluster.toml"
-        config.write_text(
-            f"""
-[cluster]
-run_dir = "run"
-[head]
-bind = "127.0.0.1:{head}"
-[devices]
-device = "cpu"
-cpu = 1
-[serve]
-port = {cls.http}
-[dashboard]
-port = {dashboard}
-"""
-        )
-        up = subprocess.run([HELIO, "up", str(config), "--detach"], capture_output=True, text=True)
-        assert up.returncode == 0, up.stderr
-        cls.addClassCleanup(subprocess.run, [HELIO, "down"], cwd=cls.dir, check=True, capture_output=True)
+        dashboard, cls.http = free_port(), free_port()
+        up(cls, folder(cls), cls.http, dashboard)
         cls.cluster = heliostat.connect(f"http://127.0.0.1:{dashboard}")
         cls.addClassCleanup(cls.cluster.close)
 

@@ -6,6 +6,8 @@
 
 #![allow(clippy::print_stdout, reason = "the rows are the purpose of the program")]
 
+mod common;
+
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -24,6 +26,8 @@ use heliostat_runtime::system::Secret;
 use heliostat_runtime::wire::to_bytes;
 use heliostat_runtime::worker::{self, WorkerConfig};
 use rustix::process::{Pid, Signal, kill_process};
+
+use common::print;
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -253,17 +257,6 @@ fn echo(name: &str) -> Result<ActorSpec, AnyError> {
 fn signal(pid: u32, signal: Signal) -> Result<(), AnyError> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("a process id")?;
     Ok(kill_process(pid, signal)?)
-}
-
-fn print(row: &str, values: &[f64], unit: &str) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (first, last) = (sorted[0], sorted[sorted.len() - 1]);
-    let median = sorted[sorted.len() / 2];
-    println!(
-        "{}",
-        serde_json::json!({"row": row, "value": median, "min": first, "max": last, "n": sorted.len(), "unit": unit})
-    );
 }
 
 /// Resident memory of a process, MB (10^6 bytes).

@@ -6,6 +6,8 @@
 
 #![allow(clippy::print_stdout, reason = "the figures are the purpose of the program")]
 
+mod common;
+
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ use heliostat_runtime::head::{self, HeadConfig};
 use heliostat_runtime::node::{self, NodeConfig};
 use heliostat_runtime::state::StateConfig;
 use rustix::fs::{MemfdFlags, memfd_create};
+
+use common::print;
 
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -131,14 +135,4 @@ async fn latencies<T>(
         took.push(began.elapsed().as_secs_f64() * 1e3);
     }
     Ok(took)
-}
-
-fn print(row: &str, values: &[f64], unit: &str) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (min, value, max) = (sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
-    println!(
-        "{}",
-        serde_json::json!({"row": row, "value": value, "min": min, "max": max, "n": sorted.len(), "unit": unit})
-    );
 }

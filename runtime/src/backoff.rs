@@ -4,14 +4,15 @@ use std::time::Duration;
 
 /// Doubles from `min` to `max`.
 #[derive(Debug, Clone)]
-pub(crate) struct Backoff {
+pub struct Backoff {
     min: Duration,
     max: Duration,
     next: Duration,
 }
 
 impl Backoff {
-    pub(crate) fn new(min: Duration, max: Duration) -> Self {
+    /// The first pause is `min`.
+    pub fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, next: min }
     }
 
@@ -26,7 +27,7 @@ impl Backoff {
     }
 
     /// Waits before the next attempt.
-    pub(crate) async fn pause(&mut self) {
+    pub async fn pause(&mut self) {
         tokio::time::sleep(self.next).await;
         self.next = (self.next * 2).min(self.max);
     }

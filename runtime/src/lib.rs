@@ -3,7 +3,7 @@
 //! It knows no tensor, no model and no HTTP route: the product in `actors` stands on the same API as users do.
 
 pub mod actor;
-mod backoff;
+pub mod backoff;
 pub mod cluster;
 pub mod function;
 pub mod group;

@@ -6,6 +6,7 @@ use crate::config::Token;
 use crate::gpus;
 use crate::rundir::read_token;
 use anyhow::{Context, Result};
+use heliostat_runtime::backoff::Backoff;
 use heliostat_runtime::node::{self, NodeConfig};
 use heliostat_runtime::spec::Device;
 use heliostat_runtime::system::Secret;
@@ -113,7 +114,7 @@ fn program() -> Result<PathBuf> {
 /// The address of the first of these heads that has one. Waits for it: where machines start together (Kubernetes,
 /// Slurm), a head's name may come later than its nodes. Resolvers tell nobody of new names, so they are asked again.
 async fn resolved(heads: &str) -> Result<SocketAddr> {
-    let mut pause = RESOLVE_PAUSE_MIN;
+    let mut backoff = Backoff::new(RESOLVE_PAUSE_MIN, RESOLVE_PAUSE_MAX);
     loop {
         let mut failed = String::new();
         for head in heads.split(',') {
@@ -130,8 +131,7 @@ async fn resolved(heads: &str) -> Result<SocketAddr> {
             }
         }
         tracing::warn!("{failed}; waits for it");
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RESOLVE_PAUSE_MAX);
+        backoff.pause().await;
     }
 }
 

@@ -101,8 +101,8 @@ async fn one_request_is_one_trace_from_http_to_steps() {
     );
 }
 
-/// When a recorded step began, and half of it was over, nanoseconds, by the actor of its rank and its number: in that
-/// time it was scheduled. Both clocks may be a little apart.
+/// When a recorded step began and ended, nanoseconds, by the actor of its rank and its number: in that time it was
+/// scheduled. Both clocks may be a little apart.
 fn recorded(timeline: &Value) -> BTreeMap<(String, u64), (u64, u64)> {
     let events = timeline["traceEvents"].as_array().unwrap();
     let names = events.iter().filter(|event| event["name"] == "process_name");

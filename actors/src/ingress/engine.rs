@@ -43,7 +43,8 @@ pub enum Refusal {
 
 /// Hands commands to ranks. Commands to one rank arrive in order, or not at all.
 pub trait EngineLink: Send + 'static {
-    /// Sends without waiting; `from` is the request that the command belongs to. It is called with the ingress locked: it must neither block nor call back into it.
+    /// Sends without waiting; `from` is the request that the command belongs to. It is called with the ingress locked: it
+    /// must neither block nor call back into it.
     ///
     /// # Errors
     /// The rank cannot be reached or its mailbox is full; the command comes back. A refusal that is known only later

@@ -45,6 +45,20 @@ struct Shell {
     clients: HashMap<RequestId, Client>,
 }
 
+impl Shell {
+    /// Says in the trace of a sequence, if it has one, why it is not at its rank any more.
+    fn note_place(&self, id: RequestId, why: &str) {
+        if let Some(trace) = self.clients.get(&id).and_then(|client| client.trace.as_ref()) {
+            trace.stays(self.dispatch.rank_of(id), why);
+        }
+    }
+
+    /// The same of all sequences, after ranks were lost.
+    fn note_losses(&self) {
+        self.clients.keys().for_each(|id| self.note_place(*id, "the rank was lost"));
+    }
+}
+
 /// Who gets a sequence's outputs.
 struct Client {
     index: usize,
@@ -107,9 +121,7 @@ impl Ingress {
         if !ranks.local.is_empty() {
             self.0.metrics.keep(|rank| ranks.local.contains_key(&rank));
         }
-        self.act_on_ranks("the rank was lost", |dispatch, now, effects| {
-            dispatch.set_ranks(now, ranks, effects)
-        });
+        self.act_and(|dispatch, now, effects| dispatch.set_ranks(now, ranks, effects), Shell::note_losses);
     }
 
     /// What it served ends: requests in flight fail.
@@ -140,16 +152,15 @@ impl Ingress {
 
     /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
     pub fn on_rank_lost(&self, rank: u32) {
-        self.act_on_ranks("the rank was lost", |dispatch, now, effects| {
-            dispatch.rank_lost(now, rank, effects);
-        });
+        self.act_and(|dispatch, now, effects| dispatch.rank_lost(now, rank, effects), Shell::note_losses);
     }
 
     /// `rank` did not take a sequence that was handed to it.
     pub fn on_refused(&self, rank: u32, id: RequestId, refusal: Refusal) {
-        self.act_on_ranks("the rank did not take it", |dispatch, now, effects| {
-            dispatch.refused(now, rank, id, refusal, effects);
-        });
+        self.act_and(
+            |dispatch, now, effects| dispatch.refused(now, rank, id, refusal, effects),
+            |shell| shell.note_place(id, "the rank did not take it"),
+        );
     }
 
     /// Submits the sequences of one request: all of them or none.
@@ -266,24 +277,21 @@ impl Ingress {
     }
 
     fn act<R>(&self, event: impl FnOnce(&mut Dispatch, Duration, &mut Vec<Effect>) -> R) -> R {
+        self.act_and(event, |_| ())
+    }
+
+    /// The same; `look` sees what has become of it before its effects are carried out.
+    fn act_and<R>(
+        &self,
+        event: impl FnOnce(&mut Dispatch, Duration, &mut Vec<Effect>) -> R,
+        look: impl FnOnce(&Shell),
+    ) -> R {
         let mut shell = self.lock();
         let mut effects = Vec::new();
         let result = event(&mut shell.dispatch, self.now(), &mut effects);
+        look(&shell);
         self.perform(&mut shell, effects);
         result
-    }
-
-    /// The same for what may take sequences off their ranks.
-    fn act_on_ranks(&self, why: &str, event: impl FnOnce(&mut Dispatch, Duration, &mut Vec<Effect>)) {
-        let mut shell = self.lock();
-        let mut effects = Vec::new();
-        event(&mut shell.dispatch, self.now(), &mut effects);
-        for (id, client) in &shell.clients {
-            if let Some(trace) = &client.trace {
-                trace.stays(shell.dispatch.rank_of(*id), why);
-            }
-        }
-        self.perform(&mut shell, effects);
     }
 
     /// Carries out effects, and those that follow from commands that a rank does not take.

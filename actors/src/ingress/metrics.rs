@@ -199,12 +199,8 @@ impl Metrics {
             own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
         let responses = own.add("http_responses", "HTTP responses by status", Family::default());
         let phases = own.add("step_phase_seconds", "Time of all steps by what for", Family::default());
-        let rank_spans = Family::default();
-        own.registry.register(
-            "heliostat:rank_trace_spans",
-            "Spans of each rank by what became of them",
-            Family::clone(&rank_spans),
-        );
+        let rank_spans =
+            own.add("rank_trace_spans", "Spans of each rank by what became of them", Family::default());
         let proxy = Proxy::new(&mut registry, "default");
         Self {
             registry: Mutex::new(registry),

@@ -269,10 +269,10 @@ async fn find_app(apps: &Apps, request: &mut ServiceRequest) -> Result<(), ApiEr
         let message = format!("No application answers at `{path}`; `GET /-/routes` lists their prefixes.");
         return Err(ApiError::new(StatusCode::NOT_FOUND, message).with_code("unknown_url"));
     };
-    if route.actors().is_some() && is_common(&path) {
+    let has_actors = route.actors().is_some();
+    if has_actors && is_common(&path) {
         return Ok(());
     }
-    let has_actors = route.actors().is_some();
     if rest.len() != path.len() {
         let rest = if rest.is_empty() { "/" } else { rest };
         let query = request.query_string();

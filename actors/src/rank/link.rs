@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::plan::OpenPlan;
 use super::spans::Traced;
-use crate::messages::{Busy, RankJoined, StepLoad};
+use crate::messages::{Busy, RankJoined, StepLoad, Submit};
 use crate::monitor::trace::RankTrace;
 
 /// A sequence to be queued.
@@ -28,6 +28,14 @@ pub(super) struct Submission {
     pub(super) owner: Owner,
     /// Its trace, if that is recorded.
     pub(super) traced: Option<Traced>,
+}
+
+impl Submission {
+    /// What an ingress asked for; `traced` as it came.
+    pub(super) fn of(asked: Submit, traced: Option<Traced>, constraint: Option<Constraint>) -> Self {
+        let owner = Owner { ingress: asked.reply_to, request_id: asked.from.request_id };
+        Self { request: asked.request, constraint, owner, traced }
+    }
 }
 
 /// Who asked for a sequence.

@@ -50,7 +50,7 @@ use borrow::Borrower;
 use grammars::Grammars;
 use join::ExpertLoader;
 use leases::Leases;
-use link::{Command, Link, Owner, Submission};
+use link::{Command, Link, Submission};
 use plan::OpenPlan;
 use spans::Traced;
 use stager::Stager;
@@ -155,17 +155,12 @@ impl Rank {
     fn compile(&self, message: Submit, dp: u32) {
         let (id, ingress) = (message.request.id, message.reply_to.process);
         self.link.note_compiling(id, ingress);
-        let (traced, request_id) = (Traced::now(&message.from), message.from.request_id.clone());
+        let traced = Traced::now(&message.from);
         let (grammars, link, cx) = (Arc::clone(&self.grammars), self.link.clone(), self.cx.clone());
         tokio::task::spawn_blocking(move || {
             let Some(grammar) = &message.request.grammar else { return };
             match grammars.compile(grammar) {
-                Ok(constraint) => link.submit_compiled(Submission {
-                    request: message.request,
-                    constraint: Some(constraint),
-                    owner: Owner { ingress: message.reply_to, request_id },
-                    traced,
-                }),
+                Ok(constraint) => link.submit_compiled(Submission::of(message, traced, Some(constraint))),
                 Err(why) => {
                     if link.abort(id) {
                         refuse(&cx, dp, &message, Busy::Unservable(why));
@@ -275,12 +270,10 @@ impl Handler<Submit> for Rank {
         let dp = dp as u32 + self.args.first_rank;
         match self.link.admit(self.args.engine.max_waiting) {
             Ok(()) if message.request.grammar.is_some() => self.compile(message, dp),
-            Ok(()) => self.link.submit(Submission {
-                request: message.request,
-                constraint: None,
-                traced: Traced::now(&message.from),
-                owner: Owner { ingress: message.reply_to, request_id: message.from.request_id },
-            }),
+            Ok(()) => {
+                let traced = Traced::now(&message.from);
+                self.link.submit(Submission::of(message, traced, None));
+            }
             Err(why) => refuse(&self.cx, dp, &message, why),
         }
     }

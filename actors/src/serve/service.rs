@@ -138,7 +138,6 @@ impl Service {
                 http: args.http,
                 num_nodes: nodes,
                 packages: &packages,
-                restart: args.base.restart,
                 look: &look,
             };
             document::read(&json, &facts)

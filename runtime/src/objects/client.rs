@@ -257,13 +257,7 @@ impl Objects {
             return Ok(segment);
         }
         let capacity = Pool::capacity(bytes);
-        let mut tries = Tries::new();
-        let ready = loop {
-            match self.link().await?.reserve(capacity as u64).await {
-                Ok(ready) => break ready,
-                Err(error) => tries.again(error).await?,
-            }
-        };
+        let ready = Tries::of(|| async move { self.link().await?.reserve(capacity as u64).await }).await?;
         let made = tokio::task::spawn_blocking(move || match ready {
             Some(ready) => Segment::over(ready, capacity),
             None => Segment::create(capacity),
@@ -281,14 +275,12 @@ impl Objects {
     async fn map(&self, addr: &ObjectAddr) -> Result<ObjectBytes, ObjectError> {
         let len = self.size(addr)?;
         let (table, id) = (&self.table, addr.id);
-        let mut tries = Tries::new();
-        let (link, memory) = loop {
+        let (link, memory) = Tries::of(|| async move {
             let link = self.link().await?;
-            match link.open(addr.clone()).await {
-                Ok(memory) => break (link, memory),
-                Err(error) => tries.again(error).await?,
-            }
-        };
+            let memory = link.open(addr.clone()).await?;
+            Ok((link, memory))
+        })
+        .await?;
         let view = match View::map(memory.as_fd(), len) {
             Ok(view) => view,
             Err(error) => {
@@ -388,6 +380,20 @@ struct Tries {
 impl Tries {
     fn new() -> Self {
         Self { started: Instant::now(), backoff: Backoff::reconnect() }
+    }
+
+    /// Attempts it until it succeeds, or fails for good.
+    async fn of<T, F>(attempt: impl Fn() -> F) -> Result<T, ObjectError>
+    where
+        F: Future<Output = Result<T, ObjectError>>,
+    {
+        let mut tries = Self::new();
+        loop {
+            match attempt().await {
+                Ok(done) => return Ok(done),
+                Err(error) => tries.again(error).await?,
+            }
+        }
     }
 
     /// Waits before the next attempt, if there is to be one.

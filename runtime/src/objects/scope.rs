@@ -4,8 +4,9 @@
 //! So the wire says for the duration of one call of the codec whose it is. Nothing is kept across an await, and nothing
 //! else asks.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::sync::Arc;
+use std::thread::LocalKey;
 
 use super::ObjectId;
 use super::table::Table;
@@ -16,7 +17,7 @@ type Receiver = (Arc<Table>, Option<ObjectId>);
 thread_local! {
     static RECEIVER: RefCell<Option<Receiver>> = const { RefCell::new(None) };
     static PUT: RefCell<Option<Vec<ObjectId>>> = const { RefCell::new(None) };
-    static TO_ONE: Cell<bool> = const { Cell::new(false) };
+    static TO_ONE: RefCell<bool> = const { RefCell::new(false) };
 }
 
 /// Refs that `decode` makes are counted in `table`.
@@ -30,27 +31,12 @@ pub(super) fn read_from<R>(table: &Arc<Table>, outer: ObjectId, decode: impl FnO
 }
 
 fn receiving<R>(receiver: Receiver, decode: impl FnOnce() -> R) -> R {
-    struct Back(Option<Receiver>);
-    impl Drop for Back {
-        fn drop(&mut self) {
-            RECEIVER.set(self.0.take());
-        }
-    }
-    let _back = Back(RECEIVER.replace(Some(receiver)));
-    decode()
+    during(&RECEIVER, Some(receiver), decode)
 }
 
 /// What `encode` writes becomes an object: the refs in it, which are not on their way to anybody.
 pub(super) fn put<R>(encode: impl FnOnce() -> R) -> (R, Vec<ObjectId>) {
-    struct Back(Option<Vec<ObjectId>>);
-    impl Drop for Back {
-        fn drop(&mut self) {
-            PUT.set(self.0.take());
-        }
-    }
-    let _back = Back(PUT.replace(Some(Vec::new())));
-    let encoded = encode();
-    (encoded, PUT.take().unwrap_or_default())
+    during(&PUT, Some(Vec::new()), || (encode(), PUT.take().unwrap_or_default()))
 }
 
 /// Notes a ref that is being encoded if it becomes part of an object.
@@ -60,14 +46,19 @@ pub(super) fn is_put(id: ObjectId) -> bool {
 
 /// What `encode` writes is decoded by one process, at most once.
 pub(crate) fn sent_to_one<R>(encode: impl FnOnce() -> R) -> R {
-    struct Back(bool);
-    impl Drop for Back {
+    during(&TO_ONE, true, encode)
+}
+
+/// Has `cell` be `value` while `work` is done, and what it was before when that returns or panics.
+fn during<T: 'static, R>(cell: &'static LocalKey<RefCell<T>>, value: T, work: impl FnOnce() -> R) -> R {
+    struct Back<T: 'static>(&'static LocalKey<RefCell<T>>, Option<T>);
+    impl<T> Drop for Back<T> {
         fn drop(&mut self) {
-            TO_ONE.set(self.0);
+            self.1.take().into_iter().for_each(|before| self.0.set(before));
         }
     }
-    let _back = Back(TO_ONE.replace(true));
-    encode()
+    let _back = Back(cell, Some(cell.replace(value)));
+    work()
 }
 
 /// Who counts a ref that is being decoded.
@@ -77,5 +68,5 @@ pub(super) fn receiver() -> Option<Receiver> {
 
 /// Whether the ref that is being encoded arrives at most once.
 pub(super) fn goes_to_one() -> bool {
-    TO_ONE.get()
+    TO_ONE.with_borrow(|to_one| *to_one)
 }

@@ -4,6 +4,7 @@
 
 use super::{Check, Facts, Raw};
 use heliostat_actors::telemetry::TelemetryArgs;
+use percent_encoding::percent_decode_str;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -151,25 +152,8 @@ fn pairs(list: &str) -> impl Iterator<Item = (String, String)> {
     list.split(',').filter_map(|pair| {
         let (key, value) = pair.split_once('=')?;
         let key = key.trim();
-        (!key.is_empty()).then(|| (key.to_owned(), decoded(value.trim())))
+        // What is no text when it is decoded stays as it is.
+        let value = percent_decode_str(value.trim()).decode_utf8().unwrap_or(value.trim().into());
+        (!key.is_empty()).then(|| (key.to_owned(), value.into_owned()))
     })
-}
-
-/// With `%20` as a space, and so on; what is no code stays.
-fn decoded(text: &str) -> String {
-    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
-    while let Some((&first, after)) = rest.split_first() {
-        let code = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok();
-        match after.get(..2).filter(|_| first == b'%').and_then(code) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[2..];
-            }
-            None => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8(bytes).unwrap_or_else(|_| text.to_owned())
 }

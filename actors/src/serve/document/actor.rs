@@ -114,7 +114,7 @@ pub(super) fn deployment(
         selector,
         health,
         mailbox_capacity: ongoing.saturating_mul(2).max(MAILBOX_MIN),
-        restart: facts.restart,
+        restart: facts.base.restart,
     };
     DeploymentTarget { name, workload: actor.into(), settings }
 }

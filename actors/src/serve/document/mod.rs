@@ -15,7 +15,6 @@ use std::path::Path;
 
 use heliostat_engine::config::ModelConfig;
 use heliostat_runtime::package::PackageStatus;
-use heliostat_runtime::spec::RestartPolicy;
 use serde_json::Value as Json;
 
 use self::actor::ActorPath;
@@ -39,8 +38,6 @@ pub struct Facts<'a> {
     pub num_nodes: usize,
     /// Programs of users that the cluster has.
     pub packages: &'a [PackageStatus],
-    /// Restarts of actors.
-    pub restart: RestartPolicy,
     /// Reads the shape of the model in a directory.
     pub look: &'a dyn Fn(&Path) -> Result<ModelConfig, String>,
 }

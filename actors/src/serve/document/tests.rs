@@ -32,7 +32,6 @@ fn read_with(
         http: SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)),
         num_nodes: 1,
         packages: &packages(),
-        restart: RestartPolicy::default(),
         look,
     };
     read(&document.to_string(), &facts)
