@@ -256,8 +256,10 @@ impl Drop for Other {
 #[allow(clippy::print_stdout, reason = "the parent reads it")]
 async fn other_process() -> Result<(), AnyError> {
     let system = System::start(SystemConfig::loopback()).await?;
-    system
-        .spawn(SpawnOptions { id: ACTOR, incarnation: Incarnation(1), mailbox_capacity: MAILBOX }, || Echo)?;
+    // On a thread of its own, as an actor of the cluster has in its process.
+    let options = SpawnOptions { id: ACTOR, incarnation: Incarnation(1), mailbox_capacity: MAILBOX };
+    let echo = system.spawn_async(options, || async { Ok(Echo) }).await?;
+    system.read_at(&echo);
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     println!("{}\n{}", system.endpoint(), listener.local_addr()?);
     let pong = tokio::spawn(async move {

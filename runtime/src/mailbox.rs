@@ -30,6 +30,7 @@ use crate::actor::{Accepts, RemoteActor, WireMessage};
 use crate::handle::{ActorId, Incarnation, Refusal, Refused};
 use crate::mesh::MeshTable;
 use crate::panics::Panic;
+use crate::system::home::Pulse;
 use crate::wire::answer::RemoteAnswer;
 use crate::wire::frame::Want;
 use crate::wire::{from_bytes, name_hash};
@@ -73,7 +74,7 @@ pub(crate) struct Entry {
     table: Arc<Table>,
     lifetime: Arc<Lifetime>,
     /// The thread that is its own, if it has one.
-    thread: OnceLock<actix::ArbiterHandle>,
+    thread: OnceLock<(actix::ArbiterHandle, Arc<Pulse>)>,
 }
 
 /// When and how an actor ends; outlives its entry.
@@ -205,12 +206,17 @@ impl Entry {
     }
 
     /// Notes that the actor lives on this thread and no other does.
-    pub(crate) fn settle_on(&self, thread: actix::ArbiterHandle) {
-        let _ = self.thread.set(thread);
+    pub(crate) fn settle_on(&self, thread: actix::ArbiterHandle, pulse: Arc<Pulse>) {
+        let _ = self.thread.set((thread, pulse));
     }
 
     /// The thread that is its own, if it has one.
     pub(crate) fn thread(&self) -> Option<&actix::ArbiterHandle> {
+        self.own_thread().map(|(thread, _)| thread)
+    }
+
+    /// The same, with what tells whether it is busy.
+    pub(crate) fn own_thread(&self) -> Option<&(actix::ArbiterHandle, Arc<Pulse>)> {
         self.thread.get()
     }
 

@@ -6,11 +6,12 @@
 mod arbiters;
 mod config;
 pub(crate) mod gate;
+pub(crate) mod home;
 mod peers;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use actix::dev::ContextFut;
@@ -34,13 +35,15 @@ use crate::wire::FRAME_BYTES_MAX;
 use crate::wire::conn::{Conn, Limits};
 use crate::wire::handshake::Hello;
 pub use crate::wire::handshake::Secret;
-use crate::wire::link::{self, Link, RefusedPeers, RefusedTells, now_ms};
+use crate::wire::link::{self, Link, RefusedPeers, now_ms};
+use crate::wire::reader::RefusedTells;
 use crate::wire::tls::Tls;
 pub use crate::wire::tls::{TlsError, TlsFiles};
 
 use arbiters::Arbiters;
 pub use config::{SpawnError, SpawnOptions, SystemConfig, SystemError};
 use gate::Gate;
+use home::Home;
 use peers::Peers;
 pub use peers::{PeerEvent, PeerEvents};
 
@@ -86,6 +89,8 @@ pub(crate) struct Shared {
     meshes: Meshes,
     pub(crate) objects: Arc<Table>,
     arbiters: Arbiters,
+    /// Where connections are read from now on, if not by the runtime.
+    home: OnceLock<Arc<Home>>,
     stop: CancellationToken,
 }
 
@@ -101,6 +106,10 @@ impl Shared {
 
     pub(crate) fn stopping(&self) -> bool {
         self.stop.is_cancelled()
+    }
+
+    pub(crate) fn home(&self) -> Option<&Arc<Home>> {
+        self.home.get()
     }
 
     /// Keeps an eye on a connection: pings, silence, shutdown.
@@ -166,6 +175,7 @@ impl System {
             conns: Mutex::default(),
             meshes: Meshes::default(),
             arbiters: Arbiters::start(config.arbiters.max(1))?,
+            home: OnceLock::new(),
             stop: CancellationToken::new(),
         });
         shared.tasks.spawn(accept(shared.clone(), listener));
@@ -233,7 +243,7 @@ impl System {
     {
         let (created, outcome) = oneshot::channel();
         let system = self.clone();
-        self.shared.arbiters.on_fresh(move || {
+        self.shared.arbiters.on_fresh(move |pulse| {
             actix::spawn(async move {
                 let made = AssertUnwindSafe(async { create().await }).catch_unwind().await;
                 let made = match made {
@@ -245,7 +255,7 @@ impl System {
                 });
                 match registered {
                     Ok((actor, (entry, pump))) => {
-                        entry.settle_on(Arbiter::current());
+                        entry.settle_on(Arbiter::current(), pulse);
                         let _ = created.send(Ok(system.addr(&entry)));
                         run_actor(entry, pump, actor).await;
                     }
@@ -266,6 +276,22 @@ impl System {
         let (entry, pump) = self.register(options)?;
         ctx.spawn(pump);
         Ok(self.addr(&entry))
+    }
+
+    /// Makes an actor with a thread of its own the one that this process is for: connections made from now on (without TLS)
+    /// are read on that thread, so that a message for the actor wakes one thread and not two. While a handler holds the
+    /// thread the process's runtime reads them. False if the actor is not here or has no such thread, or another one is at home.
+    pub fn read_at(&self, actor: &ActorAddr) -> bool {
+        let Ok(entry) = self.shared.registry.find(actor.actor, actor.incarnation) else { return false };
+        let Some((thread, pulse)) = entry.own_thread() else { return false };
+        let home = Home::new(thread.clone(), pulse.clone());
+        if self.shared.home.set(home.clone()).is_err() {
+            return false;
+        }
+        let stop = self.shared.stop.clone();
+        let watch = async move { stop.run_until_cancelled(home.watch()).await };
+        self.shared.tasks.spawn_on(watch, &self.shared.runtime);
+        true
     }
 
     /// Asks a local actor to stop; what waits in its mailbox is dropped. False if it is not here.

@@ -1,10 +1,12 @@
 //! The threads that actors run on: a small pool, and one of its own for an actor that is created by the cluster.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use actix::Arbiter;
 
 use super::SystemError;
+use super::home::Pulse;
 
 /// The threads that actors run on.
 pub(super) struct Arbiters {
@@ -42,10 +44,20 @@ impl Arbiters {
         &self.pool[self.turn.fetch_add(1, Ordering::Relaxed) % self.pool.len()]
     }
 
-    /// Runs `work` on a new thread of the system.
-    pub(super) fn on_fresh(&self, work: impl FnOnce() + Send + 'static) {
-        self.system.arbiter().spawn_fn(move || match Arbiter::try_new() {
-            Ok(arbiter) => drop(arbiter.spawn_fn(work)),
+    /// Runs `work` on a new thread of the system, with what tells whether that thread is busy.
+    pub(super) fn on_fresh(&self, work: impl FnOnce(Arc<Pulse>) + Send + 'static) {
+        let pulse = Arc::new(Pulse::new());
+        let of_thread = pulse.clone();
+        let runtime = move || {
+            let (parks, wakes) = (of_thread.clone(), of_thread);
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .on_thread_park(move || parks.rests())
+                .on_thread_unpark(move || wakes.works())
+                .build()
+        };
+        self.system.arbiter().spawn_fn(move || match Arbiter::try_with_tokio_rt(runtime) {
+            Ok(arbiter) => drop(arbiter.spawn_fn(move || work(pulse))),
             // Dropping the work tells whoever waits for it.
             Err(error) => tracing::error!(%error, "cannot start an actor thread"),
         });

@@ -255,6 +255,11 @@ impl Conn {
         self.drained_to(self.limits.queue_bytes_max).await;
     }
 
+    /// Whether it is now.
+    pub(super) fn has_room_now(&self) -> bool {
+        self.unsent() <= self.limits.queue_bytes_max
+    }
+
     /// Forgets the call when the guard drops, and tells the peer if there was no answer yet.
     pub(crate) fn forget_on_drop(self: &Arc<Self>, call: u64) -> Forget {
         Forget { conn: self.clone(), call }

@@ -1,43 +1,25 @@
-//! Connections to and from peers: connecting on demand, accepting, reading, and noticing when a peer is gone.
+//! Connections to and from peers: connecting on demand, accepting, and noticing when a peer is gone.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::answer::RemoteAnswer;
 use super::conn::Conn;
-use super::frame::{self, CallHead, Frame};
 use super::handshake::{self, Hello};
+use super::reader::{End, Reader};
 use super::stream::{Secure, Stream};
 use super::tls::TLS_FIRST_BYTE;
-use crate::handle::{ActorId, Incarnation, ProcessId, Refusal};
-use crate::mailbox::{Failure, refuse};
-use crate::objects::scope;
 use crate::system::Shared;
 use crate::system::gate::Place;
 
-/// Room for one read.
-const READ_BYTES: usize = 64 << 10;
-/// A receive buffer that grew beyond this for a large frame is given up after it.
-const READ_BYTES_KEPT: usize = 1 << 20;
 /// How long a peer that is sent away may take to close its end, and how much more it may say.
 const PARTING: Duration = Duration::from_millis(500);
 const PARTING_READS: usize = 64;
-
-/// Which end of a connection this process is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// It connected: it sends calls and reads answers.
-    Asking,
-    /// It accepted: it reads calls and sends answers.
-    Serving,
-}
 
 /// Milliseconds since the first call in this process.
 pub(crate) fn now_ms() -> u64 {
@@ -185,107 +167,18 @@ pub(super) async fn part(tcp: &mut TcpStream) {
 /// From the end of the handshake to the end of the connection.
 async fn run(shared: &Arc<Shared>, conn: &Arc<Conn>, (end, stream): (End, Stream), theirs: &Hello) {
     shared.peers.connected(theirs);
-    if conn.open(stream) {
-        let why = read(shared, conn, end, theirs.process).await;
-        conn.close(&format!("{}: {why}", theirs.endpoint));
+    match stream.read_apart(shared.home().is_some()) {
+        Ok(stream) => {
+            if conn.open(stream) {
+                let why = Reader::new(shared.clone(), conn.clone(), end, theirs.process).read().await;
+                conn.close(&format!("{}: {why}", theirs.endpoint));
+            }
+        }
+        Err(error) => conn.close(&error.to_string()),
     }
     let why = conn.closed().unwrap_or_default();
     tracing::debug!(process = %theirs.process, endpoint = %theirs.endpoint, %why, "connection closed");
     shared.peers.disconnected(theirs, &why);
-}
-
-/// Reads and delivers until the connection ends; says why it did.
-async fn read(shared: &Shared, conn: &Arc<Conn>, end: End, process: ProcessId) -> String {
-    let Some(stream) = conn.stream() else { return "not open".into() };
-    let mut buf = BytesMut::with_capacity(READ_BYTES);
-    loop {
-        if let Err(error) = stream.readable().await {
-            return error.to_string();
-        }
-        buf.reserve(READ_BYTES);
-        match stream.try_read_buf(&mut buf) {
-            Ok(0) => return conn.closed().unwrap_or_else(|| "the peer closed the connection".into()),
-            Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => continue,
-            Err(error) => return error.to_string(),
-        }
-        conn.heard();
-        loop {
-            let used = match frame::split(&buf, shared.limits.frame_bytes_max) {
-                Ok(None) => break,
-                Ok(Some((body, used))) => match frame::parse(body) {
-                    Ok(Frame::Goodbye(why)) => return format!("the peer said goodbye: {why}"),
-                    Ok(frame) => {
-                        scope::received(&shared.objects, || handle(shared, conn, frame));
-                        used
-                    }
-                    Err(error) => return malformed(process, &error),
-                },
-                Err(error) => return malformed(process, &error),
-            };
-            buf.advance(used);
-        }
-        if buf.is_empty() && buf.capacity() > READ_BYTES_KEPT {
-            buf = BytesMut::with_capacity(READ_BYTES);
-        }
-        // A peer that does not read its answers gets no more of them: its calls stay in the socket. The asking end
-        // always reads on, or both could wait for each other.
-        match end {
-            End::Asking => {}
-            End::Serving => conn.drained_to(shared.limits.queue_bytes_max).await,
-        }
-    }
-}
-
-fn malformed(process: ProcessId, error: &frame::FrameError) -> String {
-    tracing::error!(%process, %error, "malformed frame, closing the connection");
-    format!("malformed frame: {error}")
-}
-
-fn handle(shared: &Shared, conn: &Arc<Conn>, frame: Frame<'_>) {
-    match frame {
-        Frame::Call(head, payload) => {
-            let answer = conn.serve(&head);
-            if let Err(reason) = deliver(shared, &head, payload, answer)
-                && head.call == 0
-            {
-                shared.refused_tells.note(ActorId(head.actor), &reason);
-            }
-        }
-        // An answer that nobody waits for any more is dropped.
-        Frame::Reply(call, payload) => {
-            conn.reply(call, payload);
-        }
-        Frame::Refused(call, reason) => {
-            conn.fail(call, Failure::Refused(reason));
-        }
-        Frame::Failed(call, failure) => {
-            conn.fail(call, failure.into());
-        }
-        Frame::Item(call, payload) => conn.item(call, payload),
-        Frame::Cancel(call) => conn.cancelled(call),
-        Frame::Credit(call, window) => conn.granted(call, window),
-        Frame::Ping | Frame::Goodbye(_) => {}
-    }
-}
-
-fn deliver(
-    shared: &Shared,
-    head: &CallHead,
-    payload: &[u8],
-    answer: Option<RemoteAnswer>,
-) -> Result<(), Refusal> {
-    if head.process != ProcessId::ANY.0 && head.process != shared.process.0 {
-        return refuse(answer, Refusal::WrongProcess);
-    }
-    let expires_at = match head.deadline_us {
-        0 => None,
-        us => Instant::now().checked_add(Duration::from_micros(us)),
-    };
-    match shared.registry.find(ActorId(head.actor), Incarnation(head.incarnation)) {
-        Ok(entry) => entry.deliver(head.message, payload, expires_at, answer),
-        Err(reason) => refuse(answer, reason),
-    }
 }
 
 /// Connections that were refused here. Logged, at most ten times a second: strangers must not fill a disk.
@@ -303,27 +196,6 @@ impl RefusedPeers {
         if due && self.logged_ms.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             self.unlogged.fetch_sub(refused, Ordering::Relaxed);
             tracing::warn!(%from, %reason, refused, "refused a connection");
-        }
-    }
-}
-
-/// Tells that were refused here, which their senders do not hear of. Logged, at most once a second.
-#[derive(Default)]
-pub(crate) struct RefusedTells {
-    unlogged: AtomicU64,
-    logged_ms: AtomicU64,
-}
-
-impl RefusedTells {
-    fn note(&self, actor: ActorId, reason: &Refusal) {
-        let refused = self.unlogged.fetch_add(1, Ordering::Relaxed) + 1;
-        let (now, last) = (now_ms(), self.logged_ms.load(Ordering::Relaxed));
-        let due = last == 0 || now >= last + 1000;
-        if due
-            && self.logged_ms.compare_exchange(last, now.max(1), Ordering::Relaxed, Ordering::Relaxed).is_ok()
-        {
-            self.unlogged.fetch_sub(refused, Ordering::Relaxed);
-            tracing::warn!(%actor, %reason, refused, "refused messages that were told, not asked");
         }
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod frame;
 pub(crate) mod handshake;
 pub(crate) mod link;
 mod outbound;
+pub(crate) mod reader;
 pub(crate) mod stream;
 pub(crate) mod tls;
 

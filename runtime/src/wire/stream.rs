@@ -4,7 +4,8 @@
 //! share the session under a lock, which nobody holds while waiting for the socket. The plain way has no cost from this.
 
 use std::cell::Cell;
-use std::io::{self, BufRead, IoSlice, Write};
+use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -21,25 +22,27 @@ const AHEAD_BYTES: usize = 64 << 10;
 pub(crate) enum Stream {
     /// As the bytes are.
     Plain(TcpStream),
+    /// The same, read by another runtime than it was made in; this one registers it only while there is no room to write.
+    Apart(std::net::TcpStream),
     /// Encrypted.
     Tls(Box<Secure>),
 }
 
-impl Stream {
+/// What is read of a connection.
+pub(crate) enum Inlet<'a> {
+    Plain(&'a TcpStream),
+    Apart(TcpStream),
+    Tls(&'a Secure),
+}
+
+impl Inlet<'_> {
     /// Waits until reading may yield something.
     pub(crate) async fn readable(&self) -> io::Result<()> {
         match self {
             Self::Plain(tcp) => tcp.readable().await,
+            Self::Apart(tcp) => tcp.readable().await,
             Self::Tls(tls) if tls.early.load(Ordering::Relaxed) => Ok(()),
             Self::Tls(tls) => tls.tcp.readable().await,
-        }
-    }
-
-    /// Waits until the socket takes something.
-    pub(crate) async fn writable(&self) -> io::Result<()> {
-        match self {
-            Self::Plain(tcp) => tcp.writable().await,
-            Self::Tls(tls) => tls.tcp.writable().await,
         }
     }
 
@@ -47,7 +50,52 @@ impl Stream {
     pub(crate) fn try_read_buf(&self, buf: &mut BytesMut) -> io::Result<usize> {
         match self {
             Self::Plain(tcp) => tcp.try_read_buf(buf),
+            Self::Apart(tcp) => tcp.try_read_buf(buf),
             Self::Tls(tls) => tls.read(buf),
+        }
+    }
+}
+
+impl Stream {
+    /// A connection of this runtime, to be read by another one where that is `wanted` and possible.
+    pub(crate) fn read_apart(self, wanted: bool) -> io::Result<Self> {
+        match self {
+            Self::Plain(tcp) if wanted => tcp.into_std().map(Self::Apart),
+            stream => Ok(stream),
+        }
+    }
+
+    pub(crate) fn is_apart(&self) -> bool {
+        matches!(self, Self::Apart(_))
+    }
+
+    /// What to read from; of a connection that is read apart, by the runtime that asks.
+    pub(crate) fn inlet(&self) -> io::Result<Inlet<'_>> {
+        Ok(match self {
+            Self::Plain(tcp) => Inlet::Plain(tcp),
+            Self::Apart(tcp) => Inlet::Apart(TcpStream::from_std(tcp.try_clone()?)?),
+            Self::Tls(tls) => Inlet::Tls(tls),
+        })
+    }
+
+    /// Appends what is there to `buf`, whoever else may be about to read. Only where reading is apart.
+    pub(crate) fn read_now(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        match self {
+            Self::Plain(_) | Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Apart(tcp) => with_scratch(|scratch| {
+                let got = (&mut &*tcp).read(scratch)?;
+                buf.extend_from_slice(&scratch[..got]);
+                Ok(got)
+            }),
+        }
+    }
+
+    /// Waits until the socket takes something.
+    pub(crate) async fn writable(&self) -> io::Result<()> {
+        match self {
+            Self::Plain(tcp) => tcp.writable().await,
+            Self::Apart(tcp) => TcpStream::from_std(tcp.try_clone()?)?.writable().await,
+            Self::Tls(tls) => tls.tcp.writable().await,
         }
     }
 
@@ -56,6 +104,7 @@ impl Stream {
     pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Plain(tcp) => tcp.try_write_vectored(slices),
+            Self::Apart(tcp) => (&mut &*tcp).write_vectored(slices),
             Self::Tls(tls) => tls.write(slices),
         }
     }
@@ -63,7 +112,7 @@ impl Stream {
     /// Hands what was taken to the socket; false while it takes no more.
     pub(crate) fn flush(&self) -> io::Result<bool> {
         match self {
-            Self::Plain(_) => Ok(true),
+            Self::Plain(_) | Self::Apart(_) => Ok(true),
             Self::Tls(tls) => tls.push(&mut tls.session()),
         }
     }
@@ -71,7 +120,7 @@ impl Stream {
     /// Bytes that were taken and are not out yet.
     pub(crate) fn unsent(&self) -> usize {
         match self {
-            Self::Plain(_) => 0,
+            Self::Plain(_) | Self::Apart(_) => 0,
             Self::Tls(tls) => tls.unsent.load(Ordering::Relaxed),
         }
     }
@@ -79,12 +128,13 @@ impl Stream {
     /// Ends it in both directions.
     pub(crate) fn shutdown(&self) {
         let tcp = match self {
-            Self::Plain(tcp) => tcp,
+            Self::Plain(tcp) => tcp.as_fd(),
+            Self::Apart(tcp) => tcp.as_fd(),
             Self::Tls(tls) => {
                 let mut session = tls.session();
                 session.send_close_notify();
                 let _ = tls.push(&mut session);
-                &tls.tcp
+                tls.tcp.as_fd()
             }
         };
         // The peer may be gone already.

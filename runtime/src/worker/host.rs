@@ -153,6 +153,7 @@ impl Host {
         };
         match created {
             Ok(addr) => {
+                self.system.read_at(&addr);
                 let ended = self.system.watch_local(addr.actor, addr.incarnation);
                 {
                     let mut state = self.lock();

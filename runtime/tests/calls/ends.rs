@@ -177,3 +177,21 @@ async fn an_actor_that_is_to_finish_answers_what_it_has() {
     }
     assert_eq!(soon(end).await, Some(ActorEnd::Stopped));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_is_heard_on_when_the_thread_it_was_read_on_has_ended() {
+    let rig = Rig::start(8, Subject::default).await;
+    let [_, away] = rig.handles::<Subject>();
+    // Read on the actor's thread.
+    soon(away.ask(Slow(0))).await.unwrap();
+    let ended = rig.home.watch_local(rig.addr.actor, rig.addr.incarnation);
+    assert!(rig.home.stop_actor(rig.addr.actor, rig.addr.incarnation));
+    assert_eq!(soon(ended).await, Some(ActorEnd::Stopped));
+    let mut events = rig.away.peer_events();
+    rig.pass().await;
+    let refused = soon(away.ask(Slow(0))).await.unwrap_err();
+    assert!(matches!(refused, AskError::Refused(_)), "{refused:?}");
+    // Over the same connection.
+    assert!(rig.away.is_connected(rig.home.process()));
+    assert!(soon(async { futures_util::poll!(Box::pin(events.next())).is_pending() }).await);
+}

@@ -17,7 +17,7 @@ use heliostat_runtime::actor::{Accepts, RemoteActor, WireMessage};
 use heliostat_runtime::handle::{ActorAddr, ActorId, Handle, Incarnation};
 use heliostat_runtime::system::{SpawnOptions, System, SystemConfig};
 
-/// An actor in a system of its own, and a second system.
+/// An actor in a system of its own, where it is at home and connections are read on its thread, and a second system.
 struct Rig {
     home: System,
     away: System,
@@ -26,15 +26,16 @@ struct Rig {
 
 impl Rig {
     async fn start<A: RemoteActor>(capacity: usize, actor: impl FnOnce() -> A + Send + 'static) -> Self {
-        // A thread for the actor, one for the bystander and one for another actor.
-        let home = System::start(SystemConfig { arbiters: 3, ..SystemConfig::loopback() }).await.unwrap();
+        // A thread for the bystander and one for another actor.
+        let home = System::start(SystemConfig { arbiters: 2, ..SystemConfig::loopback() }).await.unwrap();
         let away = System::start(SystemConfig::loopback()).await.unwrap();
         let options = SpawnOptions {
             id: ActorId::named("subject"),
             incarnation: Incarnation(1),
             mailbox_capacity: capacity,
         };
-        let addr = home.spawn(options, actor).unwrap();
+        let addr = home.spawn_async(options, move || async move { Ok(actor()) }).await.unwrap();
+        assert!(home.read_at(&addr));
         let bystander = SpawnOptions { id: ActorId::named("bystander"), ..options };
         home.spawn(bystander, || Bystander).unwrap();
         Self { home, away, addr }
