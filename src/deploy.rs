@@ -1,14 +1,17 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, Token};
+use crate::config::{
+    All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, ProxyLocation, Token,
+};
 use anyhow::{Context, Result};
-use heliostat_actors::deployment::{ModelDeployment, ReplicaNames, ingress_spec, jobs_spec, serve_spec};
+use heliostat_actors::deployment::{INGRESS, ModelDeployment, ReplicaNames, jobs_spec, serve_spec};
 use heliostat_actors::eplb::EplbConfig;
 use heliostat_actors::http::{Bounds, HttpDoor};
 use heliostat_actors::ingress_actor::IngressArgs;
 use heliostat_actors::jobs::JobsArgs;
 use heliostat_actors::rank::{CudaArgs, EngineArgs, ExchangeBackend, KvCacheArgs, LinkArgs};
 use heliostat_actors::serve::ServeArgs;
+use heliostat_actors::serve::core::{ProxyLocation as Location, SiteArgs};
 use heliostat_engine::config::ModelConfig;
 use heliostat_engine::ep::Topology;
 use heliostat_engine::eplb::{Gate, PlacementStrategy as Strategy, Policy as Planner};
@@ -26,10 +29,12 @@ pub(crate) const APPLICATION: &str = "cluster";
 
 /// What a configuration asks for.
 pub(crate) struct Plan {
-    /// The actors that the head keeps by itself: the serve controller, the ingress and the jobs actor.
+    /// The actors that the head keeps by itself: the serve controller and the jobs actor.
     pub(crate) kept: Vec<ActorSpec>,
-    /// Names of the actors of the model, which the controller adds.
+    /// Names of those that the controller adds from the start: the actors of the model, and the first ingress.
     pub(crate) served: Vec<String>,
+    /// Ingresses from the start.
+    pub(crate) ingresses: usize,
 }
 
 impl Plan {
@@ -108,7 +113,7 @@ pub(crate) fn plan(config: &Config) -> Result<Plan> {
     Ok(plan)
 }
 
-/// The serve controller and the ingress, and what they serve from the start.
+/// The serve controller, and what it serves from the start.
 fn serving(config: &Config) -> Result<Plan> {
     let names = ReplicaNames::home();
     let (model, deploy, dir) = match &config.model {
@@ -120,25 +125,39 @@ fn serving(config: &Config) -> Result<Plan> {
         }
         None => (no_model(config)?, false, config.run_dir.parent()),
     };
-    let actors = if deploy { model.actors(&names) } else { Vec::new() };
-    let http = SocketAddr::new(config.serve.host, config.serve.port);
+    let mut served = if deploy { model.actors(&names) } else { Vec::new() };
+    let sites = sites(config);
+    let ingresses = match sites.location {
+        Location::Disabled => 0,
+        Location::HeadOnly => 1,
+        Location::EveryNode => config.nodes.len(),
+    };
+    served.extend((ingresses > 0).then(|| INGRESS.to_owned()));
     let ingress = IngressArgs {
-        bind: http,
+        bind: SocketAddr::new(config.serve.host, config.serve.port),
         body_bytes_max: config.serve.max_body_bytes.0,
         door: door(config),
         telemetry: config.telemetry.clone(),
     };
-    let ingress = ingress_spec(&ingress, restart(config))?;
-    let placement = config.serve.node.clone().map_or(Placement::Anywhere, Placement::Node);
     let serve = ServeArgs {
         base: model,
         application: deploy.then(|| APPLICATION.to_owned()),
         // A checkpoint that a document names is looked for beside this one, or beside the run directory.
         dir: dir.map(Path::to_path_buf).unwrap_or_default(),
-        http,
+        ingress,
+        sites,
     };
-    let kept = vec![serve_spec(&serve, restart(config))?, ActorSpec { placement, ..ingress }];
-    Ok(Plan { kept, served: actors })
+    Ok(Plan { kept: vec![serve_spec(&serve, restart(config))?], served, ingresses })
+}
+
+/// Where ingresses are.
+fn sites(config: &Config) -> SiteArgs {
+    let location = match config.serve.proxy_location {
+        ProxyLocation::HeadOnly => Location::HeadOnly,
+        ProxyLocation::EveryNode => Location::EveryNode,
+        ProxyLocation::Disabled => Location::Disabled,
+    };
+    SiteArgs { location, node: config.serve.node.clone() }
 }
 
 /// Where the jobs actor goes: its records do not move, so it is pinned where there is a choice.

@@ -11,7 +11,9 @@ use heliostat_engine::ep::{Topology, TopologyError};
 use heliostat_engine::eplb::ModelLayers;
 use heliostat_engine::eplb::map::{Layout, MapError, MapShape, PlacementStrategy};
 use heliostat_runtime::actor::RemoteActor;
-use heliostat_runtime::spec::{ActorSpec, GroupMember, LabelSelector, Placement, Resources, RestartPolicy};
+use heliostat_runtime::spec::{
+    ActorSpec, GroupMember, LabelSelector, Lifetime, Placement, Resources, RestartPolicy,
+};
 
 use crate::eplb::{Eplb, EplbArgs, EplbConfig};
 use crate::ingress_actor::{IngressActor, IngressArgs};
@@ -24,7 +26,7 @@ use crate::telemetry::TelemetryArgs;
 pub const GROUP: &str = "ep";
 /// Name of the EPLB actor.
 pub const EPLB: &str = "eplb";
-/// Name of the ingress actor.
+/// Name of the first ingress; that of another has its node behind it.
 pub const INGRESS: &str = "ingress";
 
 /// Name of the jobs actor.
@@ -223,13 +225,23 @@ impl ModelDeployment {
     }
 }
 
-/// The ingress, which hears of every group that serves.
+/// An ingress on a node, which hears of every group that serves. It outlives the controller that asks for it.
 ///
 /// # Errors
 /// Arguments that do not encode.
-pub fn ingress_spec(args: &IngressArgs, restart: RestartPolicy) -> Result<ActorSpec, DeployError> {
-    let subscribe = vec![GROUP.to_owned(), format!("{GROUPS}*")];
-    Ok(ActorSpec { subscribe, mailbox_capacity: 65_536, ..spec(INGRESS, IngressActor::TYPE, args, restart)? })
+pub fn ingress_spec(
+    name: &str,
+    node: &str,
+    args: &IngressArgs,
+    restart: RestartPolicy,
+) -> Result<ActorSpec, DeployError> {
+    Ok(ActorSpec {
+        subscribe: vec![GROUP.to_owned(), format!("{GROUPS}*")],
+        mailbox_capacity: 65_536,
+        placement: Placement::Node(node.to_owned()),
+        lifetime: Lifetime::Detached,
+        ..spec(name, IngressActor::TYPE, args, restart)?
+    })
 }
 
 /// The serve controller.

@@ -41,8 +41,10 @@ pub(crate) async fn run(args: &ServeArgs) -> Result<()> {
             client.until_gone(|app| names.contains(app)).await
         }
         Serve::Status { name } => {
-            let apps = client.apps(name.as_deref()).await?;
-            if args.json { print_json(&apps) } else { print(&shown(&apps)) }
+            let mut details = client.details().await?;
+            let proxies = details["proxies"].take();
+            let apps = named(details, name.as_deref())?;
+            if args.json { print_json(&apps) } else { print(&(shown(&apps) + &ingresses(&proxies))) }
         }
         Serve::Config { name } => {
             let apps = client.apps(name.as_deref()).await?;
@@ -107,19 +109,16 @@ impl Client {
         done.map_err(|refused| Failure::error(FAILED, refused.to_string()))
     }
 
-    /// All applications, or one.
-    async fn apps(&self, name: Option<&str>) -> Result<Map<String, Json>> {
+    /// All that the controller tells.
+    async fn details(&self) -> Result<Json> {
         let details = self.controller().await?.ask(GetDetails).await;
         let details = details.context("the serve controller does not answer")?;
-        let mut details: Json = serde_json::from_str(&details).context("the serve controller's answer")?;
-        let Json::Object(mut apps) = details["applications"].take() else { return Ok(Map::new()) };
-        if let Some(name) = name {
-            let Some(app) = apps.shift_remove(name) else {
-                return Err(Failure::error(FAILED, format!("no application is named {name:?}")));
-            };
-            apps = Map::from_iter([(name.to_owned(), app)]);
-        }
-        Ok(apps)
+        serde_json::from_str(&details).context("the serve controller's answer")
+    }
+
+    /// All applications, or one.
+    async fn apps(&self, name: Option<&str>) -> Result<Map<String, Json>> {
+        named(self.details().await?, name)
     }
 
     /// Waits until these applications serve.
@@ -144,6 +143,16 @@ impl Client {
             tokio::time::sleep(POLL).await;
         }
         Ok(())
+    }
+}
+
+/// The applications of what the controller tells, or one of them.
+fn named(mut details: Json, name: Option<&str>) -> Result<Map<String, Json>> {
+    let Json::Object(mut apps) = details["applications"].take() else { return Ok(Map::new()) };
+    let Some(name) = name else { return Ok(apps) };
+    match apps.shift_remove(name) {
+        Some(app) => Ok(Map::from_iter([(name.to_owned(), app)])),
+        None => Err(Failure::error(FAILED, format!("no application is named {name:?}"))),
     }
 }
 
@@ -207,6 +216,17 @@ fn build(file: Option<&Path>) -> Result<Json> {
 
 fn yaml(value: &Json) -> Result<String> {
     serde_saphyr::to_string(value).context("cannot write YAML")
+}
+
+/// Where HTTP is served, for people.
+fn ingresses(proxies: &Json) -> String {
+    let text = |value: &Json| value.as_str().unwrap_or("-").to_owned();
+    let mut out = String::new();
+    for (node, proxy) in proxies.as_object().into_iter().flatten() {
+        let (name, status, at) = (&proxy["actor_name"], &proxy["status"], &proxy["http_address"]);
+        let _ = writeln!(out, "{} on {node}  {}  at {}", text(name), text(status), text(at));
+    }
+    out
 }
 
 /// Applications, their deployments and replicas, for people.

@@ -15,7 +15,7 @@ mod validate;
 pub(crate) use docs::reference_page;
 pub(crate) use error::ConfigError;
 pub(crate) use raw::{
-    All2All, Dashboard, Eplb, Objects, Packages, PlacementStrategy, Policy, Serve, Supervision,
+    All2All, Dashboard, Eplb, Objects, Packages, PlacementStrategy, Policy, ProxyLocation, Serve, Supervision,
 };
 
 use crate::gpus;

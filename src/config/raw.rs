@@ -71,6 +71,21 @@ words! {
     }
 }
 
+words! {
+    /// Where HTTP is served, in Ray Serve's words.
+    ProxyLocation, "\"HeadOnly\", \"EveryNode\" or \"Disabled\"" {
+        /// By one ingress for the cluster.
+        #[serde(rename = "HeadOnly")]
+        HeadOnly,
+        /// By an ingress on each node.
+        #[serde(rename = "EveryNode")]
+        EveryNode,
+        /// Nowhere.
+        #[serde(rename = "Disabled")]
+        Disabled,
+    }
+}
+
 section! {
     /// The cluster as a whole.
     Cluster = "cluster" {
@@ -301,7 +316,11 @@ section! {
         host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
         /// Port to listen on.
         port: u16 = 8000,
-        /// Name of the node that runs the server. Without it: any node.
+        /// Where HTTP is served: `HeadOnly` by one ingress for the cluster, `EveryNode` by one on each node, `Disabled` by none. A
+        /// document of `helio serve` that says otherwise goes above it. On a machine with several nodes the first ingress has `port`,
+        /// the others have free ports, which `helio serve status` shows.
+        proxy_location: ProxyLocation = ProxyLocation::HeadOnly,
+        /// Name of the node with the one ingress of `HeadOnly`. Without it: any node.
         node: Option<String> = None,
         /// A file with the keys of which HTTP clients must send one as `Authorization: Bearer KEY`: one per line, `#` begins a
         /// comment. A key has 16 characters or more.

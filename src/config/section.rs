@@ -92,11 +92,11 @@ pub(crate) use section;
 
 /// A closed set of words: the enum, its spelling in the file and its kind.
 macro_rules! words {
-    ($(#[doc = $about:literal])+ $name:ident, $kind:literal { $( $(#[doc = $doc:literal])+ $variant:ident ),* $(,)? }) => {
+    ($(#[doc = $about:literal])+ $name:ident, $kind:literal { $( $(#[doc = $doc:literal])+ $(#[serde(rename = $word:literal)])? $variant:ident ),* $(,)? }) => {
         $(#[doc = $about])+
         #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
         #[serde(rename_all = "snake_case")]
-        pub(crate) enum $name { $( $(#[doc = $doc])+ $variant, )* }
+        pub(crate) enum $name { $( $(#[doc = $doc])+ $(#[serde(rename = $word)])? $variant, )* }
 
         impl $crate::config::section::Kind for $name { const NAME: &'static str = $kind; }
     };

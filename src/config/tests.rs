@@ -453,7 +453,7 @@ fn without_a_model_there_is_a_cluster_for_actors_and_jobs() {
     let text = "[devices]\ndevice = \"cpu\"\ncpu = 1\n[parallel]\ndp = 7\n";
     let config = Config::parse(text, "c.toml", dir.path(), |_| None).expect("valid");
     assert_eq!(config.model, None);
-    assert_eq!(crate::deploy::plan(&config).expect("a plan").names(), ["serve", "ingress", "jobs"]);
+    assert_eq!(crate::deploy::plan(&config).expect("a plan").names(), ["ingress", "serve", "jobs"]);
     let again =
         Config::parse(&config.effective, "e.toml", Path::new("/nowhere"), |_| None).expect(&config.effective);
     assert_eq!(format!("{again:?}"), format!("{config:?}"));

@@ -12,7 +12,7 @@ pub(super) use devices::{asks_for_gpus, leaves_gpus_open};
 pub(super) use network::tls_files;
 
 use super::error::Problem;
-use super::raw::{Device, Raw};
+use super::raw::{Device, ProxyLocation, Raw};
 use super::read::locate;
 use super::section::{ByteSize, Count};
 use super::{Config, Model, Node, Parallel};
@@ -71,6 +71,12 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     let kind = check.kind(&raw, facts);
     let nodes = check.nodes(&raw, facts, kind);
     check.known_node("serve.node", raw.serve.node.as_deref(), &nodes);
+    check.require(
+        raw.serve.node.is_none() || raw.serve.proxy_location == ProxyLocation::HeadOnly,
+        "serve.node",
+        "`node` is that of the one ingress of `HeadOnly`",
+        "leave out `node`, or `proxy_location`",
+    );
     check.dashboard(&raw, &nodes);
     let parallel = check.parallel(&raw, &nodes, kind);
     let model = check.model(&raw, facts);

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use heliostat_engine::request::{Request, RequestId};
 
+use crate::serve::target::Backpressure;
 use crate::telemetry::Provenance;
 
 /// What a rank is told.
@@ -91,4 +92,6 @@ pub struct Admission {
     pub in_flight_max: Option<usize>,
     /// Whether requests may wait where no rank takes any: one is started for them.
     pub may_wait: bool,
+    /// How a request is refused for which there is no room.
+    pub backpressure: Option<Backpressure>,
 }

@@ -8,7 +8,10 @@ use actix_web::{HttpResponse, ResponseError};
 use serde_json::{Value as Json, json};
 
 use super::dispatch::{Failure, Refused};
+use crate::serve::target::Backpressure;
 
+/// OpenAI's `code` of a refusal because as many wait as may.
+const QUEUE_FULL: &str = "queue_full";
 /// Seconds after which a client of a full queue should try again.
 const RETRY_FULL_SECONDS: u32 = 1;
 /// Seconds after which a client of ranks that are not ready should try again.
@@ -75,7 +78,7 @@ impl ApiError {
 
     /// 503: all that could do it are busy.
     pub(super) fn busy(message: String) -> Self {
-        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("queue_full");
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code(QUEUE_FULL);
         Self { retry_after: Some(RETRY_FULL_SECONDS), ..error }
     }
 
@@ -84,8 +87,20 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, message).with_code("request_timeout")
     }
 
+    /// Whether it was refused because as many wait as may.
+    pub(super) fn is_queue_full(&self) -> bool {
+        self.code == Some(QUEUE_FULL)
+    }
+
+    /// The same in the words of a deployment.
+    pub(super) fn under(self, terms: Backpressure) -> Self {
+        let status = StatusCode::from_u16(terms.status_code).unwrap_or(self.status);
+        let Self { kind, .. } = Self::new(status, "");
+        Self { status, kind, retry_after: terms.retry_after_s.or(self.retry_after), ..self }
+    }
+
     fn queue_full(message: String) -> Self {
-        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code("queue_full");
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, message).with_code(QUEUE_FULL);
         Self { retry_after: Some(RETRY_FULL_SECONDS), ..error }
     }
 

@@ -19,6 +19,7 @@ use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
 use super::spans::{Hex, RequestTrace, SequenceTrace};
 use crate::monitor::trace::SequenceSpan;
+use crate::serve::target::Backpressure;
 use crate::telemetry::{Provenance, SpanCounts};
 
 /// How often sequences without a working rank are looked at.
@@ -133,6 +134,21 @@ impl Ingress {
     /// How many requests may be there from now on.
     pub fn set_admission(&self, admission: Admission) {
         self.lock().dispatch.set_admission(admission);
+    }
+
+    /// How a request is refused for which there is no room.
+    pub(super) fn backpressure(&self) -> Option<Backpressure> {
+        self.lock().dispatch.admission().backpressure
+    }
+
+    /// How far the order of sequences is.
+    pub fn turn(&self) -> u64 {
+        self.lock().dispatch.turn()
+    }
+
+    /// At another ingress of the same ranks it is that far.
+    pub fn advance_turn(&self, turn: u64) {
+        self.lock().dispatch.advance_turn(turn);
     }
 
     /// Sequences in flight, those that wait for a rank included.

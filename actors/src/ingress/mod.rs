@@ -13,6 +13,7 @@ mod handle;
 pub mod metrics;
 pub mod model;
 mod openai;
+pub mod presence;
 mod proxy;
 pub mod router;
 pub mod server;

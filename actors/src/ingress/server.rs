@@ -9,7 +9,7 @@ use actix_cors::Cors;
 use actix_web::body::MessageBody;
 use actix_web::dev::{Extensions, Server as ActixServer, ServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
-use actix_web::http::{Method, StatusCode, Uri};
+use actix_web::http::{ConnectionType, Method, StatusCode, Uri, Version};
 use actix_web::middleware::{Condition, Next, from_fn};
 use actix_web::web::{self, Data, PayloadConfig, ServiceConfig};
 use actix_web::{App, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError};
@@ -25,6 +25,7 @@ use super::error::ApiError;
 use super::handle::Ingress;
 use super::metrics::{CONTENT_TYPE as METRICS_CONTENT_TYPE, spans_of_process};
 use super::openai;
+use super::presence::Presence;
 use super::spans::{HttpSpan, RequestTrace};
 use crate::http::{self, ApiKeys, BodyTime, Bounds, Caller, CertFiles, Rates};
 use crate::telemetry::Tracing;
@@ -96,6 +97,7 @@ pub enum ServeError {
 pub struct HttpService {
     bound: SocketAddr,
     apps: Apps,
+    presence: Presence,
     handle: ServerHandle,
     task: JoinHandle<()>,
 }
@@ -114,28 +116,30 @@ pub fn serve(
     if !config.bind.ip().is_loopback() && config.keys.is_empty() {
         return Err(ServeError::OpenWithoutKey(config.bind));
     }
-    let (server, bound) = start(config, &apps, extend)?;
+    let presence = Presence::default();
+    let (server, bound) = start(config, (&apps, &presence), extend)?;
     let handle = server.handle();
     let task = tokio::spawn(async move {
         if let Err(error) = server.await {
             tracing::error!(%error, "the HTTP server ended");
         }
     });
-    Ok(HttpService { bound, apps, handle, task })
+    Ok(HttpService { bound, apps, presence, handle, task })
 }
 
 fn start(
     config: &HttpConfig,
-    apps: &Apps,
+    (apps, presence): (&Apps, &Presence),
     extend: impl Fn(&mut ServiceConfig) + Clone + Send + 'static,
 ) -> Result<(ActixServer, SocketAddr), ServeError> {
     let (body_max, door, origins) =
         (config.body_max, Data::new(Door::new(config)), config.cors_origins.clone());
-    let apps = Data::new(apps.clone());
+    let (apps, presence) = (Data::new(apps.clone()), Data::new(presence.clone()));
     let app = move || {
         App::new()
             .app_data(apps.clone())
             .app_data(door.clone())
+            .app_data(presence.clone())
             .app_data(PayloadConfig::new(body_max))
             .wrap(from_fn(around))
             // Outside of the door: a browser asks without a key whether it may ask.
@@ -168,7 +172,8 @@ fn start(
 /// Lets web pages of these origins in.
 fn cors(origins: &[String]) -> Cors {
     let cors = Cors::default()
-        .allowed_methods(["GET", "POST"])
+        // What a path does not take is answered 405; users' actors may take any of these.
+        .allowed_methods(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
         // Clients have headers of their own (`x-stainless-...` of OpenAI's), and none that we read does harm.
         .allow_any_header()
         .expose_headers([REQUEST_ID, RETRY_AFTER])
@@ -183,6 +188,20 @@ impl HttpService {
     /// The address that was bound, with its port.
     pub fn bound(&self) -> SocketAddr {
         self.bound
+    }
+
+    /// What is open.
+    pub fn presence(&self) -> &Presence {
+        &self.presence
+    }
+
+    /// Accepts no connection from now on. What is open goes on to its end, connections are closed behind their next answer.
+    pub fn leave(&self) {
+        if !self.presence.is_leaving() {
+            self.presence.leave();
+            let handle = self.handle.clone();
+            tokio::spawn(async move { handle.stop(true).await });
+        }
     }
 
     /// Refuses new requests, lets those in flight finish for the configured time, then closes.
@@ -217,13 +236,24 @@ fn routes(app: &mut ServiceConfig) {
 }
 
 /// Of the application that the path names; without one of all.
-async fn health(apps: Data<Apps>, route: Option<Data<Arc<AppRoute>>>) -> Result<HttpResponse, ApiError> {
+async fn health(
+    apps: Data<Apps>,
+    presence: Data<Presence>,
+    route: Option<Data<Arc<AppRoute>>>,
+) -> Result<HttpResponse, ApiError> {
+    if presence.is_leaving() {
+        return Err(leaving());
+    }
     let ready = match route {
         Some(route) => route.ready().map_err(|missing| missing.join("; ")),
         None => apps.ready(),
     };
     ready.map_err(|missing| ApiError::not_ready(format!("not ready: {missing}")))?;
     Ok(HttpResponse::Ok().json(json!({"status": "ready"})))
+}
+
+fn leaving() -> ApiError {
+    ApiError::not_ready("This ingress is ending; another one takes requests.")
 }
 
 /// Prefixes with the names of their applications, as Ray's proxies tell them.
@@ -402,6 +432,22 @@ fn actors_of(request: &ServiceRequest) -> Option<(ActorPool, Terms)> {
     Some((pool, Terms { limit, hide_key }))
 }
 
+/// A refusal for want of room, in the words of the deployment's `backpressure_config` if it has one.
+fn under_backpressure(response: ServiceResponse) -> ServiceResponse {
+    let full = response.response().error().and_then(|error| error.as_error::<ApiError>());
+    let Some(error) = full.filter(|error| error.is_queue_full()).cloned() else { return response };
+    let request = response.request();
+    let of_actors = || request.app_data::<Data<Arc<AppRoute>>>()?.actors()?.backpressure();
+    let of_model = || request.app_data::<Data<Ingress>>()?.backpressure();
+    match of_actors().or_else(of_model) {
+        Some(terms) => {
+            let (request, _) = response.into_parts();
+            ServiceResponse::new(request, error.under(terms).error_response())
+        }
+        None => response,
+    }
+}
+
 /// Around every request: its name, the door, the count of answers.
 async fn around(
     mut request: ServiceRequest,
@@ -417,8 +463,15 @@ async fn around(
     let tracing = request.app_data::<Data<Tracing>>().filter(|tracing| tracing.is_on()).cloned();
     let traced =
         tracing.filter(|_| !is_common(request.path())).map(|tracing| (tracing, request.path().to_owned()));
+    let presence = request.app_data::<Data<Presence>>().map(|presence| presence.as_ref().clone());
+    let visit = presence.as_ref().map(Presence::enter);
+    let goes = presence.is_some_and(|presence| presence.is_leaving());
     let door = request.app_data::<Data<Door>>().cloned();
-    let mut admitted = door.map_or(Ok(()), |door| door.admit(&mut request));
+    let mut admitted = match goes && request.version() == Version::HTTP_2 {
+        // Its connection would not end by itself.
+        true => Err(leaving()),
+        false => door.map_or(Ok(()), |door| door.admit(&mut request)),
+    };
     if admitted.is_ok()
         && let Some(apps) = request.app_data::<Data<Apps>>().cloned()
     {
@@ -439,6 +492,7 @@ async fn around(
         },
         Err(refusal) => request.into_response(refusal.error_response()),
     };
+    response = under_backpressure(response);
     if let Some(span) = &mut span {
         span.answered(response.status().as_u16());
     }
@@ -452,8 +506,14 @@ async fn around(
         }
         response.headers_mut().insert(REQUEST_ID, header);
     }
+    if goes {
+        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+    }
     if let Some(ongoing) = ongoing {
         response = ongoing.answer(response, span);
+    }
+    if let Some(visit) = visit {
+        response = visit.answer(response);
     }
     Ok(response)
 }

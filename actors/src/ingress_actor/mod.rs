@@ -22,13 +22,13 @@ use crate::http::HttpDoor;
 use crate::ingress::apps::Apps;
 use crate::ingress::engine::{EngineLink, RankCommand, Refusal, Unavailable};
 use crate::ingress::model::ServedModel;
-use crate::ingress::server::{HttpConfig, HttpService, serve};
+use crate::ingress::server::{HttpConfig, HttpService, ServeError, serve};
 use crate::messages::{
     Abort, AttachIngress, AwaitServing, Busy, GetRequests, GetServing, RankOutputs, RankRefused, Submit,
 };
 use crate::rank::Rank;
 use crate::serve::ServeController;
-use crate::serve::messages::{GetTable, SetTable, Table, TableModel};
+use crate::serve::messages::{GetTable, SetTable, TableModel, TableReport, Welcome};
 use crate::telemetry::{Provenance, TelemetryArgs, Tracing};
 use pools::{Handles, Pools, lock};
 use tokio::sync::oneshot;
@@ -37,11 +37,16 @@ use tokio::sync::oneshot;
 const TABLE_PATIENCE: Duration = Duration::from_secs(20);
 /// Pause between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(10);
+/// How long it waits for the port of an ingress that gives it up, and the pause between two attempts.
+const PORT_PATIENCE: Duration = Duration::from_secs(5);
+const PORT_AGAIN: Duration = Duration::from_millis(50);
+/// Streams of an ingress that goes take as long as they take: the controller ends it.
+const LAST_STREAM: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Arguments of the ingress actor.
 #[derive(Clone, Debug, Encode, Decode)]
 pub struct IngressArgs {
-    /// Where HTTP is served.
+    /// Where HTTP is served. Port 0: one of its own, which it keeps when it starts again.
     pub bind: SocketAddr,
     /// Largest request body, bytes.
     pub body_bytes_max: u64,
@@ -60,7 +65,7 @@ pub struct IngressActor {
     /// Who waits until everything takes requests.
     waiting: Vec<oneshot::Sender<()>>,
     /// Serves for as long as the actor lives.
-    _service: HttpService,
+    service: HttpService,
 }
 
 impl Actor for IngressActor {
@@ -176,13 +181,19 @@ impl IngressActor {
 impl Handler<SetTable> for IngressActor {
     type Result = MessageResult<SetTable>;
 
-    fn handle(&mut self, SetTable { table }: SetTable, ctx: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, told: SetTable, ctx: &mut Self::Context) -> Self::Result {
+        let SetTable { table, leaving, turns } = told;
+        if leaving {
+            self.service.leave();
+        }
+        self.pools.advance(&turns);
         if !self.pools.serves(&table) {
             let models = self.pools.set_table(table);
             self.load(models, ctx);
             self.refresh();
         }
-        MessageResult(self.pools.report())
+        let (open, port) = (self.service.presence().open(), self.service.bound().port());
+        MessageResult(TableReport { open, port, ..self.pools.report() })
     }
 }
 
@@ -312,13 +323,13 @@ impl Handler<GetRequests> for IngressActor {
 }
 
 /// Asks the controller what is served: who is told that this actor is ready finds a server that answers.
-async fn table(cluster: Option<&Cluster>) -> Table {
-    let Some(cluster) = cluster else { return Table::default() };
+async fn welcome(cluster: Option<&Cluster>, ingress: &str) -> Welcome {
+    let Some(cluster) = cluster else { return Welcome::default() };
     let ask = async {
         loop {
             if let Ok(controller) = cluster.handle::<ServeController>(SERVE).await {
-                match controller.ask(GetTable).await {
-                    Ok(table) => return table,
+                match controller.ask(GetTable { ingress: ingress.to_owned() }).await {
+                    Ok(welcome) => return welcome,
                     Err(_) => cluster.forget(SERVE),
                 }
             }
@@ -327,8 +338,34 @@ async fn table(cluster: Option<&Cluster>) -> Table {
     };
     tokio::time::timeout(TABLE_PATIENCE, ask).await.unwrap_or_else(|_| {
         tracing::warn!("the serve controller does not answer: nothing is served until it does");
-        Table::default()
+        Welcome::default()
     })
+}
+
+/// Listens where it is told. An ingress without a configured port takes the one that it had `before`, if it is free; one
+/// with waits a while for an ingress that gives it up.
+async fn listen(
+    http: &HttpConfig,
+    before: Option<u16>,
+    serve: impl Fn(&HttpConfig) -> Result<HttpService, ServeError>,
+) -> Result<HttpService, ServeError> {
+    if let (0, Some(port)) = (http.bind.port(), before) {
+        let again = HttpConfig { bind: SocketAddr::new(http.bind.ip(), port), ..http.clone() };
+        if let Ok(service) = serve(&again) {
+            return Ok(service);
+        }
+    }
+    let until = tokio::time::Instant::now() + PORT_PATIENCE;
+    loop {
+        match serve(http) {
+            Err(ServeError::Bind { cause, .. })
+                if cause.kind() == std::io::ErrorKind::AddrInUse && tokio::time::Instant::now() < until =>
+            {
+                tokio::time::sleep(PORT_AGAIN).await;
+            }
+            served => return served,
+        }
+    }
 }
 
 impl Spawn for IngressActor {
@@ -337,7 +374,8 @@ impl Spawn for IngressActor {
     async fn create(args: IngressArgs, cx: ActorCx) -> Result<Self, CreateError> {
         let (handles, apps) = (Handles::default(), Apps::default());
         let mut pools = Pools::new(apps.clone(), cx.system().clone());
-        for key in pools.set_table(table(cx.cluster()).await) {
+        let Welcome { table, port } = welcome(cx.cluster(), cx.name()).await;
+        for key in pools.set_table(table) {
             let wanted = key.2.clone();
             let model = tokio::task::spawn_blocking(move || pools::load(&wanted)).await;
             let model = model.map_err(|why| CreateError::Failed(why.to_string()))?;
@@ -350,6 +388,7 @@ impl Spawn for IngressActor {
             cors_origins: args.door.cors_origins.clone(),
             bounds: args.door.bounds.clone(),
             body_max: args.body_bytes_max as usize,
+            drain: LAST_STREAM,
             ..HttpConfig::default()
         };
         let cluster = cx.cluster().cloned();
@@ -359,9 +398,10 @@ impl Spawn for IngressActor {
             app.app_data(Data::new(traced.clone()));
             eplb::routes(app, cluster.clone());
         };
-        let service = serve(&http, apps, routes).map_err(CreateError::failed)?;
+        let serve = |http: &HttpConfig| serve(http, apps.clone(), routes.clone());
+        let service = listen(&http, port, serve).await.map_err(CreateError::failed)?;
         let scheme = if http.tls.is_some() { "https" } else { "http" };
         tracing::info!("serving HTTP at {scheme}://{}", service.bound());
-        Ok(Self { cx, pools, handles, tracing, waiting: Vec::new(), _service: service })
+        Ok(Self { cx, pools, handles, tracing, waiting: Vec::new(), service })
     }
 }

@@ -147,6 +147,7 @@ impl Pools {
             pool.ingress.set_admission(Admission {
                 in_flight_max: deployment.in_flight_max.map(|max| max as usize),
                 may_wait: deployment.may_wait,
+                backpressure: deployment.backpressure,
             });
             pool.ranks = ranks;
             pool.ingress.on_ranks(pool.ranks.clone());
@@ -194,6 +195,14 @@ impl Pools {
         self.actors.values().for_each(ActorPool::close);
     }
 
+    /// The order of sequences is that far at other ingresses.
+    pub(super) fn advance(&self, turns: &[(String, String, u64)]) {
+        for (app, deployment, turn) in turns {
+            let of = |(it, _): &&(Key, Pool)| it.0 == *app && it.1 == *deployment;
+            self.pools.iter().filter(of).for_each(|(_, pool)| pool.ingress.advance_turn(*turn));
+        }
+    }
+
     /// What is in flight.
     pub(super) fn report(&self) -> TableReport {
         let mut loads: BTreeMap<(String, String), u64> = BTreeMap::new();
@@ -215,10 +224,15 @@ impl Pools {
         }
         let problem =
             |((app, deployment, _), why): &(Key, String)| (app.clone(), deployment.clone(), why.clone());
+        let turn = |((app, deployment, _), pool): &(Key, Pool)| {
+            (app.clone(), deployment.clone(), pool.ingress.turn())
+        };
         TableReport {
             loads: loads.into_iter().map(|((app, deployment), load)| (app, deployment, load)).collect(),
             draining,
             problems: self.problems.iter().map(problem).collect(),
+            turns: self.pools.iter().map(turn).collect(),
+            ..TableReport::default()
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The serve controller as an actor: takes documents, answers questions, and has its service run.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use actix::{Actor, Context, Handler, ResponseFuture};
@@ -8,10 +7,12 @@ use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::messages::{DeleteApps, DeployApps, DeployRefused, GetDetails, GetTable, Table};
+use super::core::SiteArgs;
+use super::messages::{DeleteApps, DeployApps, DeployRefused, GetDetails, GetTable};
 use super::service::Service;
 use super::target::{AppTarget, DeploymentTarget, Rollout, Settings, Source};
 use crate::deployment::ModelDeployment;
+use crate::ingress_actor::IngressArgs;
 
 /// Arguments of the controller.
 #[derive(Clone, Debug, Encode, Decode)]
@@ -22,8 +23,10 @@ pub struct ServeArgs {
     pub application: Option<String>,
     /// Where relative paths of documents start.
     pub dir: PathBuf,
-    /// Where HTTP is served.
-    pub http: SocketAddr,
+    /// Of every ingress; those that share a machine with another one have ports of their own.
+    pub ingress: IngressArgs,
+    /// Where ingresses are.
+    pub sites: SiteArgs,
 }
 
 impl ServeArgs {
@@ -108,8 +111,7 @@ impl Handler<GetDetails> for ServeController {
 impl Handler<GetTable> for ServeController {
     type Result = actix::MessageResult<GetTable>;
 
-    fn handle(&mut self, _: GetTable, _: &mut Self::Context) -> Self::Result {
-        let table: Table = self.service.table();
-        actix::MessageResult(table)
+    fn handle(&mut self, asked: GetTable, _: &mut Self::Context) -> Self::Result {
+        actix::MessageResult(self.service.welcome(&asked.ingress))
     }
 }

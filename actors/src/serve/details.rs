@@ -1,6 +1,7 @@
 //! What is served, as Ray Serve tells it (`ServeInstanceDetails`).
 //!
-//! Pure. Ray's clients refuse fields that they do not know, so nothing is added to its shape.
+//! Pure. Ray's clients refuse fields that they do not know, so nothing is added to its shape but at proxies, where they do
+//! not.
 
 use std::net::SocketAddr;
 
@@ -8,10 +9,10 @@ use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus}
 use heliostat_runtime::spec::Resources;
 use serde_json::{Map, Value as Json, json};
 
-use super::core::{App, Deployment, DeploymentState, Replica, Seen, ServeState, Stage};
-use super::target::{Scale, Source};
+use super::core::{App, Deployment, DeploymentState, Replica, Seen, ServeState, Site, SiteStage, Stage};
+use super::target::{Backpressure, Scale, Source};
 use super::workload::{ActorDeployment, Workload};
-use crate::deployment::{INGRESS, SERVE};
+use crate::deployment::SERVE;
 
 /// Everything.
 pub(super) fn instance(
@@ -24,22 +25,44 @@ pub(super) fn instance(
     let mut controller = who(actor(SERVE));
     controller.remove("pid");
     let mut proxies = Map::new();
-    if let Some(ingress) = actor(INGRESS) {
-        let mut proxy = who(Some(ingress));
-        proxy.remove("pid");
-        let healthy = ingress.state == ActorState::Ready;
-        proxy.insert("status".into(), if healthy { "HEALTHY" } else { "STARTING" }.into());
-        proxies.insert(ingress.node.clone().unwrap_or_else(|| INGRESS.to_owned()), Json::Object(proxy));
+    // Of two on one node the one that takes connections.
+    let (serving, others): (Vec<&Site>, Vec<&Site>) =
+        core.sites().all().iter().partition(|site| site.stage == SiteStage::Serving);
+    for site in others.into_iter().chain(serving) {
+        proxies.insert(site.node.clone(), proxy(site, actor(&site.name), http));
     }
     let apps = core.apps().iter().map(|(name, app)| (name.clone(), application(name, app, seen, status)));
     json!({
         "controller_info": controller,
-        "proxy_location": "HeadOnly",
+        "proxy_location": core.sites().location(),
         "http_options": { "host": http.ip().to_string(), "port": http.port() },
         "proxies": proxies,
         "applications": apps.collect::<Map<_, _>>(),
         "target_capacity": null,
     })
+}
+
+/// An ingress, and where it listens: a field of our own, which Ray's clients leave aside.
+fn proxy(site: &Site, actor: Option<&ActorStatus>, http: SocketAddr) -> Json {
+    let mut proxy = who(actor);
+    proxy.remove("pid");
+    let status = match (site.stage, actor.map(|actor| &actor.state)) {
+        (SiteStage::Serving, Some(ActorState::Ready)) => "HEALTHY",
+        (SiteStage::Serving, Some(ActorState::Dead { .. } | ActorState::Restarting { .. })) => "UNHEALTHY",
+        (SiteStage::Serving, _) => "STARTING",
+        (SiteStage::Draining, _) => "DRAINING",
+        (SiteStage::Stopping, _) => "DRAINED",
+    };
+    let ip = match proxy.get("node_ip").and_then(Json::as_str) {
+        Some(ip) if http.ip().is_unspecified() => ip.to_owned(),
+        _ => http.ip().to_string(),
+    };
+    let port = if site.configured && http.port() != 0 { Some(http.port()) } else { site.port };
+    proxy.insert("node_id".into(), site.node.clone().into());
+    proxy.insert("actor_name".into(), site.name.clone().into());
+    proxy.insert("status".into(), status.into());
+    proxy.insert("http_address".into(), port.map(|port| format!("{ip}:{port}")).into());
+    Json::Object(proxy)
 }
 
 /// Where an actor is, in Ray's words.
@@ -133,6 +156,9 @@ fn deployment((app, name): (&str, &str), deployment: &Deployment, status: Option
     }
     if let Some(max) = settings.max_queued_requests {
         config["max_queued_requests"] = max.into();
+    }
+    if let Some(Backpressure { status_code, retry_after_s }) = settings.backpressure {
+        config["backpressure_config"] = json!({ "status_code": status_code, "retry_after_s": retry_after_s });
     }
     if let Some(actor) = deployment.workload().actor() {
         actor_config(actor, &mut config);

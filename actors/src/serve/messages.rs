@@ -6,6 +6,7 @@ use actix::Message;
 use bincode::{Decode, Encode};
 use heliostat_runtime::handle::ActorAddr;
 
+use super::target::Backpressure;
 use crate::messages::wire;
 
 wire! {
@@ -48,9 +49,21 @@ pub struct DeleteApps;
 pub struct GetDetails;
 
 /// What is served, for an ingress that starts.
-#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
-#[rtype(result = "Table")]
-pub struct GetTable;
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "Welcome")]
+pub struct GetTable {
+    /// Name of the ingress.
+    pub ingress: String,
+}
+
+/// What an ingress starts with.
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+pub struct Welcome {
+    /// What is served.
+    pub table: Table,
+    /// The port that it had before, if it has one of its own.
+    pub port: Option<u16>,
+}
 
 // ---- to the ingress ------------------------------------------------------------------------------------------------
 
@@ -60,6 +73,11 @@ pub struct GetTable;
 pub struct SetTable {
     /// What is served.
     pub table: Table,
+    /// Take no connections any more: this ingress ends when nothing is open.
+    pub leaving: bool,
+    /// How far the order of sequences is at other ingresses, by application and deployment: all keep in step, so that
+    /// none goes before the others.
+    pub turns: Vec<(String, String, u64)>,
 }
 
 /// Everything that is served.
@@ -91,6 +109,8 @@ pub struct TableActors {
     pub max_ongoing_requests: u32,
     /// Requests that may wait for a replica; none: as many as come.
     pub max_queued_requests: Option<u32>,
+    /// How one more is refused, where that is written.
+    pub backpressure: Option<Backpressure>,
     /// Requests may wait for the first replica: one is started for them.
     pub may_wait: bool,
     /// Why there is none, as far as is known.
@@ -119,6 +139,8 @@ pub struct TableDeployment {
     pub model: TableModel,
     /// Requests that may be in flight at once; none: no bound but the queues of the ranks.
     pub in_flight_max: Option<u64>,
+    /// How one more is refused, where that is written.
+    pub backpressure: Option<Backpressure>,
     /// Requests may wait for the first replica: one is started for them.
     pub may_wait: bool,
     /// Its replicas that have ranks.
@@ -164,4 +186,10 @@ pub struct TableReport {
     pub draining: Vec<(u64, u64)>,
     /// Deployments that cannot be served here, and why.
     pub problems: Vec<(String, String, String)>,
+    /// How far the order of sequences is here, by application and deployment.
+    pub turns: Vec<(String, String, u64)>,
+    /// HTTP requests that are open.
+    pub open: u64,
+    /// The port that it listens on.
+    pub port: u16,
 }

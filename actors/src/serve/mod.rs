@@ -9,6 +9,7 @@ pub mod core;
 mod details;
 pub mod document;
 pub mod http;
+mod ingresses;
 pub mod messages;
 mod probes;
 pub mod replica;

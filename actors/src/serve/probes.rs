@@ -128,7 +128,7 @@ impl Probes {
             }
             // It serves on as it was.
             Some((_, why)) => {
-                return Health::Starting(format!("it does not take its new user_config: {why}"));
+                return Health::Ailing(format!("it does not take its new user_config: {why}"));
             }
             None => {}
         }
@@ -228,7 +228,7 @@ mod tests {
         rig.answer(&first, configure("1"), Answer::Fine(addr()));
         rig.answer(&first, Question::Check, Answer::Fine(addr()));
         rig.answer(&second, configure("2"), Answer::No("odd".to_owned()));
-        assert!(matches!(rig.probes.health(1, &second), Health::Starting(why) if why.contains("odd")));
+        assert!(matches!(rig.probes.health(1, &second), Health::Ailing(why) if why.contains("odd")));
         assert!(rig.probes.addr(1, &second).is_some());
         assert_eq!(rig.probes.ask(1, &second, rig.now), None, "it is told once");
     }

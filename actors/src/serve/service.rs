@@ -1,5 +1,7 @@
 //! Carries out what the core decides: looks at the cluster, keeps the state with the head, applies and removes actors,
-//! tells the ingress.
+//! tells the ingresses.
+
+mod sites;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,24 +15,24 @@ use heliostat_runtime::handle::{AskError, Refusal};
 use heliostat_runtime::spec::{ActorSpec, DeathCause, Lifetime};
 use tokio::sync::Notify;
 
+use self::sites::IngressOrder;
 use super::controller::ServeArgs;
 use super::core::{Command, Health, Replica, Seen, ServeState, Stage};
 use super::details;
-use super::document::{self, Facts};
-use super::messages::{DeployRefused, SetTable, Table};
+use super::document::{self, Document, Facts};
+use super::ingresses::Ingresses;
+use super::messages::{DeployRefused, Table, Welcome};
 use super::probes::{Answer, Probes, Question};
 use super::replica::{AnyReplica, CheckHealth, Reconfigure};
 use super::workload::{ActorDeployment, HealthChecks};
-use crate::deployment::{INGRESS, ReplicaNames};
-use crate::ingress_actor::IngressActor;
+use crate::deployment::ReplicaNames;
+use crate::ingress_actor::IngressArgs;
 
 /// Under which the state is kept.
 const KEY: &str = "serve";
 /// Between two looks while something is under way, and else.
 const LOOK: Duration = Duration::from_millis(100);
 const LOOK_IDLE: Duration = Duration::from_millis(500);
-/// How long the ingress may take to take a table.
-const INGRESS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The controller's service. Cheap to clone.
 #[derive(Clone)]
@@ -54,6 +56,8 @@ struct State {
     refused: BTreeMap<u64, String>,
     /// What replicas that are actors of users have answered.
     probes: Probes,
+    /// What ingresses have answered.
+    ingresses: Ingresses,
 }
 
 /// What is to be asked of a replica that is an actor of a user.
@@ -65,11 +69,12 @@ struct Probe {
     checks: HealthChecks,
 }
 
-/// What is to be done for one replica.
-struct Order {
-    replica: Replica,
-    names: ReplicaNames,
-    remove: bool,
+/// What is to be done.
+enum Order {
+    /// For one replica.
+    Replica { replica: Replica, names: ReplicaNames, remove: bool },
+    /// For one ingress.
+    Ingress(IngressOrder),
 }
 
 impl Service {
@@ -90,9 +95,10 @@ impl Service {
             kept: tokio::sync::Mutex::new(revision),
             woken: Notify::new(),
         }));
-        let base = service.0.args.base_app();
+        let (base, sites) = (service.0.args.base_app(), service.0.args.sites.clone());
         service
             .change(|core| {
+                core.set_site_args(sites);
                 core.set_base(base, unix_ms());
                 Ok(())
             })
@@ -135,16 +141,17 @@ impl Service {
             let facts = Facts {
                 base: &args.base,
                 dir: &args.dir,
-                http: args.http,
+                http: args.ingress.bind,
                 num_nodes: nodes,
                 packages: &packages,
                 look: &look,
             };
             document::read(&json, &facts)
         });
-        let targets = read.await.map_err(|why| DeployRefused::NotKept(why.to_string()))?;
-        let targets = targets.map_err(|problems| DeployRefused::Document(problems.join("\n")))?;
-        self.change(|core| core.deploy(targets, unix_ms()).map_err(|clash| clash.to_string())).await
+        let document = read.await.map_err(|why| DeployRefused::NotKept(why.to_string()))?;
+        let Document { location, apps } =
+            document.map_err(|problems| DeployRefused::Document(problems.join("\n")))?;
+        self.change(|core| core.deploy_at(location, apps, unix_ms()).map_err(|clash| clash.to_string())).await
     }
 
     /// Drains and ends all applications.
@@ -157,15 +164,21 @@ impl Service {
     }
 
     /// What an ingress serves.
-    pub(super) fn table(&self) -> Table {
+    fn table(&self) -> Table {
         self.lock().table()
+    }
+
+    /// What an ingress starts with.
+    pub(super) fn welcome(&self, ingress: &str) -> Welcome {
+        let state = self.lock();
+        Welcome { table: state.table(), port: state.core.sites().get(ingress).and_then(|site| site.port) }
     }
 
     /// All that is known, for people and for Ray's tools.
     pub(super) async fn details(&self) -> String {
         let status = self.0.cluster.status().await.ok();
         let state = self.lock();
-        details::instance(&state.core, &state.seen, status.as_ref(), self.0.args.http).to_string()
+        details::instance(&state.core, &state.seen, status.as_ref(), self.0.args.ingress.bind).to_string()
     }
 
     /// Looks and acts, for as long as the controller lives.
@@ -175,11 +188,11 @@ impl Service {
             match self.look(version).await {
                 Ok(status) => {
                     version = status.version;
-                    let told = self.hear_ingress().await;
+                    let told = self.tell_ingresses(&status).await;
                     self.act(&status).await;
                     // What was decided is told at once, not at the next look.
                     if self.table() != told {
-                        self.hear_ingress().await;
+                        self.tell_ingresses(&status).await;
                     }
                 }
                 Err(why) => {
@@ -198,37 +211,21 @@ impl Service {
         }
     }
 
-    /// Tells the ingress what is served, which is returned, and takes in what is in flight.
-    async fn hear_ingress(&self) -> Table {
-        let told = self.table();
-        let Ok(handle) = self.0.cluster.handle::<IngressActor>(INGRESS).await else { return told };
-        match handle.with_deadline(INGRESS_DEADLINE).ask(SetTable { table: told.clone() }).await {
-            Ok(report) => {
-                let seen = &mut self.lock().seen;
-                seen.loads = report.loads.into_iter().map(|(app, it, load)| ((app, it), load)).collect();
-                seen.draining = report.draining.into_iter().collect();
-                seen.problems = report.problems.into_iter().map(|(app, it, why)| ((app, it), why)).collect();
-            }
-            Err(why) => {
-                tracing::debug!("the ingress does not answer: {why}");
-                self.0.cluster.forget(INGRESS);
-            }
-        }
-        told
-    }
-
     /// Has the core decide, keeps what it says, and does it.
     async fn act(&self, status: &ClusterStatus) {
         let mut kept = self.0.kept.lock().await;
         let (orders, changed) = {
             let mut state = self.lock();
             let now = self.0.started.elapsed();
+            state.look_at_ingresses(status);
+            state.hear_ingresses();
             let questions = state.look_at(status, now);
             questions.into_iter().for_each(|question| self.ask(question));
             let State { core, seen, .. } = &mut *state;
             let commands = core.step(now, unix_ms(), seen);
             let changed = commands.contains(&Command::Persist).then(|| core.clone());
-            let orders: Vec<Order> = commands.iter().filter_map(|command| order(core, command)).collect();
+            let order = |command| order(core, &self.0.args.ingress, command);
+            let orders: Vec<Order> = commands.iter().filter_map(order).collect();
             (orders, changed)
         };
         if let Some(core) = changed {
@@ -250,7 +247,10 @@ impl Service {
     }
 
     async fn carry_out(&self, order: Order) {
-        let Order { replica, names, remove } = order;
+        let (replica, names, remove) = match order {
+            Order::Replica { replica, names, remove } => (replica, names, remove),
+            Order::Ingress(order) => return self.carry_out_at(order).await,
+        };
         if remove {
             let actors = replica.workload.actors(&names);
             join_all(actors.iter().map(|actor| self.0.cluster.remove_actor(actor))).await;
@@ -402,14 +402,18 @@ fn is_unknown<M>(why: &AskError<M>) -> bool {
     matches!(why, AskError::Refused(refused) if refused.reason == Refusal::UnknownMessage)
 }
 
-fn order(core: &ServeState, command: &Command) -> Option<Order> {
+fn order(core: &ServeState, ingress: &IngressArgs, command: &Command) -> Option<Order> {
     let (number, remove) = match command {
         Command::Persist => return None,
+        Command::EnsureIngress(name) => {
+            return Some(Order::Ingress(IngressOrder::ensure(core.sites().get(name)?, ingress)));
+        }
+        Command::RemoveIngress(name) => return Some(Order::Ingress(IngressOrder::Remove(name.clone()))),
         Command::Ensure(number) => (*number, false),
         Command::Remove(number) => (*number, true),
     };
     let (app, deployment, replica) = core.replica(number)?;
-    Some(Order { replica: replica.clone(), names: replica.names(app, deployment), remove })
+    Some(Order::Replica { replica: replica.clone(), names: replica.names(app, deployment), remove })
 }
 
 /// How a replica is, by its actors.

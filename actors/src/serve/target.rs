@@ -50,6 +50,8 @@ pub struct Settings {
     pub max_ongoing_requests: Option<u32>,
     /// Requests beyond those that wait; none: no bound of its own.
     pub max_queued_requests: Option<u32>,
+    /// How a request beyond all bounds is refused, where that is written.
+    pub backpressure: Option<Backpressure>,
     /// How long a replica that is to end may take to finish what it has.
     pub graceful_shutdown_timeout: Duration,
     /// How an update proceeds.
@@ -63,10 +65,20 @@ impl Default for Settings {
             scale: Scale::Fixed(1),
             max_ongoing_requests: None,
             max_queued_requests: None,
+            backpressure: None,
             graceful_shutdown_timeout: Duration::from_secs(20),
             rollout: Rollout::Surge { percent: 0 },
         }
     }
+}
+
+/// Ray's `backpressure_config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Backpressure {
+    /// 503 or 429.
+    pub status_code: u16,
+    /// What `Retry-After` says, whole seconds.
+    pub retry_after_s: Option<u32>,
 }
 
 /// How an update proceeds.

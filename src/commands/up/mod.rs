@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use watch::Watch;
+use watch::{Wanted, Watch};
 
 /// How long nodes may take to end their workers, and the head to end itself, before they are killed.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -54,7 +54,6 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
     let _lock = take(run)?;
     // Whatever is wrong with the model's files is better said before anything runs.
     let plan = deploy::plan(config).map_err(|e| Failure::error(NOT_STARTED, failure::text(&e)))?;
-    let expected = plan.names();
     check_ports(config)?;
     for text in config.in_clear() {
         display.show(&Report::Note { text: format!("warning: {text}") })?;
@@ -71,7 +70,9 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
         took_ms: 0,
     };
     let mut supervisor = Supervisor { config, run, family: &mut family, display, daemon };
-    let outcome = supervisor.serve(&mut signals, ready, expected).await;
+    let wanted =
+        Wanted { names: plan.names(), serves: ready.model.is_some(), ingresses: plan.ingresses };
+    let outcome = supervisor.serve(&mut signals, ready, wanted).await;
     let _ = display.show(&Report::Note { text: "stopping".into() });
     signals.stop(family, &Access::of(config)).await;
     run.clear_owner();
@@ -128,11 +129,11 @@ struct Supervisor<'a> {
 }
 
 impl Supervisor<'_> {
-    async fn serve(&mut self, signals: &mut Signals, mut ready: Ready, expected: Vec<String>) -> Result<()> {
+    async fn serve(&mut self, signals: &mut Signals, mut ready: Ready, wanted: Wanted) -> Result<()> {
         let started = Instant::now();
         self.prepare(&ready)?;
         self.start()?;
-        let mut watch = Watch::start(Access::of(self.config), expected, ready.model.is_some());
+        let mut watch = Watch::start(Access::of(self.config), wanted);
         match self.until_ready(signals, &mut watch).await? {
             Startup::Stopped => return Ok(()),
             Startup::Ready => {}

@@ -6,10 +6,11 @@ use super::report::{Row, RowState};
 use crate::cluster::Access;
 use crate::commands::serve;
 use crate::deploy::APPLICATION;
-use heliostat_actors::deployment::{INGRESS, SERVE};
+use heliostat_actors::deployment::SERVE;
 use heliostat_actors::ingress_actor::IngressActor;
 use heliostat_actors::messages::AwaitServing;
 use heliostat_runtime::cluster::Cluster;
+use heliostat_runtime::actor::RemoteActor;
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::spec::DeathCause;
 use std::time::Duration;
@@ -32,6 +33,17 @@ pub(crate) struct Seen {
     pub(crate) failed: Option<String>,
 }
 
+/// What must be there before the cluster serves.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// Names of actors that must be ready.
+    pub(crate) names: Vec<String>,
+    /// A model is served from the start, and must take requests.
+    pub(crate) serves: bool,
+    /// So many ingresses must be ready.
+    pub(crate) ingresses: usize,
+}
+
 /// A task that looks at the cluster until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -40,9 +52,8 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Starts to look. `expected` are the names of the actors that must be ready; `serves` tells whether a model is
-    /// served from the start, which then must take requests.
-    pub(crate) fn start(access: Access, expected: Vec<String>, serves: bool) -> Self {
+    /// Starts to look.
+    pub(crate) fn start(access: Access, wanted: Wanted) -> Self {
         let (sender, seen) = mpsc::channel(1);
         let task = tokio::spawn(async move {
             let cluster = loop {
@@ -63,10 +74,10 @@ impl Watch {
                 match cluster.watch(version, LONGEST_LOOK).await {
                     Ok(status) => {
                         version = status.version;
-                        let mut seen = see(&status, &expected);
-                        let asleep = seen.ready && serves && !takes_requests(&cluster).await;
+                        let mut seen = see(&status, &wanted);
+                        let asleep = seen.ready && wanted.serves && !takes_requests(&cluster, &status).await;
                         seen.ready &= !asleep;
-                        if seen.failed.is_none() && (asleep || awaits_controller(&status, &expected)) {
+                        if seen.failed.is_none() && (asleep || awaits_controller(&status, &wanted.names)) {
                             seen.failed = serve::given_up(&cluster, APPLICATION).await;
                         }
                         send(&sender, seen).await;
@@ -88,13 +99,23 @@ impl Watch {
     }
 }
 
-/// Waits for a while until the ingress takes requests: it hears from the head that the ranks have met when this process does,
+/// Waits for a while until all ingresses take requests: they hear from the head that the ranks have met when this process does,
 /// and whoever reads that the cluster serves may be quicker.
-async fn takes_requests(cluster: &Cluster) -> bool {
-    cluster.forget(INGRESS);
-    let Ok(ingress) = cluster.handle::<IngressActor>(INGRESS).await else { return false };
-    ingress.with_deadline(LONGEST_LOOK).ask(AwaitServing).await.is_ok()
+async fn takes_requests(cluster: &Cluster, status: &ClusterStatus) -> bool {
+    for ingress in ingresses(status) {
+        cluster.forget(&ingress.name);
+        let Ok(handle) = cluster.handle::<IngressActor>(&ingress.name).await else { return false };
+        if handle.with_deadline(LONGEST_LOOK).ask(AwaitServing).await.is_err() {
+            return false;
+        }
+    }
+    true
 }
+
+fn ingresses(status: &ClusterStatus) -> impl Iterator<Item = &ActorStatus> {
+    status.actors.iter().filter(|actor| actor.type_name == IngressActor::TYPE)
+}
+
 
 /// Hands over what was seen. A receiver that is gone has ended this task, too.
 async fn send(sender: &mpsc::Sender<Seen>, seen: Seen) {
@@ -114,14 +135,17 @@ fn awaits_controller(status: &ClusterStatus, expected: &[String]) -> bool {
 }
 
 /// What the status means for somebody who waits for the cluster to serve.
-pub(crate) fn see(status: &ClusterStatus, expected: &[String]) -> Seen {
+pub(crate) fn see(status: &ClusterStatus, wanted: &Wanted) -> Seen {
+    let expected = &wanted.names;
     let rows: Vec<Row> = expected
         .iter()
         .map(|name| status.actor(name).map_or_else(|| waiting(name, "to be deployed"), row))
         .collect();
     let all_ready = rows.iter().all(|row| row.state == RowState::Ready);
     Seen {
-        ready: all_ready && status.groups.iter().all(|group| group.complete),
+        ready: all_ready
+            && ingresses(status).filter(|it| it.state == ActorState::Ready).count() >= wanted.ingresses
+            && status.groups.iter().all(|group| group.complete),
         failed: expected.iter().filter_map(|name| failure(status.actor(name)?)).next(),
         rows,
     }
@@ -211,8 +235,9 @@ mod tests {
         }
     }
 
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|n| n.to_string()).collect()
+    fn names(names: &[&str]) -> Wanted {
+        let names = names.iter().map(|n| n.to_string()).collect();
+        Wanted { names, serves: false, ingresses: 0 }
     }
 
     #[test]

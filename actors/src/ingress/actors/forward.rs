@@ -61,7 +61,7 @@ pub(in crate::ingress) async fn answer(
             Err(_) => Err(late(time)),
         },
     };
-    answered.unwrap_or_else(|error| actix_web::ResponseError::error_response(&error))
+    answered.unwrap_or_else(HttpResponse::from_error)
 }
 
 fn late(time: Duration) -> ApiError {

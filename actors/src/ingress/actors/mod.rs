@@ -18,6 +18,7 @@ use self::balance::{Balance, Offer, Seat, Taken};
 pub(super) use self::forward::{Terms, answer};
 use crate::serve::messages::TableActors;
 use crate::serve::replica::AnyReplica;
+use crate::serve::target::Backpressure;
 
 /// How long a request waits for a replica that is started for it.
 const FIRST_REPLICA: Duration = Duration::from_secs(120);
@@ -42,6 +43,7 @@ struct State {
     /// Replicas are there or on their way.
     expected: bool,
     may_wait: bool,
+    backpressure: Option<Backpressure>,
     message: String,
     closed: bool,
 }
@@ -89,6 +91,7 @@ impl ActorPool {
         state.handles = handles;
         state.expected = deployment.replicas.iter().any(|replica| !replica.draining);
         state.may_wait = deployment.may_wait;
+        state.backpressure = deployment.backpressure;
         state.message.clone_from(&deployment.message);
         drop(state);
         self.seat_waiting();
@@ -107,6 +110,11 @@ impl ActorPool {
     /// Requests under way and waiting.
     pub fn load(&self) -> u64 {
         self.lock().balance.load()
+    }
+
+    /// How a request is refused for which there is no room.
+    pub(super) fn backpressure(&self) -> Option<Backpressure> {
+        self.lock().backpressure
     }
 
     /// Requests under way at a replica.

@@ -312,6 +312,21 @@ impl Dispatch {
         }
     }
 
+    /// How many requests may be there.
+    pub fn admission(&self) -> Admission {
+        self.admission
+    }
+
+    /// How far the order of sequences is.
+    pub fn turn(&self) -> u64 {
+        self.shares.clock()
+    }
+
+    /// At another ingress it is that far.
+    pub fn advance_turn(&mut self, turn: u64) {
+        self.shares.advance(turn);
+    }
+
     /// Takes a rank's report.
     pub fn report(&mut self, rank: u32, stats: RankStats) {
         self.router.report(rank, stats);

@@ -56,6 +56,16 @@ impl Default for Client {
 }
 
 impl Shares {
+    /// How far the order is.
+    pub(super) fn clock(&self) -> u64 {
+        self.clock
+    }
+
+    /// Elsewhere it is that far: whoever comes now does not go before those who have waited there.
+    pub(super) fn advance(&mut self, clock: u64) {
+        self.clock = self.clock.max(clock);
+    }
+
     /// Whether `client` may queue so many more of the `capacity` sequences that may wait: all of them while nobody else
     /// wants to, else an equal part. One request is always let in.
     pub(super) fn admits(&self, client: Caller, sequences: usize, capacity: usize, now: Duration) -> bool {
@@ -163,6 +173,18 @@ mod tests {
         assert!(shares.admits(A, 1, 8, NOW), "3 of its 4 wait");
         shares.enter(A, 1, 1);
         assert!(!shares.admits(A, 1, 8, NOW));
+    }
+
+    #[test]
+    fn who_comes_by_a_new_ingress_does_not_go_before_those_who_waited_at_another() {
+        let (mut old, mut new) = (Shares::default(), Shares::default());
+        let served: Vec<Ticket> = (0..100).map(|_| old.enter(A, 50, 100)).collect();
+        served.iter().for_each(|ticket| old.began(A, *ticket));
+        let waiting = old.enter(B, 50, 100);
+        new.advance(old.clock());
+        assert!(new.enter(B, 50, 100).turn >= waiting.turn);
+        new.advance(0);
+        assert_eq!(new.clock(), old.clock(), "it never goes back");
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct Replica {
     pub stage: Stage,
     /// What it lacks, if it serves and is not whole.
     pub ailing: Option<String>,
+    /// Live settings are on their way to it.
+    updating: bool,
     /// When it was asked for, milliseconds since 1970.
     pub started_at_ms: u64,
     version: u64,
@@ -215,7 +217,7 @@ impl Deployment {
                     failures.push((replica.version, format!("it finds no place: {why}")));
                     Stage::Stopping
                 }
-                (Stage::Starting, Health::Starting(why)) if waited > START_PATIENCE => {
+                (Stage::Starting, Health::Starting(why) | Health::Ailing(why)) if waited > START_PATIENCE => {
                     failures.push((replica.version, format!("it does not start: {why}")));
                     Stage::Stopping
                 }
@@ -224,12 +226,14 @@ impl Deployment {
                 (stage, _) => stage,
             };
             replica.ailing = match (stage, health) {
-                (Stage::Starting | Stage::Running, Health::Starting(why) | Health::Unplaced(why)) => {
-                    Some(why.clone())
-                }
+                (
+                    Stage::Starting | Stage::Running,
+                    Health::Starting(why) | Health::Unplaced(why) | Health::Ailing(why),
+                ) => Some(why.clone()),
                 (Stage::Running, Health::Gone) => Some("its actors are gone".to_owned()),
                 _ => None,
             };
+            replica.updating &= matches!(health, Health::Starting(_) | Health::Unplaced(_));
             self.changed |= enter(replica, stage, now);
         }
         let gone = |replica: &Replica| {
@@ -284,8 +288,9 @@ impl Deployment {
             if replica.workload != self.target.workload {
                 // The head sees which of its actors differ: settings of EPLB concern that actor alone.
                 replica.workload = self.target.workload.clone();
-                if replica.workload.actor().is_some() {
+                if replica.stage == Stage::Running {
                     replica.ailing = Some("its new settings are on their way".to_owned());
+                    replica.updating = true;
                 }
                 (replica.ordered, self.changed) = (None, true);
             }
@@ -361,6 +366,7 @@ impl Deployment {
             workload: self.target.workload.clone(),
             stage: Stage::Starting,
             ailing: None,
+            updating: false,
             started_at_ms: numbers.wall_ms,
             version: self.target.version,
             since: now,
@@ -402,7 +408,7 @@ impl Deployment {
     /// Whether something is under way.
     pub(super) fn is_moving(&self) -> bool {
         (!self.failed && self.count(|it| it.stage == Stage::Running) != self.wanted())
-            || self.replicas.iter().any(|it| it.stage != Stage::Running || it.version != self.target.version)
+            || self.replicas.iter().any(|it| it.stage != Stage::Running || it.updating || it.version != self.target.version)
     }
 
     /// Its replicas, oldest first.
@@ -435,7 +441,7 @@ impl Deployment {
         // What is wanted has changed since the last look.
         let stale =
             |it: &Replica| it.version == version && it.is_live() && it.workload != self.target.workload;
-        let old = old + self.count(stale);
+        let old = old + self.count(stale) + self.count(|it| it.stage == Stage::Running && it.updating);
         let sick = self.replicas.iter().any(|it| it.stage == Stage::Running && it.ailing.is_some());
         let state = match running.cmp(&self.wanted()) {
             _ if self.removing => DeploymentState::Downscaling,
@@ -485,6 +491,7 @@ impl Deployment {
         TableDeployment {
             name: name.to_owned(),
             in_flight_max: in_flight_max.filter(|max| *max < u64::MAX),
+            backpressure: settings.backpressure,
             may_wait: self.may_wait(),
             replicas: self.replicas.iter().filter(shown).map(seat).collect(),
             model,
@@ -510,6 +517,7 @@ impl Deployment {
             name: name.to_owned(),
             max_ongoing_requests: settings.max_ongoing_requests.unwrap_or(u32::MAX),
             max_queued_requests: settings.max_queued_requests,
+            backpressure: settings.backpressure,
             may_wait: self.may_wait(),
             message: self.state().1,
             replicas: present.map(seat).collect(),

@@ -8,6 +8,7 @@ mod autoscale;
 mod deployment;
 #[cfg(test)]
 mod simulation;
+mod sites;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use bincode::{Decode, Encode};
 use heliostat_runtime::wire::{CodecError, from_bytes, to_bytes};
 
 pub use self::deployment::{Deployment, DeploymentState, Replica, Stage};
+pub use self::sites::{ProxyLocation, Room, SeenNode, SeenSite, SeenSites, Site, SiteArgs, SiteStage, Sites};
 #[cfg(test)]
 pub(super) use self::tests::{actor as test_actor, model as test_model};
 use super::messages::{Table, TableApp};
@@ -37,6 +39,8 @@ pub enum Health {
     Starting(String),
     /// All of it serves.
     Ready,
+    /// It serves, but not as it is asked to, and will not by itself; says why.
+    Ailing(String),
     /// It will not come (back) by itself; says why.
     Broken(String),
 }
@@ -46,12 +50,14 @@ pub enum Health {
 pub struct Seen {
     /// Each replica by number; one that is not listed has no actors.
     pub health: BTreeMap<u64, Health>,
-    /// Requests in flight, by application and deployment.
+    /// Requests in flight at all ingresses together, by application and deployment.
     pub loads: BTreeMap<(String, String), u64>,
-    /// Requests at each replica that its ingress sends nothing new, by number.
+    /// Requests of all ingresses at each replica that they all send nothing new, by number.
     pub draining: BTreeMap<u64, u64>,
     /// Why an ingress cannot serve a deployment.
     pub problems: BTreeMap<(String, String), String>,
+    /// Nodes and ingresses; none while the head does not know its nodes.
+    pub sites: Option<SeenSites>,
 }
 
 /// What the shell must do, in order.
@@ -63,6 +69,10 @@ pub enum Command {
     Ensure(u64),
     /// End the actors of a replica and forget them.
     Remove(u64),
+    /// Have the actor of an ingress, as it is now described.
+    EnsureIngress(String),
+    /// End an ingress and forget it.
+    RemoveIngress(String),
 }
 
 /// An application.
@@ -97,6 +107,7 @@ struct Numbers {
 pub struct ServeState {
     apps: BTreeMap<String, App>,
     numbers: Numbers,
+    sites: Sites,
     /// cluster.toml's application was removed by request, and as what.
     shut: Option<String>,
     /// It differs from what was written down last.
@@ -159,6 +170,17 @@ impl ServeState {
         &self.apps
     }
 
+    /// Where HTTP is served.
+    pub fn sites(&self) -> &Sites {
+        &self.sites
+    }
+
+    /// What cluster.toml says of where HTTP is served.
+    pub fn set_site_args(&mut self, args: SiteArgs) {
+        self.sites.set_args(args);
+        self.changed = true;
+    }
+
     /// A replica by its number, with the names of its application and deployment.
     pub fn replica(&self, number: u64) -> Option<(&str, &str, &Replica)> {
         self.replicas().find(|(_, _, replica)| replica.number == number)
@@ -194,7 +216,21 @@ impl ServeState {
     /// # Errors
     /// Two of them get in each other's way; nothing is changed.
     pub fn deploy(&mut self, targets: Vec<AppTarget>, at_ms: u64) -> Result<(), Clash> {
+        self.deploy_at(None, targets, at_ms)
+    }
+
+    /// The same, with what the document says of where HTTP is served.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn deploy_at(
+        &mut self,
+        location: Option<ProxyLocation>,
+        targets: Vec<AppTarget>,
+        at_ms: u64,
+    ) -> Result<(), Clash> {
         self.check(&targets)?;
+        self.sites.set_written(location);
         for (name, app) in &mut self.apps {
             if app.source == Source::Document && !targets.iter().any(|target| target.name == *name) {
                 app.deleting = true;
@@ -208,6 +244,7 @@ impl ServeState {
     /// Drains and ends all applications.
     pub fn delete_all(&mut self) {
         self.changed = true;
+        self.sites.set_written(None);
         for app in self.apps.values_mut() {
             app.deleting = true;
             if app.source == Source::Cluster {
@@ -282,6 +319,9 @@ impl ServeState {
             app.deployments.retain(|_, deployment| !deployment.is_over());
             self.changed |= before != app.deployments.len();
         }
+        if let Some(sites) = &seen.sites {
+            self.changed |= self.sites.step(now, sites, &mut commands);
+        }
         let before = self.apps.len();
         self.apps.retain(|_, app| !(app.deleting && app.deployments.is_empty()));
         self.changed |= before != self.apps.len();
@@ -304,6 +344,6 @@ impl ServeState {
 
     /// Whether something is under way that the next look may bring on.
     pub fn is_moving(&self) -> bool {
-        self.apps.values().any(|app| app.deleting || app.deployments.values().any(Deployment::is_moving))
+        self.sites.is_moving() || self.apps.values().any(|app| app.deleting || app.deployments.values().any(Deployment::is_moving))
     }
 }

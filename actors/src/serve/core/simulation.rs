@@ -80,7 +80,7 @@ impl World {
         self.check(&before);
         for command in commands {
             match command {
-                Command::Persist => {}
+                Command::Persist | Command::EnsureIngress(_) | Command::RemoveIngress(_) => {}
                 Command::Ensure(number) => {
                     self.actors.entry(number).or_insert(Health::Starting("new".into()));
                 }

@@ -20,6 +20,7 @@ use serde_json::Value as Json;
 use self::actor::ActorPath;
 use self::fields::{Fields, Problems, Refused, no};
 pub use self::llm::default_redundancy;
+use super::core::ProxyLocation;
 use super::target::{AppTarget, DeploymentTarget, Source};
 use crate::deployment::ModelDeployment;
 
@@ -104,7 +105,6 @@ impl Builder {
 }
 
 const TOP_REFUSED: &[Refused] = &[
-    no("proxy_location", &["\"EveryNode\"", "\"HeadOnly\""], "one ingress serves all nodes"),
     no("grpc_options", &["{}", "{\"port\":9000,\"grpc_servicer_functions\":[]}"], "there is no gRPC proxy"),
     no("controller_options", &["{}"], ""),
     no("tracing_config", &["{}"], ""),
@@ -117,11 +117,20 @@ const APP_REFUSED: &[Refused] = &[
     no("external_scaler_enabled", &["false"], ""),
 ];
 
+/// What a document asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Document {
+    /// Where HTTP is served; none: as cluster.toml says.
+    pub location: Option<ProxyLocation>,
+    /// What is served.
+    pub apps: Vec<AppTarget>,
+}
+
 /// Reads a document.
 ///
 /// # Errors
 /// Everything that is wrong, one line each.
-pub fn read(json: &str, facts: &Facts<'_>) -> Result<Vec<AppTarget>, Vec<String>> {
+pub fn read(json: &str, facts: &Facts<'_>) -> Result<Document, Vec<String>> {
     let value: Json = serde_json::from_str(json).map_err(|why| vec![format!("it is not JSON: {why}")])?;
     if !value.is_object() {
         return Err(vec!["the document must be an object with `applications`".to_owned()]);
@@ -130,6 +139,7 @@ pub fn read(json: &str, facts: &Facts<'_>) -> Result<Vec<AppTarget>, Vec<String>
     let mut top = Fields::open("", value, &problems);
     http_options(&mut top, facts.http);
     logging(&mut top);
+    let location = top.take("proxy_location");
     top.refuse(TOP_REFUSED);
     let written = top.list("applications");
     top.finish();
@@ -145,7 +155,7 @@ pub fn read(json: &str, facts: &Facts<'_>) -> Result<Vec<AppTarget>, Vec<String>
         }
         apps.push(app);
     }
-    problems.into_result(apps)
+    problems.into_result(Document { location, apps })
 }
 
 /// Where HTTP is served is cluster.toml's.

@@ -5,13 +5,12 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use super::fields::{Fields, Refused, no};
-use crate::serve::target::{Autoscaling, Rollout, Scale, Settings};
+use crate::serve::target::{Autoscaling, Backpressure, Rollout, Scale, Settings};
 
 /// Replicas of `num_replicas: auto` at most, as in Ray.
 const AUTO_REPLICAS_MAX: u32 = 100;
 
 const REFUSED: &[Refused] = &[
-    no("backpressure_config", &["{}"], "requests beyond the bounds get 429"),
     no("graceful_shutdown_wait_loop_s", &["2"], "the end of the last request is noticed at once"),
     no(
         "health_check_period_s",
@@ -79,6 +78,7 @@ pub(super) fn settings(mut options: Fields<'_>) -> Settings {
         options
             .wrong("max_queued_requests", "it needs max_ongoing_requests: only what is beyond those waits");
     }
+    settings.backpressure = backpressure(&mut options);
     if let Some(timeout) = options.seconds("graceful_shutdown_timeout_s") {
         settings.graceful_shutdown_timeout = timeout;
     }
@@ -87,6 +87,20 @@ pub(super) fn settings(mut options: Fields<'_>) -> Settings {
     options.refuse(REFUSED);
     options.finish();
     settings
+}
+
+/// How a request for which there is no room is refused.
+fn backpressure(options: &mut Fields<'_>) -> Option<Backpressure> {
+    let mut config = options.object("backpressure_config")?;
+    let status_code = config.take("status_code").unwrap_or(503);
+    if !matches!(status_code, 429 | 503) {
+        config.wrong("status_code", format!("{status_code} is neither 503 nor 429"));
+    }
+    let retry_after = config.seconds("retry_after_s");
+    config.finish();
+    // HTTP has whole seconds; who comes too early comes again.
+    let whole = |time: Duration| u32::try_from(time.as_millis().div_ceil(1000)).unwrap_or(u32::MAX);
+    Some(Backpressure { status_code, retry_after_s: retry_after.map(whole) })
 }
 
 /// What Ray lets one choose of routers and actors, and what of it is so anyway.

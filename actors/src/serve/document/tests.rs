@@ -12,8 +12,8 @@ use serde_json::json;
 
 use super::*;
 use crate::rank::KvCacheArgs;
-use crate::serve::core::test_model;
-use crate::serve::target::{Rollout, Scale};
+use crate::serve::core::{ProxyLocation, test_model};
+use crate::serve::target::{Backpressure, Rollout, Scale};
 
 fn bundled() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/sundial-20m")
@@ -23,6 +23,13 @@ fn read_with(
     document: Json,
     look: &dyn Fn(&Path) -> Result<ModelConfig, String>,
 ) -> Result<Vec<AppTarget>, Vec<String>> {
+    read_whole(document, look).map(|document| document.apps)
+}
+
+fn read_whole(
+    document: Json,
+    look: &dyn Fn(&Path) -> Result<ModelConfig, String>,
+) -> Result<Document, Vec<String>> {
     let mut base = test_model("sundial-20m", 64);
     base.model = bundled();
     base.model_name = "sundial-20m".into();
@@ -295,5 +302,39 @@ fn an_actor_that_cannot_be_is_refused_by_name() {
     ] {
         let said = problems(of_actor("many@1:It", option));
         assert!(said.iter().any(|said| said.contains(why)), "{said:?}");
+    }
+}
+
+#[test]
+fn where_http_is_served_is_one_of_rays_words_or_left_to_cluster_toml() {
+    let location = |written: Json| {
+        let document = json!({ "proxy_location": written, "applications": [] });
+        read_whole(document, &|_| Err("there is none".to_owned())).map(|document| document.location)
+    };
+    assert_eq!(location(json!("EveryNode")), Ok(Some(ProxyLocation::EveryNode)));
+    assert_eq!(location(json!("HeadOnly")), Ok(Some(ProxyLocation::HeadOnly)));
+    assert_eq!(location(json!("Disabled")), Ok(Some(ProxyLocation::Disabled)));
+    assert_eq!(location(Json::Null), Ok(None));
+    let refused = location(json!("NoServer")).unwrap_err();
+    assert!(refused[0].starts_with("proxy_location: \"NoServer\" cannot be used"), "{refused:?}");
+}
+
+#[test]
+fn backpressure_is_what_is_written_of_it() {
+    let read = |config: Json| {
+        let apps = read_document(document(json!({}), json!({ "backpressure_config": config })))?;
+        Ok::<_, Vec<String>>(apps[0].deployments[0].settings.backpressure)
+    };
+    assert_eq!(read(Json::Null), Ok(None));
+    let terms = |status_code, retry_after_s| Ok(Some(Backpressure { status_code, retry_after_s }));
+    assert_eq!(read(json!({})), terms(503, None), "Ray's default");
+    assert_eq!(read(json!({ "status_code": 429, "retry_after_s": 2.5 })), terms(429, Some(3)));
+    for (wrong, path) in [
+        (json!({ "status_code": 500 }), "status_code: 500 is neither"),
+        (json!({ "retry_after_s": -1 }), "retry_after_s: -1 is no number"),
+        (json!({ "retry": 1 }), "retry: there is no such field"),
+    ] {
+        let said = read(wrong).unwrap_err();
+        assert!(said[0].contains(&format!("deployment_config.backpressure_config.{path}")), "{said:?}");
     }
 }

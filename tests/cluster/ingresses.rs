@@ -1,0 +1,1 @@
+//! Several ingresses: one on each node, each a whole door to all replicas.
