@@ -145,24 +145,25 @@ async fn an_update_loses_no_request_and_what_does_not_start_is_rolled_back() {
 async fn a_request_that_a_dying_replica_had_fails_with_the_cause_and_others_go_elsewhere() {
     let cluster = Cluster::with_greeter().await;
     let options =
-        json!({ "health_check_period_s": 0.2, "max_ongoing_requests": 1, "max_queued_requests": 0 });
+        json!({ "health_check_period_s": 0.2, "max_ongoing_requests": 1, "max_queued_requests": 0,
+            "backpressure_config": { "status_code": 429, "retry_after_s": 6.5 } });
     cluster.deploy_and_wait(app("Hello", options));
     let actor = cluster.actors().remove(0);
 
     // A full replica and a full queue say when to come again; a client that is gone makes room.
     let (client, url) = (cluster.client.clone(), cluster.url("/hello/slow"));
     // The other requests may have taken the place when it comes.
-    let slow = tokio::spawn(async move { while client.get(&url).send().await.unwrap().status() == 503 {} });
+    let slow = tokio::spawn(async move { while client.get(&url).send().await.unwrap().status() == 429 {} });
     let full = async {
         loop {
             let answer = cluster.client.get(cluster.url("/hello/you")).send().await.unwrap();
-            if answer.status() == 503 {
+            if answer.status() == 429 {
                 return answer;
             }
         }
     };
     let full = tokio::time::timeout(PATIENCE, full).await.unwrap();
-    assert_eq!(full.headers()["retry-after"], "1");
+    assert_eq!(full.headers()["retry-after"], "7");
     assert!(full.text().await.unwrap().contains("no replica is free"));
     slow.abort();
     let free = async { while cluster.hello("/you").await.0 != 200 {} };

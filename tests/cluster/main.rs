@@ -8,6 +8,7 @@ mod cuda;
 mod failover;
 mod faults;
 mod hosts;
+mod ingresses;
 mod jobs;
 mod lifecycle;
 mod logs;

@@ -209,10 +209,20 @@ impl Cluster {
     }
 
     /// A streamed completion: calls `seen` with the chunks so far, returns the whole text and how it ended.
-    pub(crate) async fn stream(&self, body: &Value, mut seen: impl FnMut(usize)) -> Result<String, String> {
+    pub(crate) async fn stream(&self, body: &Value, seen: impl FnMut(usize)) -> Result<String, String> {
+        self.stream_at(&self.url("/v1/completions"), body, seen).await
+    }
+
+    /// The same, by another door or route.
+    pub(crate) async fn stream_at(
+        &self,
+        url: &str,
+        body: &Value,
+        mut seen: impl FnMut(usize),
+    ) -> Result<String, String> {
         let mut body = body.clone();
         body["stream"] = json!(true);
-        let request = self.client.post(self.url("/v1/completions")).json(&body);
+        let request = self.client.post(url).json(&body);
         let response = request.send().await.map_err(|why| why.to_string())?;
         if !response.status().is_success() {
             return Err(response.text().await.unwrap_or_default());

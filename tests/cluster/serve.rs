@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::rig::{Cluster, PATIENCE, bundled, kill};
 
 /// One application of the bundled model with one rank; `options` are its deployment's.
-fn app(name: &str, max_num_seqs: u32, options: Value) -> Value {
+pub(crate) fn app(name: &str, max_num_seqs: u32, options: Value) -> Value {
     json!({
         "name": name,
         "route_prefix": format!("/{name}"),
@@ -24,8 +24,12 @@ impl Cluster {
     }
 
     pub(crate) fn deploy(&self, apps: Value, more: &[&str]) -> (bool, String) {
+        self.deploy_document(&json!({ "applications": apps }), more)
+    }
+
+    pub(crate) fn deploy_document(&self, document: &Value, more: &[&str]) -> (bool, String) {
         let file = self.dir.path().join("serve.yaml");
-        std::fs::write(&file, json!({ "applications": apps }).to_string()).unwrap();
+        std::fs::write(&file, document.to_string()).unwrap();
         let args = [&["serve", "deploy", "serve.yaml"], more].concat();
         let output = self.helio(&args);
         (output.status.success(), crate::rig::text(&output))

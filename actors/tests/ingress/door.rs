@@ -76,23 +76,27 @@ async fn a_client_that_asks_too_often_is_told_when_to_come_again() {
 async fn web_pages_of_named_origins_may_ask() {
     let origins = vec!["https://chat.example.com".to_owned()];
     let rig = rig(HttpConfig { keys: ApiKeys::new(["sesame"]), cors_origins: origins, ..config() });
-    let preflight = async |rig: &Rig, origin: &str| {
+    let preflight = async |rig: &Rig, origin: &str, method: &str| {
         let request = rig.http.request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", rig.url));
-        let request = request.header("origin", origin).header("access-control-request-method", "POST");
+        let request = request.header("origin", origin).header("access-control-request-method", method);
         let request =
             request.header("access-control-request-headers", "authorization, content-type, x-stainless-os");
         let answer = request.send().await.unwrap();
         let allowed = answer.headers().get("access-control-allow-origin").cloned();
         (answer.status().as_u16(), allowed.map(|origin| origin.to_str().unwrap().to_owned()))
     };
-    let named = preflight(&rig, "https://chat.example.com").await;
+    let named = preflight(&rig, "https://chat.example.com", "POST").await;
     assert_eq!(named, (200, Some("https://chat.example.com".into())), "without a key");
-    assert_eq!(preflight(&rig, "https://evil.example.com").await, (400, None));
+    assert_eq!(preflight(&rig, "https://evil.example.com", "POST").await, (400, None));
+    for method in ["PUT", "PATCH", "DELETE"] {
+        assert_eq!(preflight(&rig, "https://chat.example.com", method).await, named, "users' actors may take it");
+    }
+    assert_eq!(preflight(&rig, "https://chat.example.com", "TRACE").await.0, 400);
     let models = rig.http.get(format!("{}/v1/models", rig.url)).header("origin", "https://chat.example.com");
     assert_eq!(models.send().await.unwrap().status(), 401, "a key is asked of the request itself");
     // Where no origin is named, no page is told that it may.
     let closed = self::rig(config());
-    assert_eq!(preflight(&closed, "https://chat.example.com").await.1, None);
+    assert_eq!(preflight(&closed, "https://chat.example.com", "POST").await.1, None);
 }
 
 #[tokio::test]
