@@ -5,7 +5,7 @@
 
 use super::{heat, seconds};
 use heliostat_actors::eplb::EplbStatus;
-use heliostat_actors::monitor::{Balance, Line as History, Sample, Seen};
+use heliostat_actors::monitor::{Balance, Sample, Seen, Served};
 use heliostat_engine::request::StepPhases;
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus, NodeState};
 use heliostat_runtime::group::MemberState;
@@ -42,8 +42,8 @@ pub(crate) fn frame(seen: &Seen, maps: &[(String, EplbStatus)]) -> Frame {
         Some(status) => cluster(status, &mut lines),
         None => lines.push(Line::styled("the head does not answer", bad())),
     }
-    for ((name, _), line) in &seen.lines {
-        serving(name, line, &mut lines);
+    for served in seen.models.values() {
+        serving(served, &mut lines);
     }
     for (name, map) in maps {
         experts(name, map, seen.balances.get(name), &mut lines);
@@ -108,16 +108,17 @@ fn cluster(status: &ClusterStatus, lines: &mut Vec<Line<'static>>) {
     }
 }
 
-fn serving(name: &str, line: &History, lines: &mut Vec<Line<'static>>) {
-    let Some(report) = line.report() else { return };
-    let samples: Vec<&Sample> = line.since(0).collect();
+fn serving(served: &Served, lines: &mut Vec<Line<'static>>) {
+    let Some(report) = served.line.report() else { return };
+    let samples: Vec<&Sample> = served.line.since(0).collect();
     let now = samples.last().copied().cloned().unwrap_or_default();
     lines.push(Line::default());
     lines.push(Line::from(vec![
         Span::styled(report.model.clone(), bold()),
         Span::styled(
             format!(
-                "  {name}, {} sequences in flight, {} ended, {} moved",
+                "  {}, {} sequences in flight, {} ended, {} moved",
+                served.ingresses(),
                 report.in_flight, report.ended, report.moves
             ),
             dim(),

@@ -93,7 +93,9 @@ impl Party {
         self.node = Some(spawn(self.cluster.dir.path(), "node.log", &args));
         self.cluster
             .until("the deployment", |cluster| {
-                (!cluster.status()?["actors"].as_array()?.is_empty()).then_some(())
+                let status = cluster.status()?;
+                let there = |name| status["actors"].as_array()?.iter().find(|it| it["name"] == name);
+                there("ingress").and(there("eplb")).map(|_| ())
             })
             .await;
         self.cluster.until_healed().await;

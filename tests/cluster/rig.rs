@@ -181,7 +181,12 @@ impl Cluster {
     /// Waits until the ingress has heard of a rank: after the head has, by a message.
     pub(crate) async fn until_served(&self) {
         let started = Instant::now();
-        while self.get("/health").await.0 != 200 {
+        // The ingress may not listen yet.
+        let healthy = async || {
+            let answer = self.client.get(self.url("/health")).send().await;
+            answer.is_ok_and(|answer| answer.status() == 200)
+        };
+        while !healthy().await {
             assert!(started.elapsed() < PATIENCE, "nothing is served; status {:#?}", self.status());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -487,7 +487,8 @@ async fn around(
             None => next.call(request).instrument(log).await?.map_into_boxed_body(),
             Some((pool, terms)) => {
                 let answer = actors::answer(&pool, &mut request, terms).instrument(log).await;
-                request.into_response(answer)
+                // Keeps the error, which `into_response` does not.
+                ServiceResponse::new(request.into_parts().0, answer)
             }
         },
         Err(refusal) => request.into_response(refusal.error_response()),

@@ -1,4 +1,4 @@
-//! The last minutes of one ingress or EPLB actor: reports come in, rates and quantiles of each second come out.
+//! The last minutes of one model or EPLB actor: reports come in, rates and quantiles of each second come out.
 //!
 //! Pure: the time is an argument.
 
@@ -44,7 +44,7 @@ pub struct Sample {
     pub phases_ms: Option<[f64; 6]>,
 }
 
-/// What is kept of one ingress.
+/// What is kept of one model.
 #[derive(Debug, Default)]
 pub struct Line {
     last: Option<(u64, ServingReport)>,
@@ -115,7 +115,7 @@ fn sample(at_ms: u64, seconds: f64, before: &ServingReport, now: &ServingReport)
 }
 
 /// What a counter grew by; one that was begun anew counts from zero.
-fn grown(before: u64, now: u64) -> u64 {
+pub(super) fn grown(before: u64, now: u64) -> u64 {
     if now >= before { now - before } else { now }
 }
 

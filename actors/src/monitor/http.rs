@@ -109,18 +109,18 @@ struct Since {
     since_ms: u64,
 }
 
-/// Every model of every ingress: the last report without buckets, and samples.
+/// Every model, of all ingresses together: the last report without buckets, and samples.
 async fn serving(monitor: Data<Monitor>, since: Query<Since>) -> HttpResponse {
     let seen = monitor.watcher.seen();
-    let ingresses = seen.lines.iter().filter_map(|((ingress, model), line)| {
-        let report = line.report()?;
-        let samples: Vec<_> = line.since(since.since_ms).collect();
+    let models = seen.models.iter().filter_map(|(model, served)| {
+        let report = served.line.report()?;
+        let samples: Vec<_> = served.line.since(since.since_ms).collect();
         Some(json!({
-            "id": format!("{ingress}/{model}"), "ingress": ingress, "model": model, "in_flight": report.in_flight, "ended": report.ended,
+            "id": model, "ingress": served.ingresses(), "model": model, "in_flight": report.in_flight, "ended": report.ended,
             "moves": report.moves, "ranks": report.ranks, "samples": samples,
         }))
     });
-    HttpResponse::Ok().json(ingresses.collect::<Vec<Json>>())
+    HttpResponse::Ok().json(models.collect::<Vec<Json>>())
 }
 
 /// Every EPLB actor: its state now and its balancedness over time.

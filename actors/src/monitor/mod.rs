@@ -10,8 +10,10 @@ pub mod http;
 pub(crate) mod page;
 pub mod report;
 pub mod timeline;
+mod together;
 pub mod trace;
 mod watcher;
 
 pub use history::{Balance, Line, Sample};
+pub use together::Served;
 pub use watcher::{Seen, Watcher};

@@ -34,6 +34,22 @@ pub struct ServingReport {
     pub ranks: BTreeMap<u32, RankStats>,
 }
 
+impl ServingReport {
+    /// Adds what other ranks do for a model of the same name.
+    pub(super) fn join(&mut self, other: &Self) {
+        self.in_flight += other.in_flight;
+        self.ended += other.ended;
+        self.moves += other.moves;
+        let buckets =
+            [(&mut self.first_token, &other.first_token), (&mut self.inter_token, &other.inter_token)];
+        for (own, other) in buckets {
+            own.resize(own.len().max(other.len()), 0);
+            own.iter_mut().zip(other).for_each(|(sum, count)| *sum += count);
+        }
+        self.ranks.extend(other.ranks.iter().map(|(id, rank)| (*id, rank.clone())));
+    }
+}
+
 /// Durations in buckets that are narrow enough for quantiles.
 #[derive(Debug)]
 pub struct Latencies([AtomicU64; BUCKETS]);

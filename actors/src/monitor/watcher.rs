@@ -13,8 +13,10 @@ use heliostat_runtime::cluster::status::ClusterStatus;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
-use super::history::{Balance, Line};
+use super::history::Balance;
+use super::report::ServingReport;
 use super::timeline::ready;
+use super::together::Served;
 use crate::eplb::Eplb;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{GetPulse, GetServing};
@@ -28,12 +30,12 @@ const DEADLINE: Duration = Duration::from_millis(900);
 #[derive(Clone, Default)]
 pub struct Watcher(Arc<Mutex<Seen>>);
 
-/// By the names of actors; those that are gone are forgotten.
+/// What is gone is forgotten.
 #[derive(Default)]
 pub struct Seen {
-    /// By ingress and model.
-    pub lines: BTreeMap<(String, String), Line>,
-    /// Of EPLB actors.
+    /// By the names of models.
+    pub models: BTreeMap<String, Served>,
+    /// By the names of EPLB actors.
     pub balances: BTreeMap<String, Balance>,
     /// Of the whole cluster.
     pub status: Option<ClusterStatus>,
@@ -74,17 +76,26 @@ impl Watcher {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let mut seen = self.seen();
         let there = |name: &String| status.actors.iter().any(|actor| actor.name == *name);
-        seen.lines.retain(|(ingress, _), _| there(ingress));
         seen.balances.retain(|name, _| there(name));
-        for (ingress, reports) in reports.into_iter().flatten() {
-            // A model that it serves no more is forgotten.
-            seen.lines.retain(|(of, model), _| {
-                *of != ingress || reports.iter().any(|report| report.model == *model)
-            });
-            for report in reports {
-                seen.lines.entry((ingress.clone(), report.model.clone())).or_default().push(now, report);
+        let reports: Vec<_> = reports.into_iter().flatten().collect();
+        for (ingress, all) in &reports {
+            // Several applications may serve models of one name.
+            let mut models: BTreeMap<&String, ServingReport> = BTreeMap::new();
+            for report in all {
+                let known = models.entry(&report.model);
+                known.and_modify(|known| known.join(report)).or_insert_with(|| report.clone());
+            }
+            for (model, report) in models {
+                seen.models.entry(model.clone()).or_default().hear(ingress, report);
             }
         }
+        // Who does not answer still serves what it did; who does, what it says.
+        let serves = |ingress: &str, model: &str| match reports.iter().find(|(name, _)| name == ingress) {
+            Some((_, all)) => all.iter().any(|report| report.model == model),
+            None => status.actors.iter().any(|actor| actor.name == ingress),
+        };
+        seen.models.retain(|model, served| served.keep(|ingress| serves(ingress, model)));
+        seen.models.values_mut().for_each(|served| served.note(now));
         for (name, pulse) in pulses.into_iter().flatten() {
             seen.balances.entry(name).or_default().push(now, pulse);
         }

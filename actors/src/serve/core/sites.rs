@@ -15,6 +15,9 @@ use crate::deployment::INGRESS;
 
 /// An order that has no effect is given again after this long.
 const ORDER_AGAIN: Duration = Duration::from_secs(3);
+/// A node must be lost for so long before its ingress is given up: a head that was frozen, and leads no more, tells once
+/// of nodes that it has not heard meanwhile.
+const LOST_FOR: Duration = Duration::from_secs(1);
 /// Letters of a node's name in that of its ingress.
 const NODE_LETTERS: usize = 100;
 
@@ -111,6 +114,8 @@ pub struct Site {
     /// The port that it was seen to listen on last.
     pub port: Option<u16>,
     ordered: Option<Duration>,
+    /// Its node is lost since.
+    lost: Option<Duration>,
 }
 
 /// All ingresses.
@@ -126,7 +131,7 @@ impl Sites {
     /// What cluster.toml says; the ingresses are looked at anew, since it may say otherwise than before.
     pub(super) fn set_args(&mut self, args: SiteArgs) {
         self.args = args;
-        self.sites.iter_mut().for_each(|site| site.ordered = None);
+        self.sites.iter_mut().for_each(|site| (site.ordered, site.lost) = (None, None));
     }
 
     /// What a document says, or that none does.
@@ -157,8 +162,10 @@ impl Sites {
             let actor = seen.ingresses.get(&site.name).cloned().unwrap_or_default();
             site.port = actor.port.or(site.port);
             let there = seen.nodes.iter().any(|node| node.name == site.node);
+            site.lost = if there { None } else { site.lost.or(Some(now)) };
             let stage = match site.stage {
-                _ if !there => SiteStage::Stopping,
+                _ if site.lost.is_some_and(|since| now.saturating_sub(since) >= LOST_FOR) => SiteStage::Stopping,
+                stage if !there => stage,
                 SiteStage::Serving if !wanted.contains(&site.node) => SiteStage::Draining,
                 SiteStage::Draining if !actor.runs || actor.open == Some(0) => SiteStage::Stopping,
                 stage => stage,
@@ -190,7 +197,7 @@ impl Sites {
             commands.push(command);
         }
         let kept = |sites: &[Site]| -> Vec<Site> {
-            sites.iter().cloned().map(|site| Site { ordered: None, ..site }).collect()
+            sites.iter().cloned().map(|site| Site { ordered: None, lost: None, ..site }).collect()
         };
         kept(&before) != kept(&self.sites)
     }
@@ -199,7 +206,7 @@ impl Sites {
         self.sites.iter().filter(|site| site.stage == SiteStage::Serving)
     }
 
-    /// The nodes that are to have one.
+    /// The nodes that are to have one; of those that are lost nothing is said.
     fn wanted(&self, seen: &SeenSites) -> Vec<String> {
         let has = |node: &&SeenNode| self.serving().any(|site| site.node == node.name);
         // One that is silent keeps what it has. So does one that is emptied, where no other node could have it.
@@ -223,8 +230,9 @@ impl Sites {
             return Some(node.clone());
         }
         let is_usable = |node: &&String| usable.iter().any(|it| it.name == **node);
-        let present = self.serving().map(|site| &site.node).find(|node| is_usable(node));
+        let present = self.serving().find(|site| site.lost.is_some() || is_usable(&&site.node));
         present
+            .map(|site| &site.node)
             .or(seen.home.as_ref().filter(is_usable))
             .or(usable.first().map(|node| &node.name))
             .cloned()
@@ -240,6 +248,7 @@ impl Sites {
             stage: SiteStage::Serving,
             port: None,
             ordered: None,
+            lost: None,
         });
     }
 
@@ -254,7 +263,7 @@ impl Sites {
 
     /// Whether one is on its way, or ends.
     pub(super) fn is_moving(&self) -> bool {
-        self.sites.iter().any(|site| site.stage != SiteStage::Serving)
+        self.sites.iter().any(|site| site.stage != SiteStage::Serving || site.lost.is_some())
     }
 }
 
@@ -326,6 +335,9 @@ mod tests {
         rig.join("d", "m");
         assert_eq!(rig.settle()[3], site("ingress.d", "d", false));
         assert_eq!(rig.step(), [], "nothing is ordered twice");
+        let lost = std::mem::take(&mut rig.seen.nodes);
+        assert_eq!(rig.step(), [], "it may be the word of a head that leads no more");
+        rig.seen.nodes = lost;
         rig.seen.nodes.retain(|node| node.name != "d");
         assert_eq!(rig.settle(), all, "lost with its node");
     }
