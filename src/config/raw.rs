@@ -320,7 +320,7 @@ section! {
         /// document of `helio serve` that says otherwise goes above it. On a machine with several nodes the first ingress has `port`,
         /// the others have free ports, which `helio serve status` shows.
         proxy_location: ProxyLocation = ProxyLocation::HeadOnly,
-        /// Name of the node with the one ingress of `HeadOnly`. Without it: any node.
+        /// Name of the node with the one ingress of `HeadOnly`. Without it: that of the serve controller, while it is there.
         node: Option<String> = None,
         /// A file with the keys of which HTTP clients must send one as `Authorization: Bearer KEY`: one per line, `#` begins a
         /// comment. A key has 16 characters or more.

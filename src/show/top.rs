@@ -119,7 +119,9 @@ fn serving(served: &Served, lines: &mut Vec<Line<'static>>) {
             format!(
                 "  {}, {} sequences in flight, {} ended, {} moved",
                 served.ingresses(),
-                report.in_flight, report.ended, report.moves
+                report.in_flight,
+                report.ended,
+                report.moves
             ),
             dim(),
         ),

@@ -144,8 +144,7 @@ async fn an_update_loses_no_request_and_what_does_not_start_is_rolled_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_a_dying_replica_had_fails_with_the_cause_and_others_go_elsewhere() {
     let cluster = Cluster::with_greeter().await;
-    let options =
-        json!({ "health_check_period_s": 0.2, "max_ongoing_requests": 1, "max_queued_requests": 0,
+    let options = json!({ "health_check_period_s": 0.2, "max_ongoing_requests": 1, "max_queued_requests": 0,
             "backpressure_config": { "status_code": 429, "retry_after_s": 6.5 } });
     cluster.deploy_and_wait(app("Hello", options));
     let actor = cluster.actors().remove(0);

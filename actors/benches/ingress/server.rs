@@ -88,7 +88,10 @@ pub(crate) fn serve(step: Duration, log: Option<PathBuf>) -> Result<(), AnyError
         let member = Member { rank: 0, addr: Some(addr), join_info: Vec::new(), state: MemberState::Ready };
         let view = GroupView { group: "ep".into(), epoch: 1, members: vec![member] };
         let ingress = system.handle::<IngressActor>(ingress);
-        ingress.ask(SetTable { table: table(), leaving: false, turns: Vec::new() }).await.map_err(|why| why.to_string())?;
+        ingress
+            .ask(SetTable { table: table(), leaving: false, turns: Vec::new() })
+            .await
+            .map_err(|why| why.to_string())?;
         ingress.ask(view).await.map_err(|why| why.to_string())?;
         serves(bind).await?;
         println!("{bind} {}", replica.pid());

@@ -89,7 +89,11 @@ async fn web_pages_of_named_origins_may_ask() {
     assert_eq!(named, (200, Some("https://chat.example.com".into())), "without a key");
     assert_eq!(preflight(&rig, "https://evil.example.com", "POST").await, (400, None));
     for method in ["PUT", "PATCH", "DELETE"] {
-        assert_eq!(preflight(&rig, "https://chat.example.com", method).await, named, "users' actors may take it");
+        assert_eq!(
+            preflight(&rig, "https://chat.example.com", method).await,
+            named,
+            "users' actors may take it"
+        );
     }
     assert_eq!(preflight(&rig, "https://chat.example.com", "TRACE").await.0, 400);
     let models = rig.http.get(format!("{}/v1/models", rig.url)).header("origin", "https://chat.example.com");

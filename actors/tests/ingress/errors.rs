@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use heliostat_actors::http::{ApiKeys, Bounds};
 use heliostat_actors::ingress::dispatch::DispatchConfig;
+use heliostat_actors::ingress::engine::Admission;
 use heliostat_actors::ingress::server::HttpConfig;
+use heliostat_actors::serve::target::Backpressure;
 use serde_json::{Value as Json, json};
 
 use crate::rig::{Options, Rig, shared};
@@ -208,6 +210,13 @@ async fn full_queues_and_mailboxes_answer_429() {
         (status, &full["type"], &full["code"]),
         (429, &json!("rate_limit_error"), &json!("queue_full"))
     );
+    // As the deployment has it.
+    let backpressure = Some(Backpressure { status_code: 503, retry_after_s: Some(7) });
+    rig.ingress.set_admission(Admission { backpressure, ..Admission::default() });
+    let response = rig.post("/v1/completions", json!({"prompt": "The"})).await;
+    assert_eq!(response.headers()["retry-after"], "7");
+    let (status, full) = error(response).await;
+    assert_eq!((status, &full["type"], &full["code"]), (503, &json!("server_error"), &json!("queue_full")));
     rig.paused.store(false, Ordering::Relaxed);
     assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
     rig.idle(Duration::from_secs(5)).await;

@@ -70,8 +70,7 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
         took_ms: 0,
     };
     let mut supervisor = Supervisor { config, run, family: &mut family, display, daemon };
-    let wanted =
-        Wanted { names: plan.names(), serves: ready.model.is_some(), ingresses: plan.ingresses };
+    let wanted = Wanted { names: plan.names(), serves: ready.model.is_some(), ingresses: plan.ingresses };
     let outcome = supervisor.serve(&mut signals, ready, wanted).await;
     let _ = display.show(&Report::Note { text: "stopping".into() });
     signals.stop(family, &Access::of(config)).await;

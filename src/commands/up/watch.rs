@@ -9,8 +9,8 @@ use crate::deploy::APPLICATION;
 use heliostat_actors::deployment::SERVE;
 use heliostat_actors::ingress_actor::IngressActor;
 use heliostat_actors::messages::AwaitServing;
-use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::actor::RemoteActor;
+use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus};
 use heliostat_runtime::spec::DeathCause;
 use std::time::Duration;
@@ -115,7 +115,6 @@ async fn takes_requests(cluster: &Cluster, status: &ClusterStatus) -> bool {
 fn ingresses(status: &ClusterStatus) -> impl Iterator<Item = &ActorStatus> {
     status.actors.iter().filter(|actor| actor.type_name == IngressActor::TYPE)
 }
-
 
 /// Hands over what was seen. A receiver that is gone has ended this task, too.
 async fn send(sender: &mpsc::Sender<Seen>, seen: Seen) {

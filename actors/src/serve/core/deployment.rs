@@ -408,7 +408,10 @@ impl Deployment {
     /// Whether something is under way.
     pub(super) fn is_moving(&self) -> bool {
         (!self.failed && self.count(|it| it.stage == Stage::Running) != self.wanted())
-            || self.replicas.iter().any(|it| it.stage != Stage::Running || it.updating || it.version != self.target.version)
+            || self
+                .replicas
+                .iter()
+                .any(|it| it.stage != Stage::Running || it.updating || it.version != self.target.version)
     }
 
     /// Its replicas, oldest first.

@@ -344,6 +344,10 @@ impl ServeState {
 
     /// Whether something is under way that the next look may bring on.
     pub fn is_moving(&self) -> bool {
-        self.sites.is_moving() || self.apps.values().any(|app| app.deleting || app.deployments.values().any(Deployment::is_moving))
+        self.sites.is_moving()
+            || self
+                .apps
+                .values()
+                .any(|app| app.deleting || app.deployments.values().any(Deployment::is_moving))
     }
 }

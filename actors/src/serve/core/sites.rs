@@ -164,7 +164,9 @@ impl Sites {
             let there = seen.nodes.iter().any(|node| node.name == site.node);
             site.lost = if there { None } else { site.lost.or(Some(now)) };
             let stage = match site.stage {
-                _ if site.lost.is_some_and(|since| now.saturating_sub(since) >= LOST_FOR) => SiteStage::Stopping,
+                _ if site.lost.is_some_and(|since| now.saturating_sub(since) >= LOST_FOR) => {
+                    SiteStage::Stopping
+                }
                 stage if !there => stage,
                 SiteStage::Serving if !wanted.contains(&site.node) => SiteStage::Draining,
                 SiteStage::Draining if !actor.runs || actor.open == Some(0) => SiteStage::Stopping,

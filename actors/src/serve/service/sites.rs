@@ -99,11 +99,7 @@ impl State {
 }
 
 /// Tells an ingress in that incarnation what is served.
-async fn tell(
-    cluster: &Cluster,
-    (name, incarnation): (&str, u64),
-    told: SetTable,
-) -> Option<TableReport> {
+async fn tell(cluster: &Cluster, (name, incarnation): (&str, u64), told: SetTable) -> Option<TableReport> {
     let known = cluster.handle::<IngressActor>(name).await;
     let handle = match known {
         Ok(handle) if handle.addr().incarnation.0 == incarnation => handle,
