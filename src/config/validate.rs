@@ -70,13 +70,7 @@ pub(crate) fn validate(raw: Raw, text: &str, facts: &Facts) -> Result<Config, Ve
     check.heads(&raw);
     let kind = check.kind(&raw, facts);
     let nodes = check.nodes(&raw, facts, kind);
-    check.known_node("serve.node", raw.serve.node.as_deref(), &nodes);
-    check.require(
-        raw.serve.node.is_none() || raw.serve.proxy_location == ProxyLocation::HeadOnly,
-        "serve.node",
-        "`node` is that of the one ingress of `HeadOnly`",
-        "leave out `node`, or `proxy_location`",
-    );
+    check.ingresses(&raw, &nodes);
     check.dashboard(&raw, &nodes);
     let parallel = check.parallel(&raw, &nodes, kind);
     let model = check.model(&raw, facts);
@@ -187,6 +181,17 @@ impl Check<'_> {
         if !ok {
             self.problems.push(Problem::at(locate(self.text, path), message).help(help));
         }
+    }
+
+    /// Where ingresses are.
+    fn ingresses(&mut self, raw: &Raw, nodes: &[Node]) {
+        self.known_node("serve.node", raw.serve.node.as_deref(), nodes);
+        self.require(
+            raw.serve.node.is_none() || raw.serve.proxy_location == ProxyLocation::HeadOnly,
+            "serve.node",
+            "`node` is that of the one ingress of `HeadOnly`",
+            "leave out `node`, or `proxy_location`",
+        );
     }
 
     fn known_node(&mut self, key: &str, name: Option<&str>, nodes: &[Node]) {

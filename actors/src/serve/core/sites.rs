@@ -157,17 +157,19 @@ impl Sites {
     /// Brings them closer to what is wanted; whether something changed that must be kept.
     pub(super) fn step(&mut self, now: Duration, seen: &SeenSites, commands: &mut Vec<Command>) -> bool {
         let before: Vec<Site> = self.sites.clone();
+        let there = |site: &Site| seen.nodes.iter().any(|node| node.name == site.node);
+        for site in &mut self.sites {
+            site.lost = if there(site) { None } else { site.lost.or(Some(now)) };
+        }
         let wanted = self.wanted(seen);
         for site in &mut self.sites {
             let actor = seen.ingresses.get(&site.name).cloned().unwrap_or_default();
             site.port = actor.port.or(site.port);
-            let there = seen.nodes.iter().any(|node| node.name == site.node);
-            site.lost = if there { None } else { site.lost.or(Some(now)) };
             let stage = match site.stage {
                 _ if site.lost.is_some_and(|since| now.saturating_sub(since) >= LOST_FOR) => {
                     SiteStage::Stopping
                 }
-                stage if !there => stage,
+                stage if site.lost.is_some() => stage,
                 SiteStage::Serving if !wanted.contains(&site.node) => SiteStage::Draining,
                 SiteStage::Draining if !actor.runs || actor.open == Some(0) => SiteStage::Stopping,
                 stage => stage,
