@@ -217,6 +217,7 @@ async fn full_queues_and_mailboxes_answer_429() {
     assert_eq!(response.headers()["retry-after"], "7");
     let (status, full) = error(response).await;
     assert_eq!((status, &full["type"], &full["code"]), (503, &json!("server_error"), &json!("queue_full")));
+    rig.ingress.set_admission(Admission::default());
     rig.paused.store(false, Ordering::Relaxed);
     assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
     rig.idle(Duration::from_secs(5)).await;
