@@ -1,6 +1,6 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, Token};
+use crate::config::{All2All, Config, Cuda, KvCache, Model, PlacementStrategy, Policy, Token};
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::{ModelDeployment, ReplicaNames, ingress_spec, jobs_spec, serve_spec};
 use heliostat_actors::eplb::EplbConfig;
@@ -171,10 +171,6 @@ fn jobs_args(config: &Config) -> JobsArgs {
         running_max: d.max_jobs_running,
         queued_max: d.max_jobs_queued,
         kept_max: d.max_jobs_kept,
-        cpus: match d.job_cpus {
-            Count::Auto => None,
-            Count::Exactly(cpus) => Some(cpus),
-        },
         log_bytes_max: d.max_log_bytes.0,
         package_bytes_max: d.max_package_bytes.0,
         packages_bytes_max: d.max_packages_bytes.0,

@@ -77,6 +77,9 @@ pub enum ClusterError {
         /// Where it was looked for.
         namespace: String,
     },
+    /// No placement group has that name.
+    #[error("there is no placement group {0:?}")]
+    NoSuchPlacementGroup(String),
     /// The actor is of another type than was asked for.
     #[error("actor {actor} is a {found:?}, not a {wanted:?}")]
     WrongType {

@@ -240,6 +240,14 @@ impl Device {
     pub fn cuda(index: u32, ordinal: u32) -> Self {
         Self { index, kind: DeviceKind::Cuda { ordinal } }
     }
+
+    /// Its ordinal, if it is a GPU.
+    pub fn gpu(&self) -> Option<u32> {
+        match self.kind {
+            DeviceKind::Cpu { .. } => None,
+            DeviceKind::Cuda { ordinal } => Some(ordinal),
+        }
+    }
 }
 
 /// What a device is. Closed: the engine has a backend for each.

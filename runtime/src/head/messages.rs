@@ -11,7 +11,7 @@ use super::core::Manner;
 pub use super::orders::{CreateActor, DeliverView, Dismiss};
 use super::tenure::Superseded;
 use crate::actor::wire;
-use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupStatus};
+use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupState, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::package::{Digest, PackageOrder};
@@ -426,11 +426,13 @@ pub struct RemovePlacementGroup {
     pub name: String,
 }
 
-/// Asks how a placement group is, as soon as it is created or gone, or at the end of the wait.
+/// Asks how a placement group is, as soon as that is not what was seen, or at the end of the wait.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct WatchPlacementGroup {
     /// Its name.
     pub name: String,
+    /// How it was when it was asked last.
+    pub seen: Option<PlacementGroupState>,
     /// Longest wait, milliseconds.
     pub wait_ms: u64,
 }
