@@ -180,6 +180,11 @@ impl Cluster {
         self.stood_by.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// All heads that it knows, the present one first.
+    pub(crate) fn known_heads(&self) -> String {
+        self.heads().list()
+    }
+
     fn heads(&self) -> MutexGuard<'_, Heads> {
         self.heads.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -19,6 +19,7 @@ pub use self::labels::{HOST_LABEL, InvalidRule, LabelRule, LabelSelector, Labels
 pub(crate) use self::resources::bytes;
 pub use self::resources::{Capacity, InvalidQuantity, Quantity, Resources};
 use crate::mesh::Dims;
+use crate::objects::ArgRefs;
 use crate::package::PackageId;
 
 pub use self::death::DeathCause;
@@ -38,6 +39,8 @@ pub struct ActorSpec {
     pub type_name: String,
     /// `Spawn::Args`, encoded by the wire's codec.
     pub args: Vec<u8>,
+    /// The refs in `args`, where [`ActorSpec::of`] made them; only in the process that made the spec.
+    pub refs: ArgRefs,
     /// The package that its worker runs; without one the node's own program.
     pub package: Option<PackageId>,
     /// What the worker process needs.
@@ -85,6 +88,7 @@ impl ActorSpec {
             name: name.into(),
             type_name: type_name.into(),
             args,
+            refs: ArgRefs::default(),
             package: None,
             resources: Resources::default(),
             placement: Placement::Anywhere,

@@ -34,7 +34,7 @@ use self::groups::Group;
 use self::nodes::Node;
 use self::owners::{Driver, Owned};
 use self::packages::Packages;
-pub use self::record::{Key, Record, Write};
+pub use self::record::{Key, LifeRecord, Record, Write};
 use self::roster::Roster;
 use self::supervisors::Supervisor;
 use self::values::Values;

@@ -29,6 +29,7 @@ wire! {
     Watch = "head.watch" -> ClusterStatus;
     Lookup = "head.lookup" -> Option<Located>;
     Find = "head.find" -> Option<Found>;
+    IsOver = "head.is_over" -> bool;
     DriverHello = "head.driver" -> Result<HeadSeen, String>;
     DriverBye = "head.driver_bye" -> ();
     FindLog = "head.find_log" -> Result<ActorAddr, String>;
@@ -433,6 +434,18 @@ pub struct WatchPlacementGroup {
     pub name: String,
     /// How it was when it was asked last.
     pub seen: Option<PlacementGroupState>,
+    /// Longest wait, milliseconds.
+    pub wait_ms: u64,
+}
+
+/// Asks whether an actor will not be started any more with these arguments: dead for good, gone, or of another spec.
+/// Answered as soon as it is so, or at the end of the wait.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct IsOver {
+    /// Its name.
+    pub actor: String,
+    /// SHA-256 of the arguments.
+    pub args: Digest,
     /// Longest wait, milliseconds.
     pub wait_ms: u64,
 }

@@ -9,6 +9,7 @@ pub mod core;
 mod election;
 pub(crate) mod finder;
 mod keeper;
+mod lives;
 mod meshes;
 pub mod messages;
 mod orders;
