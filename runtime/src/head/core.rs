@@ -34,6 +34,8 @@ use self::groups::Group;
 use self::nodes::Node;
 use self::owners::{Driver, Owned};
 use self::packages::Packages;
+#[cfg(test)]
+pub(super) use self::record::{ActorRecord, GroupRecord, NodeRecord, PlacementGroupRecord, SupervisorRecord};
 pub use self::record::{Key, LifeRecord, Record, Write};
 use self::roster::Roster;
 use self::supervisors::Supervisor;

@@ -8,6 +8,8 @@ mod clock;
 pub mod core;
 mod election;
 pub(crate) mod finder;
+#[cfg(test)]
+mod format_tests;
 mod keeper;
 mod lives;
 mod meshes;

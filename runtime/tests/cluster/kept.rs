@@ -8,7 +8,7 @@ use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus};
 use heliostat_runtime::function::{FunctionPool, FunctionTable, PoolOptions, RemoteFunction};
 use heliostat_runtime::objects::ObjectRef;
-use heliostat_runtime::spec::{ActorSpec, Placement};
+use heliostat_runtime::spec::{ActorSpec, Placement, RestartPolicy};
 use rustix::process::Signal;
 
 use crate::harness::signal;
@@ -116,7 +116,9 @@ pub(crate) async fn refs_in_arguments() {
     // Replaced arguments are given back; an owner that is gone is named by the actor that needs it.
     let (first, second) = (make(&cluster, "b", MIB, 1).await, make(&cluster, "a", MIB, 2).await);
     for object in [first, second] {
-        client.apply(vec![ActorSpec::of::<Reader>("reader", &vec![object]).unwrap()]).await.unwrap();
+        let spec = ActorSpec::of::<Reader>("reader", &vec![object]).unwrap();
+        let restart = RestartPolicy { max_restarts: 2, ..spec.restart };
+        client.apply(vec![ActorSpec { restart, ..spec }]).await.unwrap();
         client.ready("reader", Duration::from_secs(30)).await.unwrap();
     }
     stores(&cluster, "the first is freed", |stores| stores[0].objects.len() == 1).await;
