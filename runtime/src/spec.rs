@@ -59,8 +59,8 @@ pub struct ActorSpec {
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
     pub mailbox_capacity: u32,
-    /// How long its thread may be kept from taking messages, by a handler that blocks or computes; then it hangs, and
-    /// ends. `None`: for ever. What a handler awaits does not count, nor does `Spawn::create`.
+    /// How long its thread may be kept from taking messages, by a handler that blocks or computes: after that time another
+    /// one is there, so it ends a twentieth earlier. `None`: for ever. What a handler awaits does not count.
     pub hang_timeout: Option<Duration>,
     /// Calls of one handle by name that may be under way; one more is refused. `None`: no limit.
     pub max_pending_calls: Option<u32>,
