@@ -139,9 +139,21 @@ def use_client(url):
     for field, value in [("pip", ["x"]), ("conda", "env"), ("image_uri", "x")]:
         refused(lambda: client.submit_job(entrypoint="true", runtime_env={field: value}), f"runtime_env.{field}")
         expect(answer_has=[f"runtime_env.{field}"])
-    for field in ["num_gpus", "memory"]:
-        refused(lambda: client.submit_job(entrypoint="true", **{f"entrypoint_{field}": 1}), f"entrypoint_{field}")
-        expect(answer_has=[f"entrypoint_{field}"])
+    refused(lambda: client.submit_job(entrypoint="true", entrypoint_num_gpus=0.5), "entrypoint_num_gpus")
+    expect(answer_has=["entrypoint_num_gpus"])
+    client.submit_job(
+        entrypoint="true", submission_id="asks", entrypoint_memory=1024, entrypoint_num_cpus=0.5
+    )
+    assert until_ended(client, "asks").status == JobStatus.SUCCEEDED
+    expect(once="asks SUCCEEDED", answer_has=['"status":"SUCCEEDED"'])
+    client.submit_job(entrypoint="true", submission_id="waits", entrypoint_resources={"unicorn": 1})
+    while "unicorn" not in client.get_job_info("waits").message:
+        if RECORDED:
+            RECORDED.pop()
+        time.sleep(0.05)
+    assert client.get_job_status("waits") == JobStatus.PENDING
+    assert client.stop_job("waits")
+    assert until_ended(client, "waits").status == JobStatus.STOPPED
 
 
 def use_command(url):

@@ -1,8 +1,6 @@
 //! `Config` -> the product's actors: what `helio head` applies and `helio check` checks.
 
-use crate::config::{
-    All2All, Config, Count, Cuda, KvCache, Model, PlacementStrategy, Policy, ProxyLocation, Token,
-};
+use crate::config::{All2All, Config, Cuda, KvCache, Model, PlacementStrategy, Policy, ProxyLocation, Token};
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::{INGRESS, ModelDeployment, ReplicaNames, jobs_spec, serve_spec};
 use heliostat_actors::eplb::EplbConfig;
@@ -190,10 +188,6 @@ fn jobs_args(config: &Config) -> JobsArgs {
         running_max: d.max_jobs_running,
         queued_max: d.max_jobs_queued,
         kept_max: d.max_jobs_kept,
-        cpus: match d.job_cpus {
-            Count::Auto => None,
-            Count::Exactly(cpus) => Some(cpus),
-        },
         log_bytes_max: d.max_log_bytes.0,
         package_bytes_max: d.max_package_bytes.0,
         packages_bytes_max: d.max_packages_bytes.0,

@@ -4,6 +4,8 @@ pub mod bench;
 pub mod dashboard;
 pub mod deployment;
 pub mod eplb;
+#[cfg(test)]
+mod format_tests;
 pub mod http;
 pub mod ingress;
 pub mod ingress_actor;

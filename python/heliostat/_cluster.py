@@ -116,12 +116,16 @@ class Cluster:
         env: Optional[Mapping[str, str]] = None,
         metadata: Optional[Mapping[str, str]] = None,
         num_cpus: Optional[float] = None,
+        num_gpus: Optional[int] = None,
+        memory: Optional[int] = None,
+        resources: Optional[Mapping[str, float]] = None,
         submission_id: Optional[str] = None,
     ) -> Job:
         """Runs a command on the cluster as a job: a line for the shell, or a list of words that are taken as they are.
 
         working_dir: a directory that is sent along and is the job's own; the same one is sent once.
-        env, metadata: strings. num_cpus: set aside while it runs. submission_id: the job's name, else one is made.
+        env, metadata: strings. num_cpus, num_gpus, memory (bytes) and resources (custom ones, by name) are
+        set aside while it runs; it waits for them. submission_id: the job's name, else one is made.
         """
         return submit(
             self._http,
@@ -129,7 +133,12 @@ class Cluster:
             working_dir=working_dir,
             env=env or {},
             metadata=metadata or {},
-            num_cpus=num_cpus,
+            needs={
+                "entrypoint_num_cpus": num_cpus,
+                "entrypoint_num_gpus": num_gpus,
+                "entrypoint_memory": memory,
+                "entrypoint_resources": dict(resources) if resources else None,
+            },
             submission_id=submission_id,
         )
 

@@ -144,7 +144,7 @@ def submit(
     working_dir: Optional[Union[str, "os.PathLike[str]"]],
     env: Mapping[str, str],
     metadata: Mapping[str, str],
-    num_cpus: Optional[float],
+    needs: Mapping[str, Any],
     submission_id: Optional[str],
 ) -> Job:
     """See `Cluster.submit`."""
@@ -159,7 +159,7 @@ def submit(
         "submission_id": submission_id,
         "runtime_env": runtime_env,
         "metadata": dict(metadata),
-        "entrypoint_num_cpus": num_cpus,
+        **needs,
     }
     return Job(http, str(http.json("POST", "/api/jobs/", body)["submission_id"]))
 

@@ -144,7 +144,9 @@ impl ActorTypes {
     pub fn with_functions(mut self, table: FunctionTable) -> Self {
         let create = move |args, mailbox_capacity, cx| {
             let table = table.clone();
-            let create = async move |max: u32, _: ActorCx| Ok(FunctionActor::new(table, max));
+            let create = async move |max: u32, cx: ActorCx| {
+                Ok(FunctionActor::new(table, max, cx.system().objects().clone()))
+            };
             creating(args, mailbox_capacity, cx, create)
         };
         self.create.insert(FunctionActor::TYPE, Box::new(create));

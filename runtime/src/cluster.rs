@@ -77,6 +77,9 @@ pub enum ClusterError {
         /// Where it was looked for.
         namespace: String,
     },
+    /// No placement group has that name.
+    #[error("there is no placement group {0:?}")]
+    NoSuchPlacementGroup(String),
     /// The actor is of another type than was asked for.
     #[error("actor {actor} is a {found:?}, not a {wanted:?}")]
     WrongType {
@@ -175,6 +178,11 @@ impl Cluster {
     /// A head that was asked and stood by, and the leader that it named (empty if it knew none).
     pub fn stood_by(&self) -> Option<(String, String)> {
         self.stood_by.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// All heads that it knows, the present one first.
+    pub(crate) fn known_heads(&self) -> String {
+        self.heads().list()
     }
 
     fn heads(&self) -> MutexGuard<'_, Heads> {

@@ -19,6 +19,7 @@ pub use self::labels::{HOST_LABEL, InvalidRule, LabelRule, LabelSelector, Labels
 pub(crate) use self::resources::bytes;
 pub use self::resources::{Capacity, InvalidQuantity, Quantity, Resources};
 use crate::mesh::Dims;
+use crate::objects::ArgRefs;
 use crate::package::PackageId;
 
 pub use self::death::DeathCause;
@@ -38,6 +39,8 @@ pub struct ActorSpec {
     pub type_name: String,
     /// `Spawn::Args`, encoded by the wire's codec.
     pub args: Vec<u8>,
+    /// The refs in `args`, where [`ActorSpec::of`] made them; only in the process that made the spec.
+    pub refs: ArgRefs,
     /// The package that its worker runs; without one the node's own program.
     pub package: Option<PackageId>,
     /// What the worker process needs.
@@ -56,8 +59,8 @@ pub struct ActorSpec {
     pub subscribe: Vec<String>,
     /// Messages that wait at most; one more is refused and handed back.
     pub mailbox_capacity: u32,
-    /// How long its thread may be kept from taking messages, by a handler that blocks or computes; then it hangs, and
-    /// ends. `None`: for ever. What a handler awaits does not count, nor does `Spawn::create`.
+    /// How long its thread may be kept from taking messages, by a handler that blocks or computes: after that time another
+    /// one is there, so it ends a twentieth earlier. `None`: for ever. What a handler awaits does not count.
     pub hang_timeout: Option<Duration>,
     /// Calls of one handle by name that may be under way; one more is refused. `None`: no limit.
     pub max_pending_calls: Option<u32>,
@@ -85,6 +88,7 @@ impl ActorSpec {
             name: name.into(),
             type_name: type_name.into(),
             args,
+            refs: ArgRefs::default(),
             package: None,
             resources: Resources::default(),
             placement: Placement::Anywhere,
@@ -239,6 +243,14 @@ impl Device {
     /// The GPU with that ordinal, as device `index`.
     pub fn cuda(index: u32, ordinal: u32) -> Self {
         Self { index, kind: DeviceKind::Cuda { ordinal } }
+    }
+
+    /// Its ordinal, if it is a GPU.
+    pub fn gpu(&self) -> Option<u32> {
+        match self.kind {
+            DeviceKind::Cpu { .. } => None,
+            DeviceKind::Cuda { ordinal } => Some(ordinal),
+        }
     }
 }
 

@@ -174,8 +174,10 @@ pub async fn run(config: WorkerConfig, types: ActorTypes) -> Result<Ended, Worke
         Ending::Fenced(why) => DeathCause::Failed { message: why },
     };
     tracing::info!(%cause, "worker ends");
-    // Answers that are on their way, such as the cause to those who asked a panicked actor, still go out.
-    if tokio::time::timeout(LAST_WORD, system.shutdown()).await.is_err() {
+    // Answers that are on their way, such as the cause to those who asked a panicked actor, still go out. One that hangs has
+    // none, and would be waited for in vain.
+    let hangs = matches!(cause, DeathCause::Hung { .. });
+    if !hangs && tokio::time::timeout(LAST_WORD, system.shutdown()).await.is_err() {
         tracing::warn!("some connections did not close in time");
     }
     Ok(Ended { cause })

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use heliostat_runtime::state::{
-    EtcdTls, Event, Expect, Op, Revision, StateConfig, StateError, StateStore, Watch,
+    EtcdTls, Event, Expect, FORMAT_VERSION, Op, Revision, StateConfig, StateError, StateStore, Watch,
 };
 use pki::{Ca, NODE};
 use tempfile::TempDir;
@@ -273,16 +273,16 @@ async fn a_state_file_of_another_version_is_refused_and_left_as_it_is() {
         write.commit().unwrap();
         before
     };
-    let mut before = 1;
-    for other in [0, 2] {
+    let mut before = FORMAT_VERSION;
+    for other in [FORMAT_VERSION - 1, FORMAT_VERSION + 1] {
         assert_eq!(mark(other), before, "opening changed the mark");
         before = other;
         let error = refusal(&embedded(&dir)).await;
         assert!(error.contains(&format!("state.redb has format {other}")), "{error}");
-        assert!(error.contains("reads format 1: run the version that wrote it"), "{error}");
+        assert!(error.contains(&format!("reads format {FORMAT_VERSION}: run the version")), "{error}");
         assert!(error.contains("another dir in [state]"), "{error}");
     }
-    mark(1);
+    mark(FORMAT_VERSION);
     drop(reopen(&dir).await);
 }
 
@@ -300,13 +300,19 @@ async fn an_etcd_prefix_of_another_version_is_refused() {
     drop(StateStore::open(&config).await.unwrap());
     drop(StateStore::open(&config).await.expect("the same format again"));
     let mut client = etcd_client::Client::connect([&server.client_url], None).await.unwrap();
-    for other in ["0", "2"] {
-        client.put("heliostat.format", other, None).await.unwrap();
+    for other in [FORMAT_VERSION - 1, FORMAT_VERSION + 1] {
+        client.put("heliostat.format", other.to_string(), None).await.unwrap();
         let error = refusal(&config).await;
         assert!(error.contains(&format!("etcd under heliostat/ has format {other}")), "{error}");
         assert!(error.contains("another prefix in [state]"), "{error}");
     }
     StateStore::open(&server.config("helio")).await.expect("another cluster's own");
+    // What was written before there were marks has none.
+    client.put("old/head/spec/a", "x", None).await.unwrap();
+    let error = refusal(&server.config("old")).await;
+    assert!(error.contains("etcd under old/ has format 1"), "{error}");
+    let kept = client.get("old", Some(etcd_client::GetOptions::new().with_prefix())).await.unwrap();
+    assert_eq!(kept.count(), 1, "it is left as it is");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

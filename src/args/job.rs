@@ -94,9 +94,21 @@ pub(crate) struct Submit {
     /// Id of the job. Without it: a random one.
     #[arg(long, value_name = "ID")]
     pub(crate) submission_id: Option<String>,
-    /// CPUs to reserve among those of all jobs; the job waits until they are free.
+    /// CPUs to set aside on the node that runs jobs; the job waits until they are free.
     #[arg(long, value_name = "NUMBER")]
     pub(crate) entrypoint_num_cpus: Option<f64>,
+    /// Devices that the command is to own; GPUs are those of its CUDA_VISIBLE_DEVICES.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) entrypoint_num_gpus: Option<u32>,
+    /// Bytes of memory to set aside.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) entrypoint_memory: Option<u64>,
+    /// Custom resources to set aside.
+    #[arg(long, value_name = "NAME=NUMBER", value_parser = amount)]
+    pub(crate) entrypoint_resource: Vec<(String, f64)>,
+    /// What a label of the node must be: VALUE, !VALUE, in(A,B) or !in(A,B).
+    #[arg(long, value_name = "KEY=RULE", value_parser = pair)]
+    pub(crate) entrypoint_label: Vec<(String, String)>,
     /// Print the id and return.
     #[arg(long)]
     pub(crate) no_wait: bool,
@@ -110,6 +122,12 @@ pub(crate) struct Submit {
 pub(crate) struct Entrypoint {
     /// Directory of the job.
     pub(crate) dir: PathBuf,
+}
+
+fn amount(text: &str) -> Result<(String, f64), String> {
+    let (name, amount) = pair(text).map_err(|_| "write NAME=NUMBER".to_owned())?;
+    let amount = amount.parse().map_err(|_| format!("{amount:?} is no number"))?;
+    Ok((name, amount))
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

@@ -71,6 +71,10 @@ pub(super) async fn start(api: &Api, args: &Submit, entrypoint: String, as_json:
         "runtime_env": runtime_env,
         "metadata": object(&args.metadata),
         "entrypoint_num_cpus": args.entrypoint_num_cpus,
+        "entrypoint_num_gpus": args.entrypoint_num_gpus,
+        "entrypoint_memory": args.entrypoint_memory,
+        "entrypoint_resources": object(&args.entrypoint_resource),
+        "entrypoint_label_selector": object(&args.entrypoint_label),
     });
     let accepted = api.send(api.request(Method::POST, "jobs/").json(&body)).await?;
     let accepted: Json = accepted.json().await.context("the dashboard's answer")?;
@@ -118,8 +122,8 @@ fn failed_if(job: &Json) -> Result<()> {
     Err(Failure::error(FAILED, format!("job {id} failed: {message}")))
 }
 
-fn object(pairs: &[(String, String)]) -> Json {
-    pairs.iter().map(|(key, value)| (key.clone(), Json::from(value.as_str()))).collect::<Map<_, _>>().into()
+fn object<V: Clone + Into<Json>>(pairs: &[(String, V)]) -> Json {
+    pairs.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect::<Map<_, _>>().into()
 }
 
 /// A shell command that runs exactly these words.

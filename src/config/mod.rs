@@ -22,7 +22,6 @@ use crate::gpus;
 use anyhow::{Context, Result};
 use heliostat_actors::http::{ApiKeys, CertFiles};
 use heliostat_actors::telemetry::TelemetryArgs;
-pub(crate) use section::Count;
 
 use error::Problem;
 use heliostat_engine::batch::PrefillAttention;

@@ -381,8 +381,6 @@ section! {
         max_jobs_queued: u32 = 256,
         /// Ended jobs that are kept, with their logs; the oldest beyond that are forgotten.
         max_jobs_kept: u32 = 1000,
-        /// CPUs that running jobs may reserve together (`entrypoint_num_cpus`); `auto`: the cores of their machine.
-        job_cpus: Count = Count::Auto,
         /// Bytes of a job's log that are kept: the newest.
         max_log_bytes: ByteSize = ByteSize(64 << 20),
         /// Largest package (a zipped working directory). Unpacked it may be four times as large.

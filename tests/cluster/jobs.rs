@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use heliostat_runtime::cluster::Cluster as Client;
+use heliostat_runtime::spec::{ActorSpec, PlacementGroupSpec, Resources};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::rig::{Cluster, helio, is_alive, kill, text, write_config};
+use crate::rig::{Cluster, PATIENCE, helio, is_alive, kill, text, write_config};
 
 /// Two CPU devices are enough: jobs need none.
 const SMALL: [(&str, &str); 2] =
@@ -89,6 +91,72 @@ async fn jobs_run_fail_and_are_forgotten() {
 fn last_id(cluster: &Cluster) -> String {
     let list: Value = serde_json::from_slice(&cluster.helio(&["job", "list", "--json"]).stdout).unwrap();
     list.as_array().unwrap().last().unwrap()["submission_id"].as_str().unwrap().to_owned()
+}
+
+/// What is set aside of the only node's CPUs.
+fn used_cpus(cluster: &Cluster) -> f64 {
+    cluster.status().unwrap()["nodes"][0]["used"]["cpus"].as_f64().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_job_asks_for_comes_from_the_pool_of_actors() {
+    let devices = ("devices", "device = \"cpu\"\ncpu = 1");
+    let node = ("[nodes]", "cpus = 4\nresources = { licence = 1 }");
+    let cluster = Cluster::up_bare(&[devices, node]).await;
+    let before = used_cpus(&cluster);
+    let head = cluster.status().unwrap()["head"]["endpoint"].as_str().unwrap().to_owned();
+    let client = Client::connect(&head, None).await.unwrap();
+    let group = |name: &str| PlacementGroupSpec::new(name, 1, Resources::cpus(3));
+    let other = client.placement_group(group("other")).await.unwrap();
+    other.ready(PATIENCE).await.unwrap();
+
+    let go = cluster.dir.path().join("go");
+    let script =
+        format!("echo device $HELIOSTAT_DEVICES; while [ ! -e {} ]; do sleep 0.05; done", go.display());
+    let asked = ["--entrypoint-num-cpus", "2", "--entrypoint-num-gpus", "1"];
+    let more = ["--entrypoint-memory", "1024", "--entrypoint-resource", "licence=1"];
+    let words = ["job", "submit", "--no-wait", "--submission-id", "big"];
+    let submitted = cluster.helio(&[&words[..], &asked, &more, &["--", "sh", "-c", &script]].concat());
+    assert!(submitted.status.success(), "{}", text(&submitted));
+    let why = |cluster: &Cluster| job(cluster, "big")["message"].as_str()?.split_once("CPUs free").map(drop);
+    cluster.until("the job says what it waits for", why).await;
+    assert_eq!(job(&cluster, "big")["status"], "PENDING");
+    let small = cluster.helio(&["job", "submit", "--", "true"]);
+    assert!(small.status.success(), "one that asks for nothing does not wait: {}", text(&small));
+
+    other.remove().await.unwrap();
+    until(&cluster, "big", "RUNNING").await;
+    assert_eq!(used_cpus(&cluster), before + 2.0);
+    let node = cluster.status().unwrap()["nodes"][0].clone();
+    assert_eq!(node["used"]["custom"]["licence"], 1, "{node}");
+    assert_eq!(node["devices"][0]["owner"], "bundle 0 of placement group job.big", "{node}");
+    let actor = ActorSpec { resources: Resources::cpus(3), ..ActorSpec::new("next", "none", Vec::new()) };
+    client.apply(vec![actor]).await.unwrap();
+    let waits = |cluster: &Cluster| {
+        let state = cluster.actor("next")["state"].clone();
+        state["reason"].as_str().is_some_and(|why| why.contains("2 of 4 CPUs free")).then_some(())
+    };
+    cluster.until("an actor waits for the job", waits).await;
+    std::fs::write(&go, "").unwrap();
+    until(&cluster, "big", "SUCCEEDED").await;
+    assert!(text(&cluster.helio(&["job", "logs", "big"])).contains("\ndevice 0\n"));
+    let started = |cluster: &Cluster| (cluster.actor("next")["state"]["state"] != "pending").then_some(());
+    cluster.until("the actor has its place", started).await;
+    client.remove_actor("next").await.unwrap();
+    cluster.until("all is given back", |cluster| (used_cpus(cluster) == before).then_some(())).await;
+
+    let words = ["job", "submit", "--no-wait", "--submission-id", "robbed", "--entrypoint-num-cpus", "1"];
+    let submitted = cluster.helio(&[&words[..], &["--", "sleep", "100"]].concat());
+    assert!(submitted.status.success(), "{}", text(&submitted));
+    until(&cluster, "robbed", "RUNNING").await;
+    kill(cluster.pid("jobs"));
+    // The next jobs actor looks after it, too.
+    cluster.until("another jobs actor", |cluster| job(cluster, "robbed")["status"].as_str().map(drop)).await;
+    client.remove_placement_group("job.robbed").await.unwrap();
+    let robbed = until(&cluster, "robbed", "FAILED").await;
+    assert_eq!(robbed["error_type"], "JOB_SUPERVISOR_ACTOR_DIED", "{robbed}");
+    assert!(robbed["message"].as_str().unwrap().contains("job.robbed was removed"), "{robbed}");
+    cluster.until("all is given back", |cluster| (used_cpus(cluster) == before).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

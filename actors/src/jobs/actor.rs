@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::core::Limits;
 use super::http;
+use super::reserve::Pool;
 use super::service::{Jobs, JobsConfig};
 use crate::dashboard::{self, Dashboard, DashboardArgs, DashboardServer};
 use crate::http::HttpDoor;
@@ -38,8 +39,6 @@ pub struct JobsArgs {
     pub queued_max: u32,
     /// Ended jobs that are remembered.
     pub kept_max: u32,
-    /// CPUs that jobs may reserve; none: the cores of this machine.
-    pub cpus: Option<u32>,
     /// Bytes of a job's log that are kept.
     pub log_bytes_max: u64,
     /// Largest package.
@@ -54,12 +53,10 @@ pub struct JobsArgs {
 
 impl JobsArgs {
     fn limits(&self) -> Limits {
-        let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         Limits {
             running_max: self.running_max as usize,
             queued_max: self.queued_max as usize,
             kept_max: self.kept_max as usize,
-            millicpus: self.cpus.map_or_else(cores, u64::from) * 1000,
         }
     }
 }
@@ -135,7 +132,8 @@ impl Spawn for JobsActor {
         let http = DashboardArgs { bind: args.bind, door: args.door };
         let url = dashboard::url(http.bind, http.door.tls.is_some());
         let listener = http.listen().map_err(failed)?;
-        let jobs = Jobs::open(config).await.map_err(|why| CreateError::Failed(why.to_string()))?;
+        let pool = cx.cluster().map(|cluster| Pool::new(cluster.clone(), cx.name()));
+        let jobs = Jobs::open(config, pool).await.map_err(|why| CreateError::Failed(why.to_string()))?;
         let watcher = Watcher::default();
         let token = args.token_file.as_deref().map(orders_token);
         let dashboard = Dashboard::new(http)

@@ -17,8 +17,6 @@ pub struct Limits {
     pub queued_max: usize,
     /// Ended jobs that are remembered.
     pub kept_max: usize,
-    /// Thousandths of CPUs that running jobs reserve together.
-    pub millicpus: u64,
 }
 
 /// How a job is, in Ray's words.
@@ -126,6 +124,10 @@ pub enum End {
 pub enum Command {
     /// Write the job to disk.
     Save(String),
+    /// Have what it asks for set aside and say `reserved`, `waits` or `unreserved`; also where that was done before.
+    Reserve(String),
+    /// Give back what was, or is about to be, set aside for it.
+    Release(String),
     /// Start its entrypoint and say `started` or `not_started`.
     Start(String),
     /// Ask its keeper to end it.
@@ -140,17 +142,6 @@ pub enum Refused {
     /// The id is taken.
     #[error("Job with submission_id {0} already exists. Please use a different submission_id.")]
     Exists(String),
-    /// It could never run.
-    #[error(
-        "entrypoint_num_cpus: the job asks for {} CPUs and jobs have {} together (`job_cpus` in [dashboard])",
-        *.asked as f64 / 1000.0, *.there as f64 / 1000.0
-    )]
-    TooLarge {
-        /// Thousandths of CPUs it asks for.
-        asked: u64,
-        /// Those that jobs have.
-        there: u64,
-    },
     /// Too many wait.
     #[error("{0} jobs wait already (`max_jobs_queued` in [dashboard]); submit again later")]
     QueueFull(usize),
@@ -178,14 +169,33 @@ pub struct JobsState {
 #[derive(Debug)]
 struct Entry {
     job: Job,
+    /// What it asks for is set aside; so it is for a job that asks for nothing.
+    reserved: bool,
     /// `Start` was ordered and nothing was heard of it yet.
     starting: bool,
+    /// What was set aside is no more, and why: it is being ended.
+    unreserved: Option<String>,
 }
 
 impl Entry {
-    /// Whether it takes one of the places and its CPUs.
+    fn new(job: Job) -> Self {
+        let reserved = !job.submission.reserves() || job.status == Status::Running;
+        Self { job, reserved, starting: false, unreserved: None }
+    }
+
+    /// Whether it takes one of the places.
     fn is_active(&self) -> bool {
         self.starting || self.job.status == Status::Running
+    }
+
+    /// Whether it waits, for a place or for what it asks for.
+    fn is_queued(&self) -> bool {
+        self.job.status == Status::Pending && !self.starting
+    }
+
+    /// Gives back what it asked for, if anything.
+    fn release(&self) -> Option<Command> {
+        self.job.submission.reserves().then(|| Command::Release(self.job.id.clone()))
     }
 }
 
@@ -193,7 +203,7 @@ impl JobsState {
     /// The jobs that were kept on disk. Those that ran are active until `recovered` or `ended` says more.
     pub fn new(limits: Limits, jobs: Vec<Job>) -> Self {
         let next_number = jobs.iter().map(|job| job.number + 1).max().unwrap_or(0);
-        let jobs = jobs.into_iter().map(|job| (job.id.clone(), Entry { job, starting: false }));
+        let jobs = jobs.into_iter().map(|job| (job.id.clone(), Entry::new(job)));
         Self { limits, jobs: jobs.collect(), next_number }
     }
 
@@ -212,17 +222,14 @@ impl JobsState {
     /// Takes a job, or says why not.
     ///
     /// # Errors
-    /// The id is taken, the queue is full, or it asks for more than there is.
+    /// The id is taken, or the queue is full.
     pub fn submit(&mut self, id: &str, submission: Submission, now: u64) -> Result<Vec<Command>, Refused> {
         if self.jobs.contains_key(id) {
             return Err(Refused::Exists(id.to_owned()));
         }
-        let (asked, there) = (submission.millicpus, self.limits.millicpus);
-        if asked > there {
-            return Err(Refused::TooLarge { asked, there });
-        }
-        let fits = self.fits(asked) && self.queued().next().is_none();
-        if !fits && self.queued().count() >= self.limits.queued_max {
+        let starts = !submission.reserves() && self.has_place() && self.ready().next().is_none();
+        let queued = || self.jobs.values().filter(|entry| entry.is_queued());
+        if !starts && queued().count() >= self.limits.queued_max {
             return Err(Refused::QueueFull(self.limits.queued_max));
         }
         let job = Job {
@@ -239,10 +246,59 @@ impl JobsState {
             keeper: None,
         };
         self.next_number += 1;
-        self.jobs.insert(id.to_owned(), Entry { job, starting: false });
+        let entry = Entry::new(job);
         let mut commands = vec![Command::Save(id.to_owned())];
+        commands.extend((!entry.reserved).then(|| Command::Reserve(id.to_owned())));
+        self.jobs.insert(id.to_owned(), entry);
         commands.extend(self.start_what_fits());
         Ok(commands)
+    }
+
+    /// What a job asks for is set aside.
+    pub fn reserved(&mut self, id: &str) -> Vec<Command> {
+        let Some(entry) = self.jobs.get_mut(id).filter(|entry| entry.is_queued()) else { return Vec::new() };
+        entry.reserved = true;
+        entry.job.message = None;
+        self.start_what_fits()
+    }
+
+    /// What a job asks for is not there now.
+    pub fn waits(&mut self, id: &str, why: &str) {
+        if let Some(entry) = self.jobs.get_mut(id).filter(|entry| entry.is_queued()) {
+            entry.reserved = false;
+            entry.job.message =
+                Some(format!("Job has not started yet. It waits for what it asks for: {why}"));
+        }
+    }
+
+    /// What was set aside for a job is no more: one that runs must end, one that does not waits again.
+    pub fn unreserved(&mut self, id: &str, why: String) -> Vec<Command> {
+        let Some(entry) = self.jobs.get_mut(id) else { return Vec::new() };
+        match entry.job.status {
+            Status::Running => {
+                entry.unreserved.get_or_insert(why);
+                vec![Command::Stop(id.to_owned())]
+            }
+            // It is asked to end as soon as it has started.
+            Status::Pending if entry.starting => {
+                entry.unreserved.get_or_insert(why);
+                Vec::new()
+            }
+            Status::Pending => {
+                self.waits(id, &why);
+                Vec::new()
+            }
+            Status::Stopped | Status::Succeeded | Status::Failed => Vec::new(),
+        }
+    }
+
+    /// What a job asks for can never be set aside.
+    pub fn refused(&mut self, id: &str, why: String, now: u64) -> Vec<Command> {
+        if self.jobs.get(id).is_some_and(Entry::is_active) {
+            return self.unreserved(id, why);
+        }
+        let why = format!("the job cannot have what it asks for: {why}");
+        self.not_started(id, ErrorType::JobSupervisorActorStartFailure, why, now)
     }
 
     /// The keeper runs.
@@ -252,7 +308,7 @@ impl JobsState {
         entry.job.status = Status::Running;
         entry.job.keeper = Some(keeper);
         let mut commands = vec![Command::Save(id.to_owned())];
-        if entry.job.stop_requested {
+        if entry.job.stop_requested || entry.unreserved.is_some() {
             commands.push(Command::Stop(id.to_owned()));
         }
         commands
@@ -269,6 +325,7 @@ impl JobsState {
 
     /// The keeper ended; `tail` holds the last lines of the log.
     pub fn ended(&mut self, id: &str, end: End, tail: &str, now: u64) -> Vec<Command> {
+        let unreserved = self.jobs.get_mut(id).and_then(|entry| entry.unreserved.take());
         self.finish(id, now, |job| {
             if job.stop_requested {
                 job.status = Status::Stopped;
@@ -289,6 +346,12 @@ impl JobsState {
                     let message =
                         format!("Job entrypoint command failed with exit code {code}{separator}{logs}");
                     failed(job, ErrorType::JobEntrypointCommandError, message);
+                }
+                End::Terminated if unreserved.is_some() => {
+                    let why = unreserved.unwrap_or_default();
+                    let message =
+                        format!("The job was ended because what was set aside for it is lost: {why}");
+                    failed(job, ErrorType::JobSupervisorActorDied, message);
                 }
                 End::Terminated => {
                     job.status = Status::Stopped;
@@ -345,33 +408,38 @@ impl JobsState {
         self.jobs.remove(id);
     }
 
-    /// After a restart, once what runs was found: stops that were asked for are asked for again, and what waits starts.
+    /// After a restart, once what runs was found: stops that were asked for are asked for again, what was set aside is
+    /// looked after, and what waits starts.
     pub fn recovered(&mut self) -> Vec<Command> {
-        let stopping = |entry: &&Entry| entry.job.status == Status::Running && entry.job.stop_requested;
-        let again = self.jobs.values().filter(stopping).map(|entry| Command::Stop(entry.job.id.clone()));
-        let mut commands: Vec<Command> = again.collect();
+        let mut commands = Vec::new();
+        for entry in self.jobs.values().filter(|entry| !entry.job.status.is_terminal()) {
+            let id = entry.job.id.clone();
+            if entry.job.submission.reserves() {
+                commands.push(Command::Reserve(id.clone()));
+            }
+            if entry.job.status == Status::Running && entry.job.stop_requested {
+                commands.push(Command::Stop(id));
+            }
+        }
         commands.extend(self.start_what_fits());
         commands
     }
 
-    fn queued(&self) -> impl Iterator<Item = &Entry> {
-        self.jobs.values().filter(|entry| entry.job.status == Status::Pending && !entry.starting)
+    /// Those that only wait for a place.
+    fn ready(&self) -> impl Iterator<Item = &Entry> {
+        self.jobs.values().filter(|entry| entry.is_queued() && entry.reserved)
     }
 
-    /// Whether one more that asks for so much may run beside those that do.
-    fn fits(&self, millicpus: u64) -> bool {
-        let active = || self.jobs.values().filter(|entry| entry.is_active());
-        let used: u64 = active().map(|entry| entry.job.submission.millicpus).sum();
-        active().count() < self.limits.running_max && used + millicpus <= self.limits.millicpus
+    fn has_place(&self) -> bool {
+        self.jobs.values().filter(|entry| entry.is_active()).count() < self.limits.running_max
     }
 
-    /// In the order of submission: a large job that waits is not overtaken for ever by small ones.
+    /// In the order of submission, among those whose resources are there.
     fn start_what_fits(&mut self) -> Vec<Command> {
         let mut commands = Vec::new();
-        while let Some(next) = self.queued().min_by_key(|entry| entry.job.number) {
-            if !self.fits(next.job.submission.millicpus) {
-                break;
-            }
+        while self.has_place()
+            && let Some(next) = self.ready().min_by_key(|entry| entry.job.number)
+        {
             let id = next.job.id.clone();
             if let Some(entry) = self.jobs.get_mut(&id) {
                 entry.starting = true;
@@ -390,6 +458,7 @@ impl JobsState {
         entry.job.end_time = Some(now);
         entry.job.keeper = None;
         let mut commands = vec![Command::Save(id.to_owned())];
+        commands.extend(entry.release());
         commands.extend(self.forget_oldest());
         commands.extend(self.start_what_fits());
         commands

@@ -54,9 +54,7 @@ impl From<Refused> for HttpResponse {
         let status = match refused {
             Refused::NoSuchJob(_) => StatusCode::NOT_FOUND,
             Refused::QueueFull(_) => StatusCode::TOO_MANY_REQUESTS,
-            Refused::Exists(_) | Refused::TooLarge { .. } | Refused::NotEnded { .. } => {
-                StatusCode::BAD_REQUEST
-            }
+            Refused::Exists(_) | Refused::NotEnded { .. } => StatusCode::BAD_REQUEST,
         };
         refuse(status, refused)
     }

@@ -24,6 +24,10 @@ use super::log::LogWriter;
 use super::process::{descendants, identify, signal_all};
 use super::store;
 
+/// Names the devices of a job.
+const DEVICES: &str = "HELIOSTAT_DEVICES";
+/// What the GPUs are that a process may use.
+const GPUS: &str = "CUDA_VISIBLE_DEVICES";
 /// How often it looks whether a jobs actor is there.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often it looks whether a tree that was asked to end has done so.
@@ -40,6 +44,12 @@ pub struct Order {
     pub entrypoint: String,
     /// Added to the environment; `${NAME}` stands for a variable of the environment before.
     pub env: BTreeMap<String, String>,
+    /// Devices of the node that it owns, by index: HELIOSTAT_DEVICES.
+    #[serde(default)]
+    pub devices: Vec<u32>,
+    /// Those of them that are GPUs, by ordinal among the ones that this process is shown: CUDA_VISIBLE_DEVICES.
+    #[serde(default)]
+    pub gpus: Vec<u32>,
     /// Bytes of log that are kept.
     pub log_bytes_max: u64,
     /// Between SIGTERM and SIGKILL.
@@ -108,10 +118,28 @@ fn start(
     let (reader, writer) = io::pipe()?;
     let mut command = Command::new("/bin/sh");
     command.arg("-c").arg(&order.entrypoint).current_dir(dir.join(store::WORK));
+    command.envs(own_devices(order, &environment));
     command.envs(order.env.iter().map(|(name, value)| (name, expand(value, &environment))));
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).process_group(0);
     let child = command.spawn()?;
     Ok((child, pipe::Receiver::from_owned_fd(reader.into())?))
+}
+
+/// Shows a job the devices that it owns, and no other GPU.
+fn own_devices(order: &Order, environment: impl Fn(&str) -> Option<String>) -> BTreeMap<&str, String> {
+    let list = |all: Vec<String>| all.join(",");
+    let mut own = BTreeMap::new();
+    if !order.devices.is_empty() {
+        own.insert(DEVICES, list(order.devices.iter().map(u32::to_string).collect()));
+    }
+    if !order.gpus.is_empty() {
+        let shown = environment(GPUS).filter(|shown| !shown.trim().is_empty());
+        let shown: Vec<&str> = shown.iter().flat_map(|shown| shown.split(',')).map(str::trim).collect();
+        let name =
+            |gpu: &u32| shown.get(*gpu as usize).map_or_else(|| gpu.to_string(), |name| (*name).into());
+        own.insert(GPUS, list(order.gpus.iter().map(name).collect()));
+    }
+    own
 }
 
 /// Replaces every `${NAME}`; a variable that is not there is empty.
@@ -264,6 +292,32 @@ pub fn kept(dir: &Path) -> Option<Kept> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_is_shown_the_gpus_that_it_owns() {
+        let order = |devices: &[u32], gpus: &[u32]| Order {
+            id: "j".into(),
+            entrypoint: "true".into(),
+            env: BTreeMap::new(),
+            devices: devices.to_vec(),
+            gpus: gpus.to_vec(),
+            log_bytes_max: 1,
+            stop_grace: Duration::ZERO,
+            lock: PathBuf::new(),
+            orphan_grace: Duration::ZERO,
+        };
+        let own = |order: &Order, shown: Option<&str>| {
+            format!("{:?}", own_devices(order, |_| shown.map(str::to_owned)))
+        };
+        assert_eq!(own(&order(&[], &[]), Some("4,5")), "{}", "nothing is hidden from one that asks for none");
+        assert_eq!(own(&order(&[1], &[]), None), r#"{"HELIOSTAT_DEVICES": "1"}"#);
+        let two = order(&[1, 2], &[1, 3]);
+        assert_eq!(
+            own(&two, Some("4, 5,6,GPU-77")),
+            r#"{"CUDA_VISIBLE_DEVICES": "5,GPU-77", "HELIOSTAT_DEVICES": "1,2"}"#
+        );
+        assert_eq!(own(&two, None), r#"{"CUDA_VISIBLE_DEVICES": "1,3", "HELIOSTAT_DEVICES": "1,2"}"#);
+    }
 
     #[test]
     fn variables_are_put_in() {

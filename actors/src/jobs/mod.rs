@@ -1,6 +1,6 @@
 //! Jobs: commands that users submit, as Ray's Jobs API has them.
 //!
-//! `core` decides, `service` executes, `http` speaks REST, `keeper` is the process that runs one entrypoint, `store` is
+//! `core` decides, `service` executes, `reserve` asks the head for what jobs need, `http` speaks REST, `keeper` is the process that runs one entrypoint, `store` is
 //! what stays on disk. [`JobsActor`] is the cluster's one jobs actor: no token ever passes it, and it never touches a rank.
 
 mod actor;
@@ -13,6 +13,7 @@ pub mod log;
 pub mod package;
 pub mod process;
 pub mod request;
+mod reserve;
 pub mod service;
 pub mod store;
 

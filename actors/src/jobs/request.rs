@@ -3,7 +3,9 @@
 //! Pure: JSON in, [`Submission`] out.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 
+use heliostat_runtime::spec::{LabelRule, LabelSelector, NODE_LABEL, Quantity, Resources};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -11,6 +13,10 @@ use serde_json::{Map, Value as Json};
 const ENTRYPOINT_BYTES_MAX: usize = 64 << 10;
 /// Entries of `env_vars` and of `metadata`.
 const ENTRIES_MAX: usize = 1000;
+/// More devices than any node has.
+const DEVICES_MAX: f64 = 1024.0;
+/// Longest id of a job: the name of what is set aside for it, `job.ID`, has at most 128.
+const ID_BYTES_MAX: usize = 124;
 
 /// What of a request is kept: all that a job needs to run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,14 +31,23 @@ pub struct Submission {
     pub env_vars: BTreeMap<String, String>,
     /// Name of the uploaded package that is the working directory.
     pub package: Option<String>,
-    /// Thousandths of CPUs to reserve.
-    pub millicpus: u64,
+    /// What is set aside for it among the resources of its node.
+    #[serde(default)]
+    pub resources: Resources,
+    /// What the labels of its node must be.
+    #[serde(default)]
+    pub selector: LabelSelector,
 }
 
 impl Submission {
     /// A command that asks for nothing.
     pub fn of(entrypoint: &str) -> Self {
         Self { entrypoint: entrypoint.to_owned(), ..Self::default() }
+    }
+
+    /// Whether it asks for anything of its node.
+    pub fn reserves(&self) -> bool {
+        self.resources != Resources::default() || !self.selector.is_empty()
     }
 }
 
@@ -62,10 +77,11 @@ pub struct BadRequest(pub String);
 /// # Errors
 /// Names the field that is wrong or asks for what cannot be given.
 pub fn parse(body: &[u8]) -> Result<(Option<String>, Submission), BadRequest> {
-    let request: Request = serde_json::from_slice(body)
+    let mut request: Request = serde_json::from_slice(body)
         .map_err(|why| BadRequest(format!("the request is not understood: {why}")))?;
     let bad = |why: String| Err(BadRequest(why));
-    let Some(entrypoint) = request.entrypoint.filter(|entrypoint| !entrypoint.trim().is_empty()) else {
+    let entrypoint = request.entrypoint.take().filter(|entrypoint| !entrypoint.trim().is_empty());
+    let Some(entrypoint) = entrypoint else {
         return bad("entrypoint: a shell command is needed".into());
     };
     if entrypoint.len() > ENTRYPOINT_BYTES_MAX || entrypoint.contains('\0') {
@@ -73,55 +89,69 @@ pub fn parse(body: &[u8]) -> Result<(Option<String>, Submission), BadRequest> {
             "entrypoint: at most {ENTRYPOINT_BYTES_MAX} bytes and no NUL; put more into a script"
         ));
     }
-    let id = request.submission_id.or(request.job_id);
+    let id = request.submission_id.take().or(request.job_id.take());
     if let Some(id) = id.as_deref().filter(|id| !is_id(id)) {
         return bad(format!(
-            "submission_id: {id:?} must be 1 to 128 letters, digits, '-', '_' or '.', not starting with '.'"
+            "submission_id: {id:?} must be 1 to {ID_BYTES_MAX} letters, digits, '-', '_' or '.', not starting with '.'"
         ));
     }
-    for (field, asked, why) in [
-        ("entrypoint_num_gpus", request.entrypoint_num_gpus, "GPUs belong to the ranks of the model"),
-        ("entrypoint_memory", request.entrypoint_memory, "memory is not reserved in this release"),
-    ] {
-        if asked.is_some_and(|asked| asked != 0.0) {
-            return bad(format!("{field}: not supported: {why}; leave it out"));
-        }
-    }
-    if request.entrypoint_resources.is_some_and(|resources| resources.values().any(|&asked| asked != 0.0)) {
-        return bad(
-            "entrypoint_resources: not supported: nodes have no custom resources; leave it out".into()
-        );
-    }
-    if request.entrypoint_label_selector.is_some_and(|labels| !labels.is_empty()) {
-        return bad(
-            "entrypoint_label_selector: not supported: nodes have no labels; `node` in [dashboard] says \
-                    where jobs run"
-                .into(),
-        );
-    }
+    let (resources, selector) = needs(&request)?;
     let metadata = request.metadata.unwrap_or_default();
     if metadata.len() > ENTRIES_MAX {
         return bad(format!("metadata: at most {ENTRIES_MAX} entries"));
     }
     let runtime_env = request.runtime_env.unwrap_or_default();
     let (package, env_vars) = environment(&runtime_env)?;
-    let millicpus = millicpus(request.entrypoint_num_cpus)?;
-    Ok((id, Submission { entrypoint, runtime_env, metadata, env_vars, package, millicpus }))
+    Ok((id, Submission { entrypoint, runtime_env, metadata, env_vars, package, resources, selector }))
 }
 
 /// Whether this may name a job; it names a directory, too.
 pub fn is_id(id: &str) -> bool {
-    (1..=128).contains(&id.len())
+    (1..=ID_BYTES_MAX).contains(&id.len())
         && !id.starts_with('.')
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-fn millicpus(asked: Option<f64>) -> Result<u64, BadRequest> {
-    let asked = asked.unwrap_or(0.0);
-    if !(0.0..=1e6).contains(&asked) {
-        return Err(BadRequest(format!("entrypoint_num_cpus: {asked} is no number of CPUs")));
+/// What the fields `entrypoint_*` ask of a node.
+fn needs(request: &Request) -> Result<(Resources, LabelSelector), BadRequest> {
+    let bad = |field: &str, why: &dyn Display| BadRequest(format!("entrypoint_{field}: {why}"));
+    let gpus = request.entrypoint_num_gpus.unwrap_or_default();
+    if gpus.fract() != 0.0 || !(0.0..=DEVICES_MAX).contains(&gpus) {
+        return Err(bad(
+            "num_gpus",
+            &format_args!("{gpus} is no number of whole GPUs, which are not shared"),
+        ));
     }
-    Ok((asked * 1000.0).ceil() as u64)
+    let memory = request.entrypoint_memory.unwrap_or_default();
+    if !(0.0..=u64::MAX as f64).contains(&memory) {
+        return Err(bad("memory", &format_args!("{memory} is no number of bytes")));
+    }
+    let cpus = Quantity::from_f64(request.entrypoint_num_cpus.unwrap_or_default());
+    let mut resources = Resources {
+        devices: gpus as u32,
+        cpus: cpus.map_err(|why| bad("num_cpus", &why))?,
+        memory: memory.ceil() as u64,
+        ..Resources::default()
+    };
+    for (name, &amount) in request.entrypoint_resources.iter().flatten() {
+        let amount =
+            Quantity::from_f64(amount).map_err(|why| bad("resources", &format_args!("{name}: {why}")))?;
+        if amount > Quantity::ZERO {
+            resources = resources.with(name, amount);
+        }
+    }
+    resources.validate().map_err(|why| bad("resources", &why))?;
+    let mut selector = LabelSelector::default();
+    for (key, rule) in request.entrypoint_label_selector.iter().flatten() {
+        if key == NODE_LABEL {
+            return Err(bad("label_selector", &"`node` in [dashboard] says which node runs jobs"));
+        }
+        let rule: Result<LabelRule, _> = rule.parse();
+        let rule = rule.map_err(|why| bad("label_selector", &format_args!("{key}: {why}")))?;
+        selector = selector.and(key, rule);
+    }
+    selector.validate().map_err(|why| bad("label_selector", &why))?;
+    Ok((resources, selector))
 }
 
 /// Package and variables of a runtime_env; all else is refused by name.
@@ -189,7 +219,8 @@ mod tests {
     fn what_the_client_of_ray_sends_is_understood() {
         let (id, job) = read(json!({
             "entrypoint": "python main.py", "submission_id": "s-1", "metadata": {"a": "b"},
-            "entrypoint_num_cpus": 0.5, "entrypoint_num_gpus": 0, "entrypoint_resources": {},
+            "entrypoint_num_cpus": 0.5, "entrypoint_num_gpus": 1, "entrypoint_memory": 1024,
+            "entrypoint_resources": {"licence": 2, "none": 0}, "entrypoint_label_selector": {"zone": "!in(a,b)"},
             "runtime_env": {
                 "working_dir": "gcs://_ray_pkg_00ff.zip", "env_vars": {"X": "1"}, "pip": null,
                 "config": {"setup_timeout_seconds": 600, "eager_install": true}, "_ray_commit": "x",
@@ -197,7 +228,9 @@ mod tests {
         }))
         .expect("understood");
         assert_eq!(id.as_deref(), Some("s-1"));
-        assert_eq!((job.package.as_deref(), job.millicpus), (Some("_ray_pkg_00ff.zip"), 500));
+        assert_eq!(job.package.as_deref(), Some("_ray_pkg_00ff.zip"));
+        assert_eq!(job.resources.to_string(), "1 device, 0.5 CPUs, 1 KiB memory, 2 licence");
+        assert_eq!(json!(job.selector), json!({"zone": "!in(a,b)"}));
         assert_eq!((job.env_vars["X"].as_str(), job.metadata["a"].as_str()), ("1", "b"));
     }
 
@@ -209,10 +242,10 @@ mod tests {
             read(request).expect_err(field)
         };
         for (field, value) in [
-            ("entrypoint_num_gpus", json!(1)),
-            ("entrypoint_memory", json!(1024)),
-            ("entrypoint_resources", json!({"tpu": 1})),
-            ("entrypoint_label_selector", json!({"zone": "a"})),
+            ("entrypoint_num_gpus", json!(0.5)),
+            ("entrypoint_memory", json!(-1)),
+            ("entrypoint_resources", json!({"GPU": 1})),
+            ("entrypoint_label_selector", json!({"zone": "in("})),
             ("entrypoint_num_cpus", json!(-1)),
             ("entrypoint", json!("  ")),
             ("submission_id", json!("../x")),

@@ -9,7 +9,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use heliostat_runtime::spec::Device;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::core::{Command, End, ErrorType, Job, JobsState, Limits, ProcessId, Refused, Status};
 use super::keeper::{self, Order};
@@ -17,6 +20,7 @@ use super::log::{self, Chunk};
 use super::package::PackageError;
 use super::process::{self, Keeper};
 use super::request::Submission;
+use super::reserve::{Pool, Seen};
 use super::store::{self, Lock, Store, Upload};
 
 /// How long the actor before this one may take to be gone.
@@ -90,21 +94,33 @@ pub enum SubmitError {
 }
 
 /// All jobs of the cluster. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Jobs {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
 struct Inner {
     config: JobsConfig,
     store: Store,
     state: Mutex<JobsState>,
     keepers: Mutex<HashMap<String, Keeper>>,
+    /// Where jobs get what they ask for; none outside of a cluster.
+    pool: Option<Arc<Pool>>,
+    reservations: Mutex<HashMap<String, Reservation>>,
     /// Counts changes of states.
     changed: watch::Sender<u64>,
     runtime: tokio::runtime::Handle,
     _lock: Lock,
+}
+
+/// What is, or was, set aside for a job.
+#[derive(Debug)]
+struct Reservation {
+    /// The job needs it no more.
+    released: CancellationToken,
+    /// Ends when it was given back.
+    task: JoinHandle<()>,
+    devices: Vec<Device>,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -120,7 +136,7 @@ impl Jobs {
     ///
     /// # Errors
     /// The directory cannot be used, or another actor has it.
-    pub async fn open(config: JobsConfig) -> Result<Self, OpenError> {
+    pub(super) async fn open(config: JobsConfig, pool: Option<Pool>) -> Result<Self, OpenError> {
         let dir = config.dir.display().to_string();
         let failed = |source| OpenError::Io { dir: dir.clone(), source };
         let store = Store::open(&config.dir).map_err(failed)?;
@@ -144,6 +160,8 @@ impl Jobs {
             store,
             state,
             keepers: Mutex::default(),
+            pool: pool.map(Arc::new),
+            reservations: Mutex::default(),
             changed: watch::Sender::new(0),
             runtime: tokio::runtime::Handle::current(),
             _lock: lock,
@@ -182,6 +200,11 @@ impl Jobs {
             }
         }
         self.change(JobsState::recovered);
+        if let Some(pool) = self.inner.pool.clone() {
+            let jobs = self.clone();
+            let is_known = move |id: &str| jobs.get(id).is_some_and(|job| !job.status.is_terminal());
+            self.inner.runtime.spawn(async move { pool.sweep(is_known).await });
+        }
     }
 
     /// Takes a job and returns its id.
@@ -318,6 +341,16 @@ impl Jobs {
                         tracing::error!(job = id, %error, "a job's record cannot be written");
                     }
                 }
+                Command::Reserve(id) => {
+                    if let Some(submission) = state.get(&id).map(|job| job.submission.clone()) {
+                        self.reserve(id, submission);
+                    }
+                }
+                Command::Release(id) => {
+                    if let Some(reservation) = held(&self.inner.reservations).get(&id) {
+                        reservation.released.cancel();
+                    }
+                }
                 Command::Start(id) => {
                     if let Some(submission) = state.get(&id).map(|job| job.submission.clone()) {
                         self.inner.runtime.spawn(self.clone().start(id, submission));
@@ -329,6 +362,7 @@ impl Jobs {
                     }
                 }
                 Command::Forget(id) => {
+                    held(&self.inner.reservations).retain(|of, it| *of != id || !it.task.is_finished());
                     if let Err(error) = self.inner.store.forget(&id) {
                         tracing::warn!(job = id, %error, "a job's files cannot be removed");
                     }
@@ -336,6 +370,44 @@ impl Jobs {
             }
         }
         self.inner.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Has it set aside from now on; what an earlier job of that id had is given back before.
+    fn reserve(&self, id: String, submission: Submission) {
+        let mut reservations = held(&self.inner.reservations);
+        let before = reservations.remove(&id).map(|before| {
+            before.released.cancel();
+            before.task
+        });
+        let (jobs, job, released) = (self.clone(), id.clone(), CancellationToken::new());
+        let until = released.clone();
+        let task = self.inner.runtime.spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            match jobs.inner.pool.clone() {
+                Some(pool) => pool.hold(&job, &submission, until, |seen| jobs.seen(&job, seen)).await,
+                None => jobs.seen(&job, Seen::Refused("no cluster is there to set it aside".to_owned())),
+            }
+        });
+        reservations.insert(id, Reservation { released, task, devices: Vec::new() });
+    }
+
+    fn seen(&self, id: &str, seen: Seen) {
+        self.change(|state| match seen {
+            Seen::Reserved(devices) => {
+                if let Some(reservation) = held(&self.inner.reservations).get_mut(id) {
+                    reservation.devices = devices;
+                }
+                state.reserved(id)
+            }
+            Seen::Waits(why) => {
+                state.waits(id, &why);
+                Vec::new()
+            }
+            Seen::Lost(why) => state.unreserved(id, why),
+            Seen::Refused(why) => state.refused(id, why, now()),
+        });
     }
 
     async fn start(self, id: String, submission: Submission) {
@@ -381,8 +453,12 @@ impl Jobs {
         ] {
             env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
         }
+        let devices =
+            held(&self.inner.reservations).get(id).map(|held| held.devices.clone()).unwrap_or_default();
         let dir = self.inner.store.job_dir(id);
         let order = Order {
+            gpus: devices.iter().filter_map(Device::gpu).collect(),
+            devices: devices.iter().map(|device| device.index).collect(),
             id: id.to_owned(),
             entrypoint: submission.entrypoint.clone(),
             env,

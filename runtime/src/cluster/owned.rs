@@ -1,9 +1,12 @@
 //! Names, namespaces and owners as a client sees them: what is spawned, found and ended by name.
 
+use futures_util::future::join_all;
+
 use super::{Applied, Cluster, ClusterError, ControlAction, Named, not_applied};
 use crate::actor::RemoteActor;
 use crate::cluster::status::ActorState;
 use crate::head::messages::{Apply, ApplyMode, Find, Found};
+use crate::objects::Keep;
 use crate::spec::{
     ActorSpec, Lifetime, Owner, Seat, SupervisorSpec, SupervisorStrategy, full_name, split_name,
 };
@@ -140,12 +143,17 @@ impl Cluster {
             ..spec
         };
         let by = self.by.to_string();
-        let specs = specs.into_iter().map(actor).collect();
+        let mut specs: Vec<ActorSpec> = specs.into_iter().map(actor).collect();
+        let keep =
+            |spec: &mut ActorSpec| Keep::of(&spec.name, &spec.args, &mut spec.refs, self.known_heads());
+        let kept: Vec<Keep> = specs.iter_mut().filter_map(keep).collect();
         let supervisors = supervisors.into_iter().map(supervisor).collect();
         // Only a new name is not harmless twice: it would be refused as taken.
         let again = mode != ApplyMode::New;
         let apply = Apply { specs, supervisors, mode, by };
         let answer = self.ask_within(apply, std::time::Duration::ZERO, again).await?;
-        answer.map_err(not_applied)
+        let applied = answer.map_err(not_applied)?;
+        join_all(kept.into_iter().map(|keep| keep.hand_over(self))).await;
+        Ok(applied)
     }
 }

@@ -32,15 +32,31 @@ impl PlacementGroup {
 
     /// How it is at this moment. Fails if it was removed.
     pub async fn status(&self) -> Result<PlacementGroupStatus, ClusterError> {
-        self.watch(Duration::ZERO).await
+        self.watch(None, Duration::ZERO).await
+    }
+
+    /// How it is as soon as its state is not the one that was `seen`, or after `limit`. Fails if it was removed.
+    pub async fn changed(
+        &self,
+        seen: &PlacementGroupState,
+        limit: Duration,
+    ) -> Result<PlacementGroupStatus, ClusterError> {
+        let started = Instant::now();
+        loop {
+            let left = limit.saturating_sub(started.elapsed());
+            let status = self.watch(Some(seen.clone()), left.min(WATCH_PART)).await?;
+            if status.state != *seen || left.is_zero() {
+                return Ok(status);
+            }
+        }
     }
 
     /// Waits until all bundles are reserved. Fails after `limit` with what they wait for, or when the group is removed.
     pub async fn ready(&self, limit: Duration) -> Result<PlacementGroupStatus, ClusterError> {
         let started = Instant::now();
+        let mut status = self.status().await?;
         loop {
             let left = limit.saturating_sub(started.elapsed());
-            let status = self.watch(left.min(WATCH_PART)).await?;
             let why = match &status.state {
                 PlacementGroupState::Created => return Ok(status),
                 PlacementGroupState::Pending { reason }
@@ -51,14 +67,19 @@ impl PlacementGroup {
                 let name = &self.name;
                 return Err(ClusterError::Refused(format!("placement group {name} is not ready: {why}")));
             }
+            status = self.changed(&status.state, left).await?;
         }
     }
 
-    async fn watch(&self, wait: Duration) -> Result<PlacementGroupStatus, ClusterError> {
+    async fn watch(
+        &self,
+        seen: Option<PlacementGroupState>,
+        wait: Duration,
+    ) -> Result<PlacementGroupStatus, ClusterError> {
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let watch = WatchPlacementGroup { name: self.name.clone(), wait_ms };
+        let watch = WatchPlacementGroup { name: self.name.clone(), seen, wait_ms };
         let status = self.cluster.ask_within(watch, wait, true).await?;
-        status.ok_or_else(|| ClusterError::Refused(format!("there is no placement group {:?}", self.name)))
+        status.ok_or_else(|| ClusterError::NoSuchPlacementGroup(self.name.clone()))
     }
 
     /// Ends the actors in it, for good, and gives its bundles back.

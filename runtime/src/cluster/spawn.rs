@@ -5,11 +5,12 @@ use std::time::Duration;
 use super::status::{ActorState, ClusterStatus};
 use super::{Cluster, ClusterError};
 use crate::actor::Spawn;
+use crate::objects::encode_args;
 use crate::package::{
     ListPackages, PackageId, PackageStatus, RegisterMode, RegisterPackage, RegistryError, RemovePackage,
 };
 use crate::spec::{ActorSpec, DeathCause};
-use crate::wire::{CodecError, to_bytes};
+use crate::wire::CodecError;
 
 /// Why an actor was not started.
 #[derive(Debug, thiserror::Error)]
@@ -38,9 +39,11 @@ pub enum SpawnFailed {
 }
 
 impl ActorSpec {
-    /// A spec for an actor of that type, with defaults.
+    /// A spec for an actor of that type, with defaults. Objects to which `args` have refs are kept for as long as the actor
+    /// may be started (OB-5).
     pub fn of<A: Spawn>(name: impl Into<String>, args: &A::Args) -> Result<Self, CodecError> {
-        Ok(Self::new(name, A::TYPE, to_bytes(args)?))
+        let (args, refs) = encode_args(args)?;
+        Ok(Self { refs, ..Self::new(name, A::TYPE, args) })
     }
 }
 

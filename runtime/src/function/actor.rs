@@ -8,6 +8,7 @@ use bincode::{Decode, Encode};
 
 use super::{FunctionError, FunctionTable};
 use crate::actor::{Accepts, RemoteActor, WireMessage};
+use crate::objects::Table;
 use crate::panics;
 
 /// Its type in a program's table.
@@ -33,13 +34,14 @@ impl WireMessage for CallFunction {
 /// Runs functions, each on a thread that it may block, and so many at once.
 pub struct FunctionActor {
     table: FunctionTable,
+    objects: Arc<Table>,
     running: Arc<AtomicU32>,
     running_max: u32,
 }
 
 impl FunctionActor {
-    pub(crate) fn new(table: FunctionTable, running_max: u32) -> Self {
-        Self { table, running: Arc::default(), running_max: running_max.max(1) }
+    pub(crate) fn new(table: FunctionTable, running_max: u32, objects: Arc<Table>) -> Self {
+        Self { table, objects, running: Arc::default(), running_max: running_max.max(1) }
     }
 }
 
@@ -72,7 +74,7 @@ impl Handler<CallFunction> for FunctionActor {
             Ok(run) => run,
             Err(unknown) => return Box::pin(async { Err(unknown) }),
         };
-        let running = Running(self.running.clone());
+        let (running, objects) = (Running(self.running.clone()), self.objects.clone());
         if self.running.fetch_add(1, Ordering::Relaxed) >= self.running_max {
             let busy = FunctionError::Busy(self.running_max);
             return Box::pin(async move {
@@ -85,7 +87,7 @@ impl Handler<CallFunction> for FunctionActor {
             // The place is free when the function has ended, also if nobody waits for it any more.
             let ran = tokio::task::spawn_blocking(move || {
                 let _running = running;
-                run(&args)
+                run(&args, &objects)
             });
             match ran.await {
                 Ok(result) => result,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bincode::{Decode, Encode};
 
+use crate::objects::{Table, scope};
 use crate::wire::{from_bytes, to_bytes};
 
 pub use actor::{FUNCTIONS, FunctionActor};
@@ -60,7 +61,7 @@ pub enum FunctionError {
     Busy(u32),
 }
 
-type RunFn = fn(&[u8]) -> Result<Vec<u8>, FunctionError>;
+type RunFn = fn(&[u8], &Arc<Table>) -> Result<Vec<u8>, FunctionError>;
 
 /// The visible table of a program's functions.
 #[derive(Default, Clone)]
@@ -92,8 +93,10 @@ impl FunctionTable {
     }
 }
 
-fn run<F: RemoteFunction>(args: &[u8]) -> Result<Vec<u8>, FunctionError> {
+/// Refs in the arguments count as this process's; those in the result are on their way to the caller.
+fn run<F: RemoteFunction>(args: &[u8], objects: &Arc<Table>) -> Result<Vec<u8>, FunctionError> {
     let codec = |why: String| FunctionError::Codec { name: F::NAME.to_owned(), why };
-    let args = from_bytes::<F::Args>(args).map_err(|error| codec(error.to_string()))?;
-    to_bytes(&F::call(args)).map_err(|error| codec(error.to_string()))
+    let args = scope::received(objects, || from_bytes::<F::Args>(args));
+    let output = F::call(args.map_err(|error| codec(error.to_string()))?);
+    scope::sent_to_one(|| to_bytes(&output)).map_err(|error| codec(error.to_string()))
 }

@@ -16,6 +16,7 @@ use super::{FunctionError, RemoteFunction};
 use crate::cluster::status::ActorState;
 use crate::cluster::{Cluster, ClusterError, Named, NamedError, SpawnFailed};
 use crate::handle::AskError;
+use crate::objects::{encode_args, scope};
 use crate::spec::{ActorSpec, Placement, Resources, RestartPolicy};
 use crate::wire::{from_bytes, to_bytes};
 
@@ -206,21 +207,25 @@ impl FunctionPool {
         Ok(pool)
     }
 
-    /// Calls a function on a worker that is free. Waits for one where none is. Dropping the future forgets the result; a
+    /// Calls a function on a worker that is free. Waits for one where none is. Objects to which `args` have refs are kept until
+    /// it has answered for good (OB-5). Dropping the future forgets the result; a
     /// function that runs goes on to its end.
     pub async fn call<F: RemoteFunction>(&self, args: F::Args) -> Result<F::Output, CallError> {
         let failed = |why: String| CallError::Failed { name: F::NAME, why };
-        let args = to_bytes(&args).map_err(|error| failed(error.to_string()))?;
+        let objects = self.shared.cluster.system().objects();
+        // The refs keep their objects for every attempt, and until those in the result are counted.
+        let (bytes, _refs) = encode_args(&args).map_err(|error| failed(error.to_string()))?;
         // Never closed.
         let _waiting = self.shared.waiting.acquire().await.map_err(|error| failed(error.to_string()))?;
         let mut times = 0;
         loop {
             let place = self.shared.places.take().await?;
             let worker = place.worker;
-            let message = CallFunction { name: F::NAME.to_owned(), args: args.clone() };
+            let message = CallFunction { name: F::NAME.to_owned(), args: bytes.clone() };
             let error = match self.shared.workers[worker].ask(message).await {
                 Ok(Ok(output)) => {
-                    return from_bytes(&output).map_err(|error| failed(error.to_string()));
+                    let output = scope::received(objects, || from_bytes(&output));
+                    return output.map_err(|error| failed(error.to_string()));
                 }
                 Ok(Err(error)) => return Err(error.into()),
                 Err(error) => error,

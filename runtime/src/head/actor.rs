@@ -16,9 +16,10 @@ use super::authority::Authority;
 use super::clock::Clock;
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
+use super::lives::Lives;
 use super::messages::{
     Applied, Apply, ApplyError, Control, ControlAction, DeliverView, Dismiss, DrainNode, DriverBye,
-    DriverHello, Find, FindLog, Found, GetValue, HeadSeen, Located, Lookup, MakePlacementGroup, NodeReport,
+    DriverHello, Find, FindLog, GetValue, HeadSeen, IsOver, Located, Lookup, MakePlacementGroup, NodeReport,
     NodeVerdict, ProcessStatus, PutValue, RemovePlacementGroup, Shutdown, StartWorker, StopNode, StopWorker,
     UndrainNode, Watch, WatchPlacementGroup, WorkerReport,
 };
@@ -58,6 +59,7 @@ pub(crate) struct HeadActor {
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
     pub(super) version: watch::Sender<u64>,
     closed: watch::Sender<bool>,
+    pub(super) lives: Lives,
     timer: Option<(Duration, SpawnHandle)>,
 }
 
@@ -98,6 +100,7 @@ impl HeadActor {
             nodes: HashMap::new(),
             workers: HashMap::new(),
             closed,
+            lives: Lives::default(),
             timer: None,
         }
     }
@@ -167,7 +170,7 @@ impl HeadActor {
                     packages.drop_package(sha256);
                 }
             }
-            Command::Persist(write) => self.keeper.write(&write),
+            Command::Persist(write) => self.write(&write),
         }
     }
 
@@ -364,7 +367,7 @@ impl RemoteActor for HeadActor {
         m.accept::<WatchMesh>().accept::<RemoveMesh>();
         m.accept::<MakePlacementGroup>().accept::<RemovePlacementGroup>().accept::<WatchPlacementGroup>();
         m.accept::<DrainNode>().accept::<UndrainNode>();
-        m.accept::<Find>().accept::<DriverHello>().accept::<DriverBye>();
+        m.accept::<Find>().accept::<IsOver>().accept::<DriverHello>().accept::<DriverBye>();
         m.accept::<PutValue>().accept::<GetValue>();
         m.accept::<ListPackages>().accept::<RegisterPackage>().accept::<RemovePackage>();
     }
@@ -558,14 +561,6 @@ impl Handler<Tell> for HeadActor {
 
     fn handle(&mut self, Tell(event): Tell, ctx: &mut Context<Self>) {
         self.feed(event, ctx);
-    }
-}
-
-impl Handler<Find> for HeadActor {
-    type Result = Option<Found>;
-
-    fn handle(&mut self, find: Find, _: &mut Context<Self>) -> Self::Result {
-        self.core.find(&find.actor)
     }
 }
 

@@ -34,7 +34,9 @@ use self::groups::Group;
 use self::nodes::Node;
 use self::owners::{Driver, Owned};
 use self::packages::Packages;
-pub use self::record::{Key, Record, Write};
+#[cfg(test)]
+pub(super) use self::record::{ActorRecord, GroupRecord, NodeRecord, PlacementGroupRecord, SupervisorRecord};
+pub use self::record::{Key, LifeRecord, Record, Write};
 use self::roster::Roster;
 use self::supervisors::Supervisor;
 use self::values::Values;

@@ -11,7 +11,7 @@ use super::core::Manner;
 pub use super::orders::{CreateActor, DeliverView, Dismiss};
 use super::tenure::Superseded;
 use crate::actor::wire;
-use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupStatus};
+use crate::cluster::status::{ActorState, ClusterStatus, PlacementGroupState, PlacementGroupStatus};
 use crate::group::GroupView;
 use crate::handle::{ActorAddr, Incarnation, ProcessId};
 use crate::package::{Digest, PackageOrder};
@@ -29,6 +29,7 @@ wire! {
     Watch = "head.watch" -> ClusterStatus;
     Lookup = "head.lookup" -> Option<Located>;
     Find = "head.find" -> Option<Found>;
+    IsOver = "head.is_over" -> bool;
     DriverHello = "head.driver" -> Result<HeadSeen, String>;
     DriverBye = "head.driver_bye" -> ();
     FindLog = "head.find_log" -> Result<ActorAddr, String>;
@@ -426,11 +427,25 @@ pub struct RemovePlacementGroup {
     pub name: String,
 }
 
-/// Asks how a placement group is, as soon as it is created or gone, or at the end of the wait.
+/// Asks how a placement group is, as soon as that is not what was seen, or at the end of the wait.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct WatchPlacementGroup {
     /// Its name.
     pub name: String,
+    /// How it was when it was asked last.
+    pub seen: Option<PlacementGroupState>,
+    /// Longest wait, milliseconds.
+    pub wait_ms: u64,
+}
+
+/// Asks whether an actor will not be started any more with these arguments: dead for good, gone, or of another spec.
+/// Answered as soon as it is so, or at the end of the wait.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct IsOver {
+    /// Its name.
+    pub actor: String,
+    /// SHA-256 of the arguments.
+    pub args: Digest,
     /// Longest wait, milliseconds.
     pub wait_ms: u64,
 }

@@ -8,7 +8,10 @@ mod clock;
 pub mod core;
 mod election;
 pub(crate) mod finder;
+#[cfg(test)]
+mod format_tests;
 mod keeper;
+mod lives;
 mod meshes;
 pub mod messages;
 mod orders;

@@ -12,7 +12,7 @@ use super::messages::{
     WatchPlacementGroup,
 };
 use super::tenure::Superseded;
-use crate::cluster::status::{PlacementGroupState, PlacementGroupStatus};
+use crate::cluster::status::PlacementGroupStatus;
 
 /// The same of `PrepareBundles`.
 #[derive(actix::Message)]
@@ -153,11 +153,11 @@ impl Handler<WatchPlacementGroup> for HeadActor {
         let (mut version, head) = (self.version.subscribe(), ctx.address());
         let mut now = self.core.placement_group(&watch.name);
         Box::pin(async move {
-            let pending = |now: &Option<PlacementGroupStatus>| {
-                now.as_ref().is_some_and(|group| group.state != PlacementGroupState::Created)
+            let as_seen = |now: &Option<PlacementGroupStatus>| {
+                now.as_ref().is_some_and(|group| Some(&group.state) == watch.seen.as_ref())
             };
-            let created = async {
-                while pending(&now) && version.changed().await.is_ok() {
+            let changed = async {
+                while as_seen(&now) && version.changed().await.is_ok() {
                     match head.send(GroupSnapshot(watch.name.clone())).await {
                         Ok(group) => now = group,
                         Err(_) => return,
@@ -165,7 +165,7 @@ impl Handler<WatchPlacementGroup> for HeadActor {
                 }
             };
             // At the end of the wait the last that was seen is told.
-            let _ = tokio::time::timeout(Duration::from_millis(watch.wait_ms), created).await;
+            let _ = tokio::time::timeout(Duration::from_millis(watch.wait_ms), changed).await;
             now
         })
     }

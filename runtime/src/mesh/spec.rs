@@ -16,7 +16,6 @@ use crate::cluster::status::{ActorState, ClusterStatus};
 use crate::cluster::{Cluster, ClusterError};
 use crate::group::GroupView;
 use crate::spec::{ActorSpec, GroupMember, Placement, Seat, SupervisorSpec, SupervisorStrategy};
-use crate::wire::to_bytes;
 
 /// How long the head lets a follower wait before it answers with what is known already.
 const FOLLOW_WAIT: Duration = Duration::from_secs(10);
@@ -49,8 +48,7 @@ pub struct Over {
 impl MeshSpec {
     /// Ranks of type `A`, all with the same arguments; each learns its own place by `ActorCx::mesh`.
     pub fn new<A: Spawn>(name: &str, dims: Dims, args: &A::Args) -> Result<Self, MeshError> {
-        let args = to_bytes(args).map_err(|error| MeshError::Codec(error.to_string()))?;
-        let rank = ActorSpec::new(name, A::TYPE, args);
+        let rank = ActorSpec::of::<A>(name, args).map_err(|error| MeshError::Codec(error.to_string()))?;
         Ok(Self { name: name.to_owned(), dims, rank, strategy: None, over: None })
     }
 

@@ -146,7 +146,7 @@ impl Objects {
     /// As `put`, or it cannot be encoded.
     pub async fn put_value<T: Encode>(&self, value: &T) -> Result<ObjectRef, ObjectError> {
         let (bytes, within) = scope::put(|| to_bytes(value));
-        self.put_with(&bytes?, within).await
+        self.put_with(&bytes?, within.iter().map(ObjectRef::id).collect()).await
     }
 
     /// Memory for an object of that size, to be filled in place: zero or what was there before.

@@ -165,6 +165,13 @@ impl Counts {
         true
     }
 
+    /// One more ref of this process to an object of its own, if it is there.
+    pub(super) fn another(&mut self, id: ObjectId) -> Option<ObjectAddr> {
+        let count = self.objects.get_mut(&id).filter(|count| matches!(count.role, Role::Owner(_)))?;
+        count.here += 1;
+        Some(count.addr.clone())
+    }
+
     /// A ref of this process is gone.
     pub(super) fn dropped(&mut self, id: ObjectId) {
         if let Some(count) = self.objects.get_mut(&id) {

@@ -11,7 +11,9 @@ use tokio::sync::{Mutex, Semaphore};
 
 use super::counts::{Command, Told, Whereabouts, Word};
 use super::link::{self, Ends, StoreLink};
-use super::messages::{BorrowObject, Fate, FateOf, ReadObject, RefArrived, ReturnObject, ToProcess, ToStore};
+use super::messages::{
+    BorrowObject, Fate, FateOf, KeepForActor, ReadObject, RefArrived, ReturnObject, ToProcess, ToStore,
+};
 use super::pool::Known;
 use super::store::StoreActor;
 use super::table::Table;
@@ -324,6 +326,7 @@ impl RemoteActor for OwnerActor {
         m.accept::<BorrowObject>()
             .accept::<ReturnObject>()
             .accept::<RefArrived>()
+            .accept::<KeepForActor>()
             .accept::<ReadObject>()
             .accept::<FateOf>();
     }
@@ -351,6 +354,15 @@ impl Handler<RefArrived> for OwnerActor {
 
     fn handle(&mut self, said: RefArrived, _: &mut Context<Self>) {
         self.table.counts().passed(said.object, said.number);
+        self.table.news.notify_one();
+    }
+}
+
+impl Handler<KeepForActor> for OwnerActor {
+    type Result = ();
+
+    fn handle(&mut self, said: KeepForActor, _: &mut Context<Self>) {
+        self.table.keep_for(&said.life, &said.objects);
         self.table.news.notify_one();
     }
 }

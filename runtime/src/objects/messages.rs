@@ -3,6 +3,7 @@
 use bincode::{Decode, Encode};
 use serde::Serialize;
 
+use super::args::Life;
 use super::{ObjectAddr, ObjectError, ObjectId};
 use crate::actor::wire;
 use crate::handle::ProcessId;
@@ -28,6 +29,13 @@ pub(super) struct ReturnObject {
 pub(super) struct RefArrived {
     pub(super) object: ObjectId,
     pub(super) number: u64,
+}
+
+/// Has the owner keep objects that are in the arguments of an actor for as long as it may be started with them.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(super) struct KeepForActor {
+    pub(super) life: Life,
+    pub(super) objects: Vec<ObjectId>,
 }
 
 /// Reads a piece of an object, from its owner or from a store.
@@ -112,6 +120,7 @@ wire! {
     BorrowObject = "object.borrow" -> bool;
     ReturnObject = "object.return" -> ();
     RefArrived = "object.arrived" -> ();
+    KeepForActor = "object.keep" -> ();
     // To an owner or a store.
     ReadObject = "object.read" -> Result<Vec<u8>, ObjectError>;
     // To a store.

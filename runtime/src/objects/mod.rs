@@ -33,6 +33,7 @@
 //! # }
 //! ```
 
+mod args;
 mod client;
 mod counts;
 #[cfg(test)]
@@ -54,6 +55,8 @@ use std::fmt;
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+pub use args::ArgRefs;
+pub(crate) use args::{Keep, digest as args_digest, encode as encode_args};
 pub use client::{ObjectBytes, ObjectWriter, Objects};
 pub use error::ObjectError;
 pub use messages::{ObjectPlace, ObjectStatus, StoreStatus};

@@ -78,9 +78,7 @@ impl Eq for ObjectRef {}
 
 impl Encode for ObjectRef {
     fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
-        if let Some(held) = &self.held
-            && scope::is_put(held.id)
-        {
+        if self.held.is_some() && scope::is_put(self) {
             self.addr.encode(encoder)?;
             return None::<Ticket>.encode(encoder);
         }

@@ -8,15 +8,15 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::thread::LocalKey;
 
-use super::ObjectId;
 use super::table::Table;
+use super::{ObjectId, ObjectRef};
 
 /// Who counts the refs that are decoded, and the object that they are read from, if it is no message.
 type Receiver = (Arc<Table>, Option<ObjectId>);
 
 thread_local! {
     static RECEIVER: RefCell<Option<Receiver>> = const { RefCell::new(None) };
-    static PUT: RefCell<Option<Vec<ObjectId>>> = const { RefCell::new(None) };
+    static PUT: RefCell<Option<Vec<ObjectRef>>> = const { RefCell::new(None) };
     static TO_ONE: RefCell<bool> = const { RefCell::new(false) };
 }
 
@@ -34,14 +34,14 @@ fn receiving<R>(receiver: Receiver, decode: impl FnOnce() -> R) -> R {
     during(&RECEIVER, Some(receiver), decode)
 }
 
-/// What `encode` writes becomes an object: the refs in it, which are not on their way to anybody.
-pub(super) fn put<R>(encode: impl FnOnce() -> R) -> (R, Vec<ObjectId>) {
+/// What `encode` writes becomes an object, or arguments: the refs in it, which are not on their way to anybody.
+pub(super) fn put<R>(encode: impl FnOnce() -> R) -> (R, Vec<ObjectRef>) {
     during(&PUT, Some(Vec::new()), || (encode(), PUT.take().unwrap_or_default()))
 }
 
-/// Notes a ref that is being encoded if it becomes part of an object.
-pub(super) fn is_put(id: ObjectId) -> bool {
-    PUT.with_borrow_mut(|refs| refs.as_mut().map(|refs| refs.push(id))).is_some()
+/// Notes a ref that is being encoded if it becomes part of those.
+pub(super) fn is_put(object: &ObjectRef) -> bool {
+    PUT.with_borrow_mut(|refs| refs.as_mut().map(|refs| refs.push(object.clone()))).is_some()
 }
 
 /// What `encode` writes is decoded by one process, at most once.

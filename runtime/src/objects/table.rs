@@ -12,6 +12,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::args::Kept;
 use super::client::Mapped;
 use super::counts::{Counts, Ticket};
 use super::link::StoreLink;
@@ -37,6 +38,8 @@ pub(crate) struct Table {
     /// Objects of this process that live in its own memory.
     small: Mutex<HashMap<u64, Bytes>>,
     mapped: Mutex<HashMap<ObjectId, Weak<Mapped>>>,
+    /// What is kept for actors that have refs in their arguments.
+    kept: Mutex<Kept>,
     next: AtomicU64,
     running: AtomicBool,
     /// When a store was last looked for in vain.
@@ -63,6 +66,7 @@ impl Table {
             pool: Mutex::default(),
             small: Mutex::default(),
             mapped: Mutex::default(),
+            kept: Mutex::default(),
             next: AtomicU64::new(1),
             running: AtomicBool::new(false),
             looked: Mutex::new(None),
@@ -113,6 +117,10 @@ impl Table {
 
     pub(super) fn mapped(&self) -> MutexGuard<'_, HashMap<ObjectId, Weak<Mapped>>> {
         lock(&self.mapped)
+    }
+
+    pub(super) fn kept(&self) -> MutexGuard<'_, Kept> {
+        lock(&self.kept)
     }
 
     /// Sees to it that the keeper runs.

@@ -75,9 +75,9 @@ impl PlacementGroupSpec {
         }
         for (index, bundle) in self.bundles.iter().enumerate() {
             let fail = |why: String| fail(format!("bundle {index}: {why}"));
-            if bundle.resources == Resources::default() {
+            if *bundle == Bundle::default() {
                 return fail(
-                    "it reserves nothing; ask for a device, CPUs, memory or a custom resource".into(),
+                    "it asks for nothing; ask for a device, CPUs, memory, a custom resource or labels".into(),
                 );
             }
             bundle.resources.validate().or_else(fail)?;
@@ -100,8 +100,8 @@ mod tests {
         let empty = PlacementGroupSpec::new("pg", 1, Resources::default());
         assert_eq!(
             why(empty),
-            "placement group \"pg\": bundle 0: it reserves nothing; ask for a device, CPUs, memory or a custom \
-             resource"
+            "placement group \"pg\": bundle 0: it asks for nothing; ask for a device, CPUs, memory, a custom resource \
+             or labels"
         );
         assert!(why(PlacementGroupSpec { topology: Some("a b".into()), ..group }).contains("label"));
     }

@@ -112,7 +112,8 @@ impl LabelSelector {
         self.0.iter().find(broken).map(|(key, rule)| (key.as_str(), rule))
     }
 
-    pub(super) fn validate(&self) -> Result<(), String> {
+    /// Says what is wrong with its labels and values.
+    pub fn validate(&self) -> Result<(), String> {
         for (key, rule) in &self.0 {
             check_key(key)?;
             let (LabelRule::In(values) | LabelRule::NotIn(values)) = rule;

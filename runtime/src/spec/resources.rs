@@ -169,7 +169,7 @@ impl Resources {
     }
 
     /// Says what is wrong with the names.
-    pub(super) fn validate(&self) -> Result<(), String> {
+    pub fn validate(&self) -> Result<(), String> {
         self.custom.keys().try_for_each(|name| check_name(name))
     }
 

@@ -66,29 +66,51 @@ impl Etcd {
         Ok(store)
     }
 
-    /// Marks what is below the prefix with the format of this version, unless it has a mark, and refuses another.
+    /// Marks what is below the prefix with the format of this version, if nothing is there yet, and refuses another.
     async fn check_format(&self) -> Result<(), StateError> {
-        // Beside the keys, so that who reads all of them does not find it.
-        let key = format!("{}.format", self.prefix.trim_end_matches('/'));
-        let written = FORMAT_VERSION.to_string();
-        // What has no mark was written before there were any, in format 1, or is new.
+        let refuse = |found: String| {
+            let place = format!("etcd under {}", self.prefix);
+            Err(StateError::Format { place, found, other: "prefix" })
+        };
+        match self.format().await? {
+            Some(found) if found == FORMAT_VERSION.to_string() => return Ok(()),
+            Some(found) => return refuse(found),
+            // What has no mark was written before there were any, in the first format, or is not there.
+            None if self.holds_any().await? => return refuse("1".to_owned()),
+            None => {}
+        }
+        let key = self.format_key();
         let absent = Compare::version(key.as_str(), CompareOp::Equal, 0);
-        let mark = Txn::new()
-            .when([absent])
-            .and_then([TxnOp::put(key.as_str(), written.as_str(), None)])
-            .or_else([TxnOp::get(key.as_str(), None)]);
-        let response = within(self.client.kv_client().txn(mark)).await?;
-        let found = response.op_responses().into_iter().find_map(|answer| match answer {
-            TxnOpResponse::Get(mut got) => got.take_kvs().pop(),
-            _ => None,
-        });
-        match found {
-            Some(found) if found.value() != written.as_bytes() => {
-                let found = String::from_utf8_lossy(found.value()).into_owned();
-                let place = format!("etcd under {}", self.prefix);
-                Err(StateError::Format { place, found, other: "prefix" })
-            }
+        let mark = TxnOp::put(key.as_str(), FORMAT_VERSION.to_string(), None);
+        within(self.client.kv_client().txn(Txn::new().when([absent]).and_then([mark]))).await?;
+        // Another head may have marked it before.
+        match self.format().await? {
+            Some(found) if found != FORMAT_VERSION.to_string() => refuse(found),
             Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Where the format stands: beside the keys, so that who reads all of them does not find it.
+    fn format_key(&self) -> String {
+        format!("{}.format", self.prefix.trim_end_matches('/'))
+    }
+
+    async fn format(&self) -> Result<Option<String>, StateError> {
+        let mut response = within(self.client.kv_client().get(self.format_key(), None)).await?;
+        Ok(response.take_kvs().pop().map(|found| String::from_utf8_lossy(found.value()).into_owned()))
+    }
+
+    async fn holds_any(&self) -> Result<bool, StateError> {
+        let options = Self::all_below(&self.prefix).with_limit(1).with_keys_only();
+        let mut response = within(self.client.kv_client().get(&*self.prefix, Some(options))).await?;
+        Ok(!response.take_kvs().is_empty())
+    }
+
+    /// An empty prefix is all keys, which etcd spells differently.
+    fn all_below(prefix: &str) -> GetOptions {
+        match prefix.is_empty() {
+            true => GetOptions::new().with_all_keys(),
+            false => GetOptions::new().with_prefix(),
         }
     }
 
@@ -99,11 +121,7 @@ impl Etcd {
 
     pub(super) async fn range(&self, prefix: &str) -> Result<Snapshot, StateError> {
         let prefix = self.key(prefix);
-        // An empty prefix is all keys, which etcd spells differently.
-        let options = match prefix.is_empty() {
-            true => GetOptions::new().with_all_keys(),
-            false => GetOptions::new().with_prefix(),
-        };
+        let options = Self::all_below(&prefix);
         let mut response = within(self.client.kv_client().get(prefix, Some(options))).await?;
         let revision = revision(response.header().map_or(0, |header| header.revision()));
         let entries = response.take_kvs().into_iter().map(|kv| self.entry(kv)).collect::<Result<_, _>>()?;

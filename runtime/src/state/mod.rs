@@ -23,8 +23,9 @@ pub const TXN_OPS_MAX: usize = 128;
 pub const TXN_BYTES_MAX: usize = 1_400_000;
 
 /// The format of what is kept: of the store, and of the head's records and what else is written to it. Whoever changes the encoding of
-/// any of these raises it; a store of another format is refused.
-pub(crate) const FORMAT_VERSION: u64 = 1;
+/// any of these raises it; a store of another format is refused. Tests compare examples of each type with those that were
+/// written for this number (`head/format/`, and `src/format/` of the actors).
+pub const FORMAT_VERSION: u64 = 2;
 
 /// A state of the store; grows with every change and never goes back, also over restarts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]

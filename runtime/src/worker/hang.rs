@@ -12,8 +12,11 @@ use crate::actor::Reports;
 use crate::mailbox::Entry;
 use crate::spec::DeathCause;
 
-/// Beats in the longest time that the actor may take for one.
+/// Beats in the time after which a hung actor is to answer again.
 const BEATS: u32 = 40;
+/// Beats after which it counts as hung. One is left for its end and its next start; one more has passed before the first
+/// that is missed, and the hang may have begun right at its beginning.
+const MISSED_MAX: u32 = BEATS - 2;
 
 /// Which part of its life is watched.
 pub(super) enum Watched {
@@ -46,8 +49,8 @@ impl Watched {
     }
 }
 
-/// Returns when the actor's thread has taken no work for `limit`. Never for an actor without a thread of its own, and for
-/// one that ended.
+/// Returns when the actor's thread has taken no work for so long that another one is just about to be there after `limit`: a
+/// twentieth earlier. Never for an actor without a thread of its own, and for one that ended.
 pub(super) async fn hung(watched: Watched, limit: Duration) -> DeathCause {
     let beat = (limit / BEATS).max(Duration::from_millis(1));
     let (arbiter, mut thread) = match &watched {
@@ -84,8 +87,8 @@ pub(super) async fn hung(watched: Watched, limit: Duration) -> DeathCause {
             if said != words {
                 (missed, words) = (0, said);
             }
-            if missed == BEATS {
-                let waited_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            if missed == MISSED_MAX {
+                let waited_ms = u64::try_from((beat * missed).as_millis()).unwrap_or(u64::MAX);
                 return DeathCause::Hung { waited_ms, what: what(&watched, thread) };
             }
         }

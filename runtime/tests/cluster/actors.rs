@@ -11,6 +11,7 @@ use heliostat_runtime::supervisor::{ChildDied, Verdict};
 use heliostat_runtime::wire::to_bytes;
 
 use crate::causes::{Newborn, Sufferer};
+use crate::kept::{self, Reader};
 use crate::mesh::MeshRank;
 use crate::objects::Vault;
 
@@ -145,6 +146,8 @@ pub(crate) fn types() -> ActorTypes {
         .with::<Sufferer>()
         .with::<Newborn>()
         .with::<Vault>()
+        .with::<Reader>()
+        .with_functions(kept::functions())
 }
 
 /// Spawns counters that end with it, and decides what follows from the death of children.

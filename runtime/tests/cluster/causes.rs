@@ -190,7 +190,7 @@ pub(crate) async fn hung_in_create() {
         .await;
     let ActorState::Dead { cause } = &actor(&status, "blocks").state else { panic!("{status:#?}") };
     println!("  {cause}");
-    let DeathCause::Hung { what, waited_ms: 1000 } = cause else { panic!("{cause}") };
+    let DeathCause::Hung { what, waited_ms: 950 } = cause else { panic!("{cause}") };
     assert!(what.contains("being created (Spawn::create)"), "{what}");
     assert!(what.contains("the thread waits in the kernel"), "{what}");
     assert_eq!(actor(&status, "tells").state, ActorState::Ready);
@@ -254,11 +254,22 @@ pub(crate) async fn causes() {
     let start = Instant::now();
     named.ask(Block(60_000)).await.unwrap_err();
     println!("  an actor that may block for 1 s was ended after {:?}", start.elapsed());
-    assert!(start.elapsed() < Duration::from_secs(15));
     before = next_life(&cluster, &before, "s").await;
+    println!("  and is ready again after {:?}", start.elapsed());
+    // On a quiet machine it is within the second.
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
     let cause = actor(&before, "s").last_death.clone().unwrap();
     let DeathCause::Hung { what, .. } = &cause else { panic!("{cause}") };
     assert!(what.contains("it is at message \"block\"; the thread waits in the kernel"), "{what}");
+
+    // A host that was suspended, or starved, has its actors as before.
+    let pid = actor(&before, "s").pid.unwrap();
+    signal(pid, Signal::STOP);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    signal(pid, Signal::CONT);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    named.ask(Block(0)).await.unwrap();
+    assert_eq!(actor(&cluster.cluster.status().await.unwrap(), "s").pid, Some(pid));
 
     signal(actor(&before, "s").pid.unwrap(), Signal::STOP);
     let start = Instant::now();

@@ -7,6 +7,7 @@
 mod actors;
 mod causes;
 mod harness;
+mod kept;
 mod mesh;
 mod objects;
 mod placement;
@@ -54,6 +55,8 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("objects_between_nodes", || Box::pin(objects::objects_between_nodes())),
     ("objects_after_the_agent", || Box::pin(objects::objects_after_the_agent())),
     ("objects_on_disk", || Box::pin(objects::objects_on_disk())),
+    ("refs_in_arguments", || Box::pin(kept::refs_in_arguments())),
+    ("refs_of_functions", || Box::pin(kept::refs_of_functions())),
     ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
 ];
 

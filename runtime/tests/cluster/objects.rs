@@ -16,7 +16,7 @@ use rustix::process::Signal;
 
 use crate::harness::{TestCluster, signal};
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// Makes, holds and reads objects.
 pub(crate) struct Vault {
@@ -53,7 +53,7 @@ messages! {
 #[derive(Encode, Decode, Debug, Clone, PartialEq)]
 pub(crate) struct Seen {
     bytes: u64,
-    first: u8,
+    pub(crate) first: u8,
     last: u8,
     /// Device and inode of the memory that is read; those of its owner, if nothing was copied.
     memory: Option<(String, u64)>,
@@ -172,7 +172,7 @@ fn vault(name: &str, node: &str) -> ActorSpec {
 }
 
 /// A cluster with vaults `a` and `b` on the first node, and `far` on the second, if there is one.
-async fn vaults(nodes: &[u32]) -> TestCluster {
+pub(crate) async fn vaults(nodes: &[u32]) -> TestCluster {
     let cluster = TestCluster::start(nodes).await;
     let mut specs = vec![vault("a", "n0"), vault("b", "n0")];
     if nodes.len() > 1 {
@@ -184,20 +184,24 @@ async fn vaults(nodes: &[u32]) -> TestCluster {
     cluster
 }
 
-fn named(cluster: &TestCluster, name: &str) -> Named<Vault> {
+pub(crate) fn named(cluster: &TestCluster, name: &str) -> Named<Vault> {
     cluster.cluster.named(name)
 }
 
-async fn make(cluster: &TestCluster, name: &str, bytes: usize, fill: u8) -> ObjectRef {
+pub(crate) async fn make(cluster: &TestCluster, name: &str, bytes: usize, fill: u8) -> ObjectRef {
     named(cluster, name).ask(Make(bytes as u64, fill)).await.unwrap().unwrap()
 }
 
-async fn read(cluster: &TestCluster, name: &str, object: &ObjectRef) -> Result<Seen, ObjectError> {
+pub(crate) async fn read(cluster: &TestCluster, name: &str, object: &ObjectRef) -> Result<Seen, ObjectError> {
     named(cluster, name).ask(Read(object.clone())).await.unwrap()
 }
 
 /// Waits until the stores are as wanted; how long that took.
-async fn stores(cluster: &TestCluster, what: &str, wanted: impl Fn(&[StoreStatus]) -> bool) -> Duration {
+pub(crate) async fn stores(
+    cluster: &TestCluster,
+    what: &str,
+    wanted: impl Fn(&[StoreStatus]) -> bool,
+) -> Duration {
     let start = Instant::now();
     loop {
         let stores = cluster.cluster.object_stores().await.unwrap();
@@ -212,7 +216,7 @@ async fn stores(cluster: &TestCluster, what: &str, wanted: impl Fn(&[StoreStatus
     }
 }
 
-fn no_objects(stores: &[StoreStatus]) -> bool {
+pub(crate) fn no_objects(stores: &[StoreStatus]) -> bool {
     stores.iter().all(|store| store.objects.is_empty())
 }
 

@@ -1,7 +1,7 @@
 //! The head's knowledge as a status for clients.
 
 use super::HeadState;
-use super::actors::{Actor, Life, Phase};
+use super::actors::{Actor, Life, Phase, Then};
 use super::nodes::{Node, Reach};
 use crate::cluster::status::{
     ActorState, ActorStatus, DeviceStatus, GroupStatus, HeadStatus, MemberStatus, NodeState, NodeStatus,
@@ -10,6 +10,8 @@ use crate::cluster::status::{
 use crate::group::MemberState;
 use crate::head::messages::{Found, Located};
 use crate::head::placement::Offer;
+use crate::objects::args_digest;
+use crate::package::Digest;
 use crate::spec::{ActorSpec, SupervisorSpec};
 
 /// Backtraces and last words in one status; what is more is left out, so that many deaths do not make it too large.
@@ -84,6 +86,21 @@ impl HeadState {
     /// All supervisors.
     pub fn supervisor_status(&self) -> Vec<SupervisorSpec> {
         self.supervisors.values().map(|it| it.spec.clone()).collect()
+    }
+
+    /// Whether the actor will not be started any more with these arguments.
+    pub fn is_over(&self, name: &str, args: Digest) -> bool {
+        let Some(actor) = self.actors.get(name) else { return true };
+        match &actor.life {
+            Life::Dead { .. } | Life::Stopping { then: Then::StayDead | Then::Down | Then::Forget, .. } => {
+                true
+            }
+            Life::Pending { .. }
+            | Life::Backoff { .. }
+            | Life::Live(_)
+            | Life::Judged { .. }
+            | Life::Stopping { .. } => args_digest(&actor.spec.args) != args,
+        }
     }
 
     /// What a client needs to reach an actor, whether it is ready or not.
