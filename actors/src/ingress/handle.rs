@@ -14,7 +14,7 @@ use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Origin, Refused};
-use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal};
+use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal, Stage};
 use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
 use super::spans::{Hex, RequestTrace, SequenceTrace};
@@ -161,9 +161,14 @@ impl Ingress {
         self.lock().dispatch.at(ranks)
     }
 
+    /// Sequences that are that far.
+    pub fn in_flight_at_stage(&self, stage: Stage) -> usize {
+        self.lock().dispatch.at_stage(stage)
+    }
+
     /// Ranks that take something new.
     pub fn open_ranks(&self) -> usize {
-        self.lock().dispatch.ranks().open().count()
+        self.lock().dispatch.ranks().doors().count()
     }
 
     /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
@@ -332,7 +337,7 @@ impl Ingress {
 
     fn send(&self, shell: &mut Shell, rank: u32, command: RankCommand, effects: &mut Vec<Effect>) {
         let from = match &command {
-            RankCommand::Submit(request) => {
+            RankCommand::Submit(request) | RankCommand::Continue(request, _) => {
                 let client = shell.clients.get_mut(&request.id);
                 client.map_or_else(Provenance::default, |client| client.sent(rank, request))
             }
@@ -340,7 +345,7 @@ impl Ingress {
         };
         let Err(unavailable) = shell.link.send(rank, command, from) else { return };
         match *unavailable.command {
-            RankCommand::Submit(request) => {
+            RankCommand::Submit(request) | RankCommand::Continue(request, _) => {
                 shell.dispatch.refused(self.now(), rank, request.id, unavailable.cause, effects);
             }
             // A rank that goes on with it is told again when it sends tokens.
