@@ -336,12 +336,17 @@ impl Ingress {
     }
 
     fn send(&self, shell: &mut Shell, rank: u32, command: RankCommand, effects: &mut Vec<Effect>) {
-        let from = match &command {
-            RankCommand::Submit(request) | RankCommand::Continue(request, _) => {
+        let (request, prefilled_by) = match &command {
+            RankCommand::Submit(request) => (Some(request), None),
+            RankCommand::Continue(request, by) => (Some(request), Some(*by)),
+            RankCommand::Abort(_) => (None, None),
+        };
+        let from = match request {
+            Some(request) => {
                 let client = shell.clients.get_mut(&request.id);
-                client.map_or_else(Provenance::default, |client| client.sent(rank, request))
+                client.map_or_else(Provenance::default, |client| client.sent(rank, request, prefilled_by))
             }
-            RankCommand::Abort(_) => Provenance::default(),
+            None => Provenance::default(),
         };
         let Err(unavailable) = shell.link.send(rank, command, from) else { return };
         match *unavailable.command {
@@ -381,16 +386,21 @@ impl Ingress {
 }
 
 impl Client {
-    /// The sequence goes to a rank: which request it belongs to.
-    fn sent(&mut self, rank: u32, request: &Request) -> Provenance {
+    /// The sequence goes to a rank: which request it belongs to. `prefilled_by` computed its prompt for others.
+    fn sent(&mut self, rank: u32, request: &Request, prefilled_by: Option<u32>) -> Provenance {
         let (request_id, tokens) = (self.request_id.as_ref(), request.generated.len());
-        match self.rank.replace(rank) {
+        let before = self.rank.replace(rank);
+        let handed_over = before.is_some() && before == prefilled_by;
+        match before {
+            Some(by) if handed_over => {
+                tracing::debug!(request_id, sequence = %Hex(request.id), rank, by, "handed a sequence over");
+            }
             None => tracing::debug!(request_id, sequence = %Hex(request.id), rank, "sent a sequence"),
             Some(before) => {
                 tracing::info!(request_id, sequence = %Hex(request.id), rank, before, tokens, "moved a sequence");
             }
         }
-        let trace = self.trace.as_ref().and_then(|trace| trace.sent(rank, tokens));
+        let trace = self.trace.as_ref().and_then(|trace| trace.sent(rank, tokens, handed_over));
         Provenance { request_id: request_id.to_owned(), trace }
     }
 

@@ -264,11 +264,13 @@ fn each(table: &Table) -> impl Iterator<Item = (&TableApp, &TableDeployment)> {
 }
 
 fn key(app: &TableApp, deployment: &TableDeployment) -> Key {
-    let prefill =
-        |it: &&TableDeployment| it.duty == Duty::Prefill && it.model.names == deployment.model.names;
+    let prefill = |it: &TableDeployment| it.duty == Duty::Prefill;
+    let same = app.deployments.iter().find(|it| prefill(it) && it.model == deployment.model);
+    // While an update is under way on one side only.
+    let alike = || app.deployments.iter().find(|it| prefill(it) && it.model.names == deployment.model.names);
     let first = match deployment.duty {
         Duty::Whole | Duty::Prefill => deployment,
-        Duty::Decode => app.deployments.iter().find(prefill).unwrap_or(deployment),
+        Duty::Decode => same.or_else(alike).unwrap_or(deployment),
     };
     (app.name.clone(), first.name.clone(), first.model.clone())
 }

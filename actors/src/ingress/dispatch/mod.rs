@@ -256,13 +256,31 @@ impl Dispatch {
             _ if open.is_empty() => self.config.queue_max.saturating_sub(self.parked.len()),
             Some(rank) if takers.is_empty() && rank < *size => return Err(Refused::RankNotReady(rank)),
             Some(rank) if takers.is_empty() => return Err(Refused::NoSuchRank { rank, size: *size }),
-            _ => takers.iter().map(|&rank| self.router.room(rank)).sum(),
+            _ => takers.iter().map(|&rank| self.router.room(rank)).sum::<usize>().min(self.room_to_go_on()),
         };
         let all = self.config.queue_max * open.len().max(1);
         match room < requests {
             true => Err(Refused::QueueFull),
             false if !self.shares.admits(client, requests, all, now) => Err(Refused::OverShare),
             false => Ok(()),
+        }
+    }
+
+    /// Sequences for which there is room where they go on once they have a token, where that is elsewhere: prompts must not be
+    /// computed faster than others can go on with them.
+    fn room_to_go_on(&self) -> usize {
+        if self.ranks.duties.is_empty() {
+            return usize::MAX;
+        }
+        let others: Vec<u32> =
+            self.ranks.open().filter(|&rank| self.ranks.takes(rank, Stage::Output)).collect();
+        match others.as_slice() {
+            // Whoever goes on with them is yet to come.
+            [] => usize::MAX,
+            _ => {
+                let room = others.iter().map(|&rank| self.router.room(rank)).sum::<usize>();
+                room.saturating_sub(self.at_stage(Stage::Prompt))
+            }
         }
     }
 
@@ -512,7 +530,7 @@ impl Dispatch {
         self.parked.remove(&id);
         let mut request = Box::new(sequence.request.clone());
         if self.ranks.duty(rank) == Duty::Prefill {
-            request.stop.max_tokens = 1;
+            request.stop.max_tokens = request.stop.max_tokens.min(1);
         }
         let elsewhere = sequence.prefilled_by.filter(|from| self.ranks.ready.contains_key(from));
         let command = match elsewhere {

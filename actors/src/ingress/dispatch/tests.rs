@@ -258,6 +258,24 @@ fn a_sequence_that_ends_with_its_first_token_ends_there() {
 }
 
 #[test]
+fn prompts_are_taken_as_long_as_others_can_go_on_with_them() {
+    let mut dispatch = dispatch(&[]);
+    let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (1, 1)]), &mut effects);
+    let submit = |dispatch: &mut Dispatch, id| {
+        dispatch.submit(NOW, vec![request(id, 4)], Origin::default(), &mut Vec::new())
+    };
+    for id in 1..=4 {
+        assert_eq!(submit(&mut dispatch, id), Ok(()));
+        dispatch.outputs(NOW, 0, vec![output(id, 0, &[7], Some(FinishReason::Length))], &mut effects);
+    }
+    // The queue of prompts is empty, and the other rank has as many as it takes.
+    assert_eq!(submit(&mut dispatch, 5), Err(Refused::QueueFull));
+    dispatch.outputs(NOW, 1, vec![output(1, 1, &[8], None), output(2, 1, &[8], None)], &mut effects);
+    assert_eq!(submit(&mut dispatch, 5), Ok(()));
+}
+
+#[test]
 fn a_sequence_with_tokens_waits_for_a_rank_that_goes_on() {
     let mut dispatch = dispatch(&[]);
     let mut effects = Vec::new();
