@@ -2,7 +2,7 @@
 
 use crate::config::{All2All, Config, Cuda, KvCache, Model, PlacementStrategy, Policy, ProxyLocation, Token};
 use anyhow::{Context, Result};
-use heliostat_actors::deployment::{INGRESS, ModelDeployment, ReplicaNames, jobs_spec, serve_spec};
+use heliostat_actors::deployment::{Duty, INGRESS, ModelDeployment, ReplicaNames, jobs_spec, serve_spec};
 use heliostat_actors::eplb::EplbConfig;
 use heliostat_actors::http::{Bounds, HttpDoor};
 use heliostat_actors::ingress_actor::IngressArgs;
@@ -65,6 +65,7 @@ fn described(config: &Config, served: &Model, model: Option<&ModelConfig>) -> Re
     Ok(ModelDeployment {
         model: served.path.clone(),
         model_name: served.name.clone(),
+        duty: Duty::Whole,
         redundant_experts: config.redundant_experts,
         initial_layout,
         strategy,

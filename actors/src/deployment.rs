@@ -97,6 +97,18 @@ pub fn group_of_eplb(eplb: &str) -> String {
     name.map_or_else(|| GROUP.to_owned(), |name| format!("{GROUPS}{name}"))
 }
 
+/// Which part of a sequence's life a deployment takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum Duty {
+    /// All of it.
+    #[default]
+    Whole,
+    /// The prompt and the first token; another deployment of the application goes on.
+    Prefill,
+    /// What follows the first token.
+    Decode,
+}
+
 /// What each replica of a deployment is: a model, served by a whole group of ranks.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub struct ModelDeployment {
@@ -104,6 +116,8 @@ pub struct ModelDeployment {
     pub model: PathBuf,
     /// Name in the HTTP API.
     pub model_name: String,
+    /// What of a sequence it takes.
+    pub duty: Duty,
     /// Shape of the group.
     pub topology: Topology,
     /// Slots beyond one per expert, over all ranks.

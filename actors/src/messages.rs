@@ -9,6 +9,7 @@ use heliostat_engine::ep::PlanProgress;
 use heliostat_engine::eplb::map::Layout;
 use heliostat_engine::eplb::plan::Plan;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
+use heliostat_engine::scheduler::BlockHash;
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,7 @@ wire! {
     Abort => "rank.abort",
     ApplyPlan => "rank.apply_plan",
     AbandonPlan => "rank.abandon_plan",
+    FetchKv => "rank.fetch_kv",
     FetchExpert => "rank.fetch_expert",
     LendExpert => "rank.lend_expert",
     ReturnExpert => "rank.return_expert",
@@ -65,6 +67,36 @@ pub struct Submit {
     pub from: Provenance,
     /// The ingress that gets [`RankOutputs`].
     pub reply_to: ActorAddr,
+    /// The rank that computed its prompt, from which its KV blocks may be taken.
+    pub kv_at: Option<ActorAddr>,
+}
+
+/// Read KV blocks that the rank has cached: those of the longest prefix of `hashes`, as many as go into `bytes_max`.
+#[derive(Clone, Debug, Encode, Decode, Message)]
+#[rtype(result = "KvChunk")]
+pub struct FetchKv {
+    /// Names of the blocks, in order.
+    pub hashes: Vec<BlockHash>,
+    /// Bytes of the answer at most; one block comes whatever it takes.
+    pub bytes_max: u64,
+}
+
+/// What a rank has of the blocks that it was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+pub struct KvChunk {
+    /// How they lie.
+    pub form: KvForm,
+    /// One block after the other.
+    pub bytes: Vec<u8>,
+}
+
+/// How KV blocks lie in memory. Ranks of one form read each other's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct KvForm {
+    /// As GPUs compute, else as CPUs do.
+    pub is_cuda: bool,
+    /// Bytes of one block, over all layers.
+    pub block_bytes: u64,
 }
 
 /// Stop this sequence and free its blocks.

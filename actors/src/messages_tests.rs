@@ -31,7 +31,7 @@ fn submit() -> Submit {
     };
     let trace = TraceContext { trace: 7 << 100, span: 9, state: "vendor=1".into() };
     let from = Provenance { request_id: "mine".into(), trace: Some(trace) };
-    Submit { request, from, reply_to: addr() }
+    Submit { request, from, reply_to: addr(), kv_at: Some(addr()) }
 }
 
 fn outputs() -> RankOutputs {
@@ -67,6 +67,7 @@ fn all_survive(bytes: &[u8]) {
     survives::<ApplyPlan>(bytes);
     survives::<AbandonPlan>(bytes);
     survives::<FetchExpert>(bytes);
+    survives::<FetchKv>(bytes);
     survives::<ReportLoad>(bytes);
     survives::<AttachEplb>(bytes);
     survives::<AttachIngress>(bytes);

@@ -163,6 +163,21 @@ pub struct RankStats {
     pub step_us: u64,
     /// Where the time of all steps since start went.
     pub phases: StepPhases,
+    /// What other ranks computed for it since start.
+    pub transfers: KvTransfers,
+}
+
+/// KV blocks that a rank got from others, with the sequences that it went on with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+pub struct KvTransfers {
+    /// Sequences whose blocks were fetched.
+    pub fetches: u64,
+    /// Those of them that did not get all: the rest was computed.
+    pub failures: u64,
+    /// Bytes of the blocks that came.
+    pub bytes: u64,
+    /// Microseconds from the first question to the last answer, of all together.
+    pub us: u64,
 }
 
 /// Microseconds by what a rank did in its steps.

@@ -314,6 +314,13 @@ fn batch_chunks_recordings_and_maps_do_not_change_a_bit() {
             bits(&wanted),
             "{name}: recording"
         );
+        // In blocks that went through the host.
+        let blocks = eager.rank.read_blocks(&[0, 1, 2, 3]).unwrap();
+        let parts = [30, 28, 29, 31].into_iter().zip(blocks.chunks_exact(eager.rank.block_bytes()));
+        recorded.rank.write_blocks(&parts.collect::<Vec<_>>()).unwrap();
+        let (last, table) = (prompt.len() + forced.len() - 1, vec![30, 28, 29, 31]);
+        let share = Share { tokens: vec![forced[4]], context: last, table, prompt: false };
+        assert_eq!(bits(&recorded.logits(&[share])), bits(&wanted[5..]), "{name}: blocks of another rank");
         // In chunks, beside other sequences.
         let table = vec![20, 21, 22, 23];
         let other = Share { tokens: prompts[0].clone(), context: 0, table, prompt: true };

@@ -3,8 +3,9 @@
 use heliostat_kernels::cuda::Device;
 use serde_json::{Value, json};
 
+use crate::disaggregated::apps;
 use crate::faults::{all_equal, disturbed, undisturbed};
-use crate::rig::{Cluster, helio, kill, text, write_config};
+use crate::rig::{Cluster, PATIENCE, helio, kill, text, write_config};
 
 /// One GPU per rank.
 const ALONE: &[(&str, &str)] = &[("devices", "device = \"cuda\"\ncuda = 1")];
@@ -101,6 +102,17 @@ async fn placement_remaps_and_kills_change_no_token_by_nccl() {
     if has_gpus(2) {
         nothing_changes_a_token(NCCL, "host").await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefill_and_decode_apart_give_the_same_bits_on_a_gpu() {
+    if !has_gpu() {
+        return;
+    }
+    let devices = ("devices", "device = \"cuda\"\ncuda = 1\nranks_per_gpu = 3");
+    let cluster = Cluster::up(&[("model", "deploy = false"), devices]).await;
+    cluster.deploy_and_wait(apps(1, &json!({ "kv_cache_memory_bytes": 256 << 20 })));
+    tokio::time::timeout(PATIENCE, cluster.apart_answers_as_whole()).await.unwrap();
 }
 
 /// One rank and two, a remap under streams, whose experts come by `path`, and a killed rank: the texts are the same.

@@ -5,6 +5,7 @@ mod apps;
 mod browser;
 mod collector;
 mod cuda;
+mod disaggregated;
 mod failover;
 mod faults;
 mod hosts;

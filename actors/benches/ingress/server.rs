@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use actix_web::{App, HttpResponse, HttpServer, web};
+use heliostat_actors::deployment::Duty;
 use heliostat_actors::http::{Bounds, HttpDoor};
 use heliostat_actors::ingress_actor::{IngressActor, IngressArgs};
 use heliostat_actors::serve::messages::{
@@ -116,6 +117,7 @@ fn table() -> Table {
     };
     let replica = TableReplica { number: 1, group: "ep".into(), first_rank: 0, dp: 1, draining: false };
     let deployment = TableDeployment {
+        duty: Duty::Whole,
         name: "llm".into(),
         model,
         in_flight_max: None,

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use heliostat_engine::request::{Request, RequestId};
 
+use crate::deployment::Duty;
 use crate::serve::target::Backpressure;
 use crate::telemetry::Provenance;
 
@@ -15,6 +16,8 @@ use crate::telemetry::Provenance;
 pub enum RankCommand {
     /// Generate this sequence.
     Submit(Box<Request>),
+    /// The same for one whose prompt that other rank has computed: its KV blocks may be taken from there.
+    Continue(Box<Request>, u32),
     /// Stop this sequence and free its blocks. Unknown ones are ignored.
     Abort(RequestId),
 }
@@ -66,6 +69,24 @@ pub struct Ranks {
     pub local: BTreeMap<u32, u32>,
     /// What is still waited for, in words for people; empty when a group is complete.
     pub missing: Vec<String>,
+    /// Those that take a part of a sequence only.
+    pub duties: BTreeMap<u32, Duty>,
+}
+
+/// How far a sequence is, where prefill and decode are separated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// It has no token yet.
+    Prompt,
+    /// It has some.
+    Output,
+}
+
+impl Stage {
+    /// Of a sequence with so many tokens of output.
+    pub fn of(generated: usize) -> Self {
+        if generated == 0 { Self::Prompt } else { Self::Output }
+    }
 }
 
 impl Ranks {
@@ -74,9 +95,37 @@ impl Ranks {
         self.ready.contains_key(&rank) && !self.closed.contains(&rank)
     }
 
+    /// Adds those of another deployment that serve the same.
+    pub fn join(&mut self, others: Self) {
+        self.size = self.size.max(others.size);
+        self.ready.extend(others.ready);
+        self.closed.extend(others.closed);
+        self.local.extend(others.local);
+        self.missing.extend(others.missing);
+        self.duties.extend(others.duties);
+    }
+
     /// Those that take something new.
     pub fn open(&self) -> impl Iterator<Item = u32> {
         self.ready.keys().copied().filter(|rank| !self.closed.contains(rank))
+    }
+
+    /// What of a sequence a rank takes.
+    pub fn duty(&self, rank: u32) -> Duty {
+        self.duties.get(&rank).copied().unwrap_or_default()
+    }
+
+    /// Whether a rank takes sequences that are that far.
+    pub fn takes(&self, rank: u32, stage: Stage) -> bool {
+        match (self.duty(rank), stage) {
+            (Duty::Whole, _) | (Duty::Prefill, Stage::Prompt) | (Duty::Decode, Stage::Output) => true,
+            (Duty::Prefill, Stage::Output) | (Duty::Decode, Stage::Prompt) => false,
+        }
+    }
+
+    /// Those that take new requests.
+    pub fn doors(&self) -> impl Iterator<Item = u32> {
+        self.open().filter(|&rank| self.takes(rank, Stage::Prompt))
     }
 
     /// The number of a rank in its group.

@@ -14,7 +14,7 @@ use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Origin, Refused};
-use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal};
+use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal, Stage};
 use super::metrics::{Finish, Finished, Metrics};
 use super::proxy::Ongoing;
 use super::spans::{Hex, RequestTrace, SequenceTrace};
@@ -161,9 +161,14 @@ impl Ingress {
         self.lock().dispatch.at(ranks)
     }
 
+    /// Sequences that are that far.
+    pub fn in_flight_at_stage(&self, stage: Stage) -> usize {
+        self.lock().dispatch.at_stage(stage)
+    }
+
     /// Ranks that take something new.
     pub fn open_ranks(&self) -> usize {
-        self.lock().dispatch.ranks().open().count()
+        self.lock().dispatch.ranks().doors().count()
     }
 
     /// `rank` is known to be lost, before [`Self::on_ranks`] says so.
@@ -331,16 +336,21 @@ impl Ingress {
     }
 
     fn send(&self, shell: &mut Shell, rank: u32, command: RankCommand, effects: &mut Vec<Effect>) {
-        let from = match &command {
-            RankCommand::Submit(request) => {
+        let (request, prefilled_by) = match &command {
+            RankCommand::Submit(request) => (Some(request), None),
+            RankCommand::Continue(request, by) => (Some(request), Some(*by)),
+            RankCommand::Abort(_) => (None, None),
+        };
+        let from = match request {
+            Some(request) => {
                 let client = shell.clients.get_mut(&request.id);
-                client.map_or_else(Provenance::default, |client| client.sent(rank, request))
+                client.map_or_else(Provenance::default, |client| client.sent(rank, request, prefilled_by))
             }
-            RankCommand::Abort(_) => Provenance::default(),
+            None => Provenance::default(),
         };
         let Err(unavailable) = shell.link.send(rank, command, from) else { return };
         match *unavailable.command {
-            RankCommand::Submit(request) => {
+            RankCommand::Submit(request) | RankCommand::Continue(request, _) => {
                 shell.dispatch.refused(self.now(), rank, request.id, unavailable.cause, effects);
             }
             // A rank that goes on with it is told again when it sends tokens.
@@ -376,16 +386,21 @@ impl Ingress {
 }
 
 impl Client {
-    /// The sequence goes to a rank: which request it belongs to.
-    fn sent(&mut self, rank: u32, request: &Request) -> Provenance {
+    /// The sequence goes to a rank: which request it belongs to. `prefilled_by` computed its prompt for others.
+    fn sent(&mut self, rank: u32, request: &Request, prefilled_by: Option<u32>) -> Provenance {
         let (request_id, tokens) = (self.request_id.as_ref(), request.generated.len());
-        match self.rank.replace(rank) {
+        let before = self.rank.replace(rank);
+        let handed_over = before.is_some() && before == prefilled_by;
+        match before {
+            Some(by) if handed_over => {
+                tracing::debug!(request_id, sequence = %Hex(request.id), rank, by, "handed a sequence over");
+            }
             None => tracing::debug!(request_id, sequence = %Hex(request.id), rank, "sent a sequence"),
             Some(before) => {
                 tracing::info!(request_id, sequence = %Hex(request.id), rank, before, tokens, "moved a sequence");
             }
         }
-        let trace = self.trace.as_ref().and_then(|trace| trace.sent(rank, tokens));
+        let trace = self.trace.as_ref().and_then(|trace| trace.sent(rank, tokens, handed_over));
         Provenance { request_id: request_id.to_owned(), trace }
     }
 

@@ -126,8 +126,9 @@ pub struct Metrics {
     kv_usage: PerEngine<Gauge<f64, std::sync::atomic::AtomicU64>>,
     queued_prefill_tokens: PerEngine<Gauge>,
     step_seconds: PerEngine<Gauge<f64, std::sync::atomic::AtomicU64>>,
-    /// Counted by the ranks: prompt tokens, output tokens, preemptions, prefix queries, prefix hits, steps.
-    counted: [PerEngine<Counter>; 6],
+    /// Counted by the ranks: prompt tokens, output tokens, preemptions, prefix queries, prefix hits, steps, and of KV blocks
+    /// from other ranks fetches, failures, bytes, microseconds.
+    counted: [PerEngine<Counter>; 10],
     first_token: PerEngine<Histogram>,
     inter_token: PerEngine<Histogram>,
     request: PerEngine<Histogram>,
@@ -194,6 +195,13 @@ impl Metrics {
             own.add("queued_prefill_tokens", "Prompt tokens not computed yet", gauge());
         let step_seconds = own.add("last_step_seconds", "Duration of the last step", gauge());
         let steps = own.add("steps", "Steps executed", per_engine(Counter::default as fn() -> Counter));
+        let transfers = [
+            ("kv_fetches", "Sequences that went on here with their prompts computed by another rank"),
+            ("kv_fetch_failures", "Those of which not all blocks came, so that the rest was computed"),
+            ("kv_fetched_bytes", "Bytes of KV blocks from other ranks"),
+            ("kv_fetch_microseconds", "Time from asking for blocks to having them, of all fetches"),
+        ];
+        let [f, g, h, i] = transfers.map(|(name, help)| own.add(name, help, per_engine(Counter::default)));
         let moves = own.add("sequences_moved", "Sequences that went on at another rank", Counter::default());
         let in_flight =
             own.add("sequences_in_flight", "Sequences between HTTP and the ranks", Gauge::default());
@@ -209,7 +217,7 @@ impl Metrics {
             kv_usage,
             queued_prefill_tokens,
             step_seconds,
-            counted: [a, b, c, d, e, steps],
+            counted: [a, b, c, d, e, steps, f, g, h, i],
             first_token,
             inter_token,
             request,
@@ -277,6 +285,10 @@ impl Metrics {
             stats.prefix_queries,
             stats.prefix_hits,
             stats.steps,
+            stats.transfers.fetches,
+            stats.transfers.failures,
+            stats.transfers.bytes,
+            stats.transfers.us,
         ];
         for (family, count) in self.counted.iter().zip(counts) {
             // A rank that restarts counts from zero, which Prometheus takes for what it is.

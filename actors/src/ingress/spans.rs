@@ -150,9 +150,13 @@ struct Spans {
 }
 
 impl SequenceTrace {
-    /// It is sent to a rank, with so many tokens that it had before: where the rank's spans go on.
-    pub(super) fn sent(&self, rank: u32, generated: usize) -> Option<TraceContext> {
+    /// It is sent to a rank, with so many tokens that it had before: where the rank's spans go on. The rank before has lost
+    /// it, unless that one has `handed_over`.
+    pub(super) fn sent(&self, rank: u32, generated: usize, handed_over: bool) -> Option<TraceContext> {
         let (mut spans, now) = (self.lock(), SystemTime::now());
+        if handed_over {
+            spans.call = None;
+        }
         spans.leave(MOVED, now);
         let engine = KeyValue::new("heliostat.engine", i64::from(rank));
         if let Some(mut route) = spans.route.take() {

@@ -104,13 +104,21 @@ struct RankLink {
 
 impl EngineLink for RankLink {
     fn send(&self, rank: u32, command: RankCommand, from: Provenance) -> Result<(), Unavailable> {
-        let handle = lock(&self.handles).get(&rank).cloned();
+        let (handle, kv_at) = {
+            let handles = lock(&self.handles);
+            let of = |rank| handles.get(rank);
+            let kv_at = match &command {
+                RankCommand::Continue(_, from) => of(from).map(|handle| handle.addr().clone()),
+                RankCommand::Submit(_) | RankCommand::Abort(_) => None,
+            };
+            (of(&rank).cloned(), kv_at)
+        };
         let Some(handle) = handle else {
             return Err(Unavailable { rank, command: Box::new(command), cause: Refusal::Gone });
         };
         let refused = match command {
-            RankCommand::Submit(request) => handle
-                .tell(Submit { request: *request, from, reply_to: self.me.clone() })
+            RankCommand::Submit(request) | RankCommand::Continue(request, _) => handle
+                .tell(Submit { request: *request, from, reply_to: self.me.clone(), kv_at })
                 .map_err(|refused| (RankCommand::Submit(Box::new(refused.message.request)), refused.reason)),
             RankCommand::Abort(id) => handle
                 .tell(Abort { id })

@@ -12,16 +12,19 @@ use heliostat_runtime::group::{GroupView, Member, MemberState};
 use heliostat_runtime::handle::Handle;
 use heliostat_runtime::system::System;
 
+use crate::deployment::Duty;
 use crate::ingress::Ingress;
 use crate::ingress::actors::ActorPool;
 use crate::ingress::apps::{AppRoute, Apps, ModelRoute};
 use crate::ingress::dispatch::DispatchConfig;
-use crate::ingress::engine::{Admission, EngineLink, Ranks};
+use crate::ingress::engine::{Admission, EngineLink, Ranks, Stage};
 use crate::ingress::metrics::Metrics;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::TextModel;
 use crate::rank::Rank;
-use crate::serve::messages::{Table, TableActors, TableDeployment, TableModel, TableReplica, TableReport};
+use crate::serve::messages::{
+    Table, TableActors, TableApp, TableDeployment, TableModel, TableReplica, TableReport,
+};
 
 /// The ready DP ranks of all replicas, by their numbers here.
 pub(super) type Handles = Arc<Mutex<HashMap<u32, Handle<Rank>>>>;
@@ -30,7 +33,7 @@ pub(super) fn lock(handles: &Handles) -> MutexGuard<'_, HashMap<u32, Handle<Rank
     handles.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Which pool: application, deployment and model.
+/// Which pool: application, deployment and model. Where prefill and decode are separated, the deployment is that of prefill.
 type Key = (String, String, TableModel);
 
 /// All pools.
@@ -81,7 +84,12 @@ impl Pools {
     pub(super) fn set_table(&mut self, table: Table) -> Vec<(String, String, TableModel)> {
         self.table = table;
         self.set_actors();
-        let wanted: Vec<Key> = each(&self.table).map(|(app, deployment)| key(app, deployment)).collect();
+        let mut wanted: Vec<Key> = Vec::new();
+        for key in each(&self.table).map(|(app, deployment)| key(app, deployment)) {
+            if !wanted.contains(&key) {
+                wanted.push(key);
+            }
+        }
         self.pools.retain(|(key, pool)| {
             let stays = wanted.contains(key);
             if !stays {
@@ -139,17 +147,22 @@ impl Pools {
     /// ready rank.
     pub(super) fn refresh(&mut self, mut meet: impl FnMut(NewRank<'_>)) {
         for (key, pool) in &mut self.pools {
-            let Some((_, deployment)) = each(&self.table).find(|(app, it)| self::key(app, it) == *key) else {
-                continue;
-            };
-            let (ranks, ready) = ranks(deployment, &self.views);
-            ready.into_iter().for_each(&mut meet);
+            let of = each(&self.table).filter(|(app, it)| self::key(app, it) == *key);
+            let of: Vec<&TableDeployment> = of.map(|(_, deployment)| deployment).collect();
+            let Some(first) = of.first() else { continue };
+            let mut all = Ranks::default();
+            for deployment in &of {
+                let (ranks, ready) = ranks(deployment, &self.views);
+                ready.into_iter().for_each(&mut meet);
+                all.join(ranks);
+            }
+            let bounds: Option<Vec<u64>> = of.iter().map(|it| it.in_flight_max).collect();
             pool.ingress.set_admission(Admission {
-                in_flight_max: deployment.in_flight_max.map(|max| max as usize),
-                may_wait: deployment.may_wait,
-                backpressure: deployment.backpressure,
+                in_flight_max: bounds.map(|bounds| bounds.iter().sum::<u64>() as usize),
+                may_wait: of.iter().any(|it| it.may_wait),
+                backpressure: first.backpressure,
             });
-            pool.ranks = ranks;
+            pool.ranks = all;
             pool.ingress.on_ranks(pool.ranks.clone());
         }
         let routes = self.table.apps.iter().filter_map(|app| {
@@ -158,8 +171,9 @@ impl Pools {
             if let Some(pool) = app.actors.iter().find_map(of_actors) {
                 return Some(AppRoute::of_actors(&app.name, prefix, pool.clone()));
             }
-            let pool = |it: &TableDeployment| self.pool(&key(&app.name, it)).map(|pool| pool.route.clone());
-            Some(AppRoute::new(&app.name, prefix, app.deployments.iter().filter_map(pool).collect()))
+            let pool = |it: &TableDeployment| self.pool(&key(app, it)).map(|pool| pool.route.clone());
+            let whole = app.deployments.iter().filter(|it| it.duty != Duty::Decode);
+            Some(AppRoute::new(&app.name, prefix, whole.filter_map(pool).collect()))
         });
         self.apps.set(routes.collect());
     }
@@ -209,8 +223,12 @@ impl Pools {
         let mut draining = Vec::new();
         for (app, deployment) in each(&self.table) {
             let pool = self.pool(&key(app, deployment));
-            let load = pool.map_or(0, |pool| pool.ingress.in_flight() as u64);
-            *loads.entry((app.clone(), deployment.name.clone())).or_default() += load;
+            let load = pool.map_or(0, |pool| match deployment.duty {
+                Duty::Whole => pool.ingress.in_flight(),
+                Duty::Prefill => pool.ingress.in_flight_at_stage(Stage::Prompt),
+                Duty::Decode => pool.ingress.in_flight_at_stage(Stage::Output),
+            });
+            *loads.entry((app.name.clone(), deployment.name.clone())).or_default() += load as u64;
             for replica in deployment.replicas.iter().filter(|replica| replica.draining) {
                 let there = pool.map_or(0, |pool| pool.ingress.in_flight_at(numbers(replica)));
                 draining.push((replica.number, there as u64));
@@ -241,12 +259,20 @@ fn actors(table: &Table) -> impl Iterator<Item = (&String, &TableActors)> {
     table.apps.iter().flat_map(|app| app.actors.iter().map(|deployment| (&app.name, deployment)))
 }
 
-fn each(table: &Table) -> impl Iterator<Item = (&String, &TableDeployment)> {
-    table.apps.iter().flat_map(|app| app.deployments.iter().map(|deployment| (&app.name, deployment)))
+fn each(table: &Table) -> impl Iterator<Item = (&TableApp, &TableDeployment)> {
+    table.apps.iter().flat_map(|app| app.deployments.iter().map(move |deployment| (app, deployment)))
 }
 
-fn key(app: &str, deployment: &TableDeployment) -> Key {
-    (app.to_owned(), deployment.name.clone(), deployment.model.clone())
+fn key(app: &TableApp, deployment: &TableDeployment) -> Key {
+    let prefill = |it: &TableDeployment| it.duty == Duty::Prefill;
+    let same = app.deployments.iter().find(|it| prefill(it) && it.model == deployment.model);
+    // While an update is under way on one side only.
+    let alike = || app.deployments.iter().find(|it| prefill(it) && it.model.names == deployment.model.names);
+    let first = match deployment.duty {
+        Duty::Whole | Duty::Prefill => deployment,
+        Duty::Decode => same.or_else(alike).unwrap_or(deployment),
+    };
+    (app.name.clone(), first.name.clone(), first.model.clone())
 }
 
 fn numbers(replica: &TableReplica) -> std::ops::Range<u32> {
@@ -263,6 +289,9 @@ fn ranks<'a>(
         (Vec::new(), Vec::new(), BTreeSet::new(), false);
     for replica in &deployment.replicas {
         ranks.local.extend(numbers(replica).zip(0..));
+        if deployment.duty != Duty::Whole {
+            ranks.duties.extend(numbers(replica).map(|rank| (rank, deployment.duty)));
+        }
         let Some(view) = views.get(&replica.group) else {
             missing.push(format!("group {} has no rank yet", replica.group));
             continue;

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use heliostat_engine::batch::Step;
 use heliostat_engine::cuda::StepResults;
 use heliostat_engine::model::Logits;
-use heliostat_engine::request::{Output, RankStats, RequestId};
+use heliostat_engine::request::{KvTransfers, Output, RankStats, RequestId};
 use heliostat_engine::scheduler::{RefuseReason, Scheduler};
 use heliostat_runtime::handle::ProcessId;
 
 use super::clock::StepClock;
+use super::kv::Fetched;
 use super::link::{Owner, Submission};
 use super::outlet::Outlet;
 use super::spans::Spans;
@@ -23,12 +24,14 @@ pub(super) struct Attention {
     scheduler: Scheduler,
     owners: HashMap<RequestId, Owner>,
     spans: Spans,
+    transfers: KvTransfers,
 }
 
 impl Attention {
     /// Without sequences; up to `depth` steps are in flight at a time.
     pub(super) fn new(scheduler: Scheduler, depth: usize, spans: Spans) -> Self {
-        Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new(), spans }
+        let transfers = KvTransfers::default();
+        Self { scheduler: scheduler.with_async_depth(depth), owners: HashMap::new(), spans, transfers }
     }
 
     /// Queues a sequence, under its grammar if it has one; a refusal goes to its ingress as the sequence's end.
@@ -84,7 +87,25 @@ impl Attention {
 
     /// Figures for the router.
     pub(super) fn stats(&self, clock: &StepClock) -> RankStats {
-        RankStats { step_us: clock.last_us(), phases: clock.phases(), ..self.scheduler.stats() }
+        RankStats {
+            step_us: clock.last_us(),
+            phases: clock.phases(),
+            transfers: self.transfers,
+            ..self.scheduler.stats()
+        }
+    }
+
+    /// The KV blocks of its sequences, for those of other ranks.
+    pub(super) fn scheduler(&mut self) -> &mut Scheduler {
+        &mut self.scheduler
+    }
+
+    /// Blocks of a sequence came from another rank, or did not.
+    pub(super) fn fetched(&mut self, fetched: &Fetched) {
+        self.transfers.fetches += 1;
+        self.transfers.failures += u64::from(!fetched.complete);
+        self.transfers.bytes += fetched.bytes;
+        self.transfers.us += fetched.took.as_micros() as u64;
     }
 
     /// The steps that follow have numbers from this one on, as recordings know them.

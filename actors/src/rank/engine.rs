@@ -12,6 +12,7 @@ use heliostat_kernels::cuda::{CudaError, Stream};
 use super::attention::Attention;
 use super::clock::Lap;
 use super::outlet::Outlet;
+use crate::messages::KvForm;
 
 /// The rank's device with what lies on it.
 pub(super) enum Engine {
@@ -96,6 +97,44 @@ impl Engine {
                 finish(rank, attention, outlet, *depth - 1, &mut work)?;
                 Ok(work)
             }
+        }
+    }
+
+    /// How its KV blocks lie.
+    pub(super) fn kv_form(&self) -> KvForm {
+        match self {
+            Self::Cpu(engine) => {
+                let bytes = engine.model.as_ref().map_or(0, |(_, kv)| kv.block_bytes());
+                KvForm { is_cuda: false, block_bytes: bytes as u64 }
+            }
+            Self::Cuda { rank, .. } => KvForm { is_cuda: true, block_bytes: rank.block_bytes() as u64 },
+        }
+    }
+
+    /// What KV blocks hold, one after the other. Waits for the steps in flight.
+    pub(super) fn read_kv(&mut self, blocks: &[u32]) -> Result<Vec<u8>, CudaError> {
+        match self {
+            Self::Cpu(engine) => {
+                let mut read = Vec::new();
+                if let Some((_, kv)) = &engine.model {
+                    blocks.iter().for_each(|&block| kv.read_block(block, &mut read));
+                }
+                Ok(read)
+            }
+            Self::Cuda { rank, .. } => rank.read_blocks(blocks),
+        }
+    }
+
+    /// Makes KV blocks hold what was read of others of the same form.
+    pub(super) fn write_kv(&mut self, blocks: &[(u32, &[u8])]) -> Result<(), CudaError> {
+        match self {
+            Self::Cpu(engine) => {
+                if let Some((_, kv)) = &mut engine.model {
+                    blocks.iter().for_each(|&(block, content)| kv.write_block(block, content));
+                }
+                Ok(())
+            }
+            Self::Cuda { rank, .. } => rank.write_blocks(blocks),
         }
     }
 

@@ -9,15 +9,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use heliostat_engine::grammar::Constraint;
 use heliostat_engine::request::{Request, RequestId};
+use heliostat_engine::scheduler::BlockHash;
 use heliostat_kernels::cuda::exchange::AbortHandle;
 use heliostat_kernels::fabric::{Abort, Waker};
 use heliostat_runtime::group::GroupView;
 use heliostat_runtime::handle::{ActorAddr, ProcessId};
 use tokio::sync::oneshot;
 
+use super::kv::{Fetched, StoreKv};
 use super::plan::OpenPlan;
 use super::spans::Traced;
-use crate::messages::{Busy, RankJoined, StepLoad, Submit};
+use crate::messages::{Busy, FetchKv, KvChunk, RankJoined, StepLoad, Submit};
 use crate::monitor::trace::RankTrace;
 
 /// A sequence to be queued.
@@ -52,6 +54,14 @@ pub(super) enum Command {
     Submit(Box<Submission>),
     /// Stop a sequence.
     Abort(RequestId),
+    /// Name the full blocks of this prompt, and say how many of them are here.
+    FindKv(Vec<u32>, oneshot::Sender<(Vec<BlockHash>, usize)>),
+    /// Read blocks that are cached.
+    ReadKv(FetchKv, oneshot::Sender<KvChunk>),
+    /// Take blocks in that were read elsewhere.
+    StoreKv(StoreKv),
+    /// Blocks of a sequence came from another rank, or did not.
+    Fetched(Fetched),
     /// Stop all sequences of ingresses in this process: nobody hears them.
     PeerLost(ProcessId),
     /// Stage a plan; its stager runs already.
@@ -99,8 +109,9 @@ struct Shared {
     device: Mutex<Option<(AbortHandle, u64)>>,
     /// Requests that wait in the scheduler or on their way to it.
     waiting: AtomicU32,
-    /// Those on their way whose grammars are being compiled, with the process of their ingress.
-    compiling: Mutex<HashMap<RequestId, ProcessId>>,
+    /// Those that are not ready yet, since their grammars are being compiled or their blocks fetched, with the process of
+    /// their ingress.
+    coming: Mutex<HashMap<RequestId, ProcessId>>,
     /// Newest plan that ended.
     closed: AtomicU64,
     /// Whether the actor asked the thread to end.
@@ -173,9 +184,9 @@ impl Link {
         admitted.map(|_| ()).map_err(|waiting| Busy::QueueFull { waiting })
     }
 
-    /// Notes a request that comes later, once its grammar is compiled.
-    pub(super) fn note_compiling(&self, id: RequestId, ingress: ProcessId) {
-        self.compiling().insert(id, ingress);
+    /// Notes a request that comes later, once its grammar is compiled and its blocks are here.
+    pub(super) fn note_coming(&self, id: RequestId, ingress: ProcessId) {
+        self.coming().insert(id, ingress);
     }
 
     /// Queues a request.
@@ -184,32 +195,32 @@ impl Link {
     }
 
     /// Queues a request that was noted, unless it was given up meanwhile.
-    pub(super) fn submit_compiled(&self, submission: Submission) {
+    pub(super) fn submit_coming(&self, submission: Submission) {
         // Locked until it is queued, so that it is either not noted any more or queued before a command to stop it.
-        let mut compiling = self.compiling();
-        if compiling.remove(&submission.request.id).is_some() {
+        let mut coming = self.coming();
+        if coming.remove(&submission.request.id).is_some() {
             self.submit(submission);
         }
     }
 
-    /// Stops a sequence, wherever it is; true when it was being compiled.
+    /// Stops a sequence, wherever it is; true when it was still to come.
     pub(super) fn abort(&self, id: RequestId) -> bool {
-        let was_compiling = self.compiling().remove(&id).is_some();
-        if !was_compiling {
+        let was_coming = self.coming().remove(&id).is_some();
+        if !was_coming {
             self.send(Command::Abort(id));
         }
-        was_compiling
+        was_coming
     }
 
     /// Stops all sequences of ingresses in that process.
     pub(super) fn peer_lost(&self, process: ProcessId) {
-        let mut compiling = self.compiling();
-        compiling.retain(|_, ingress| *ingress != process);
+        let mut coming = self.coming();
+        coming.retain(|_, ingress| *ingress != process);
         self.send(Command::PeerLost(process));
     }
 
-    fn compiling(&self) -> MutexGuard<'_, HashMap<RequestId, ProcessId>> {
-        self.shared.compiling.lock().unwrap_or_else(PoisonError::into_inner)
+    fn coming(&self) -> MutexGuard<'_, HashMap<RequestId, ProcessId>> {
+        self.shared.coming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Newest plan that ended on this rank.

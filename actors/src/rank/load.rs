@@ -1,5 +1,6 @@
 //! From arguments to a running rank: reads and checks the checkpoint, loads what the rank owns, starts its thread.
 
+use std::collections::VecDeque;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -272,6 +273,7 @@ pub(super) fn start(args: RankArgs, cx: ActorCx, loaded: Loaded) -> Result<Rank,
         runtime: tokio::runtime::Handle::current(),
         exchange: 0,
         unreachable: 0,
+        arrived: VecDeque::new(),
         args: args.clone(),
     };
     run_steps(thread, args.rank, notices)?;

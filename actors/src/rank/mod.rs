@@ -10,6 +10,7 @@ mod clock;
 mod engine;
 mod grammars;
 mod join;
+mod kv;
 mod leases;
 mod link;
 mod load;
@@ -41,8 +42,8 @@ use crate::ingress::Hex;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{
     AbandonPlan, Abort, ApplyPlan, AttachEplb, AttachIngress, BreakDevice, Busy, ExpertChunk, FetchExpert,
-    LendExpert, Lent, NoSuchExpert, NotBroken, NotLent, Ping, PlanRefused, RankJoined, RankRefused,
-    ReportLoad, ReturnExpert, StartTrace, StepLoad, Submit, TakeTrace,
+    FetchKv, KvChunk, LendExpert, Lent, NoSuchExpert, NotBroken, NotLent, Ping, PlanRefused, RankJoined,
+    RankRefused, ReportLoad, ReturnExpert, StartTrace, StepLoad, Submit, TakeTrace,
 };
 use crate::monitor::trace::RankTrace;
 use crate::telemetry::Tracing;
@@ -114,7 +115,7 @@ impl RemoteActor for Rank {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<GroupView>().accept::<Submit>().accept::<Abort>();
-        m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>();
+        m.accept::<ApplyPlan>().accept::<AbandonPlan>().accept::<FetchExpert>().accept::<FetchKv>();
         m.accept::<LendExpert>().accept::<ReturnExpert>();
         m.accept::<ReportLoad>().accept::<AttachEplb>().accept::<AttachIngress>();
         m.accept::<StartTrace>().accept::<TakeTrace>();
@@ -151,22 +152,35 @@ impl Rank {
         }
     }
 
-    /// Compiles the request's grammar, which may take long, and queues the request then.
-    fn compile(&self, message: Submit, dp: u32) {
+    /// Makes ready what the request needs, which may take long, and queues it then: its grammar, and the KV blocks that
+    /// another rank has of it.
+    fn prepare(&self, message: Submit, dp: u32) {
         let (id, ingress) = (message.request.id, message.reply_to.process);
-        self.link.note_compiling(id, ingress);
+        self.link.note_coming(id, ingress);
         let traced = Traced::now(&message.from);
         let (grammars, link, cx) = (Arc::clone(&self.grammars), self.link.clone(), self.cx.clone());
-        tokio::task::spawn_blocking(move || {
-            let Some(grammar) = &message.request.grammar else { return };
-            match grammars.compile(grammar) {
-                Ok(constraint) => link.submit_compiled(Submission::of(message, traced, Some(constraint))),
-                Err(why) => {
-                    if link.abort(id) {
-                        refuse(&cx, dp, &message, Busy::Unservable(why));
+        let patience = self.args.links.timeout;
+        tokio::spawn(async move {
+            let constraint = match message.request.grammar.clone() {
+                None => None,
+                Some(grammar) => {
+                    let compiled = tokio::task::spawn_blocking(move || grammars.compile(&grammar)).await;
+                    match compiled.unwrap_or_else(|why| Err(why.to_string())) {
+                        Ok(constraint) => Some(constraint),
+                        Err(why) => {
+                            if link.abort(id) {
+                                refuse(&cx, dp, &message, Busy::Unservable(why));
+                            }
+                            return;
+                        }
                     }
                 }
+            };
+            if let Some(from) = &message.kv_at {
+                let from = cx.system().handle::<Self>(from.clone()).with_deadline(patience);
+                kv::fetch(&link, &from, &message.request).await;
             }
+            link.submit_coming(Submission::of(message, traced, constraint));
         });
     }
 
@@ -269,7 +283,9 @@ impl Handler<Submit> for Rank {
         };
         let dp = dp as u32 + self.args.first_rank;
         match self.link.admit(self.args.engine.max_waiting) {
-            Ok(()) if message.request.grammar.is_some() => self.compile(message, dp),
+            Ok(()) if message.request.grammar.is_some() || message.kv_at.is_some() => {
+                self.prepare(message, dp);
+            }
             Ok(()) => {
                 let traced = Traced::now(&message.from);
                 self.link.submit(Submission::of(message, traced, None));
@@ -304,6 +320,17 @@ impl Handler<AbandonPlan> for Rank {
         if self.staging.as_ref().is_some_and(|(epoch, _)| *epoch <= message.epoch) {
             self.drop_staging();
         }
+    }
+}
+
+impl Handler<FetchKv> for Rank {
+    type Result = ResponseFuture<KvChunk>;
+
+    fn handle(&mut self, ask: FetchKv, _: &mut Self::Context) -> Self::Result {
+        let (reply, answer) = oneshot::channel();
+        self.link.send(Command::ReadKv(ask, reply));
+        // Without an answer the asker computes what it wanted.
+        Box::pin(async move { answer.await.unwrap_or_default() })
     }
 }
 

@@ -30,6 +30,10 @@ impl StepThread {
             if self.should_leave(epoch) {
                 break;
             }
+            if !self.arrived.is_empty() {
+                self.engine.drain(self.attention.as_mut(), &mut self.outlet)?;
+                self.store_arrived();
+            }
             if !decision.run {
                 self.engine.drain(self.attention.as_mut(), &mut self.outlet)?;
                 self.park(group, sent)?;

@@ -4,6 +4,7 @@
 //! peer is lost, a newer view arrives or the actor stops; sequences, KV blocks and an unfinished batch stay, so a step
 //! that was cut off is redone in the next epoch.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use super::borrow::Borrower;
 use super::clock::StepClock;
 use super::engine::Engine;
 use super::join::{self, ExpertLoader, JoinState, Joined};
+use super::kv::StoreKv;
 use super::leases::Leases;
 use super::link::{Command, Inbox};
 use super::outlet::Outlet;
@@ -67,6 +69,8 @@ pub(super) struct StepThread {
     pub(super) exchange: u64,
     /// Joins in a row at which a peer's GPU could not be reached.
     pub(super) unreachable: u32,
+    /// KV blocks from other ranks, to be taken in between two steps.
+    pub(super) arrived: VecDeque<StoreKv>,
 }
 
 impl StepThread {
@@ -334,6 +338,7 @@ impl StepThread {
         while let Some(command) = self.inbox.take() {
             self.apply(command);
         }
+        self.store_arrived();
         if let Some(attention) = &self.attention {
             self.inbox.set_waiting(attention.waiting());
         }
@@ -346,6 +351,16 @@ impl StepThread {
                 None => tracing::error!("a request came to a rank without an attention role"),
             },
             Command::Abort(id) => self.attention.iter_mut().for_each(|attention| attention.abort(id)),
+            Command::FindKv(prompt, reply) => {
+                let _ = reply.send(self.find_kv(&prompt));
+            }
+            Command::ReadKv(ask, reply) => {
+                let _ = reply.send(self.read_kv(&ask));
+            }
+            Command::StoreKv(arrived) => self.arrived.push_back(arrived),
+            Command::Fetched(fetched) => {
+                self.attention.iter_mut().for_each(|attention| attention.fetched(&fetched));
+            }
             Command::PeerLost(process) => {
                 self.attention.iter_mut().for_each(|attention| attention.abort_all_of(process));
                 self.outlet.forget(process);

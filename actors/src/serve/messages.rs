@@ -7,6 +7,7 @@ use bincode::{Decode, Encode};
 use heliostat_runtime::handle::ActorAddr;
 
 use super::target::Backpressure;
+use crate::deployment::Duty;
 use crate::messages::wire;
 
 wire! {
@@ -135,6 +136,8 @@ pub struct TableActorReplica {
 pub struct TableDeployment {
     /// Its name.
     pub name: String,
+    /// What of a sequence it takes.
+    pub duty: Duty,
     /// The model that it serves.
     pub model: TableModel,
     /// Requests that may be in flight at once; none: no bound but the queues of the ranks.

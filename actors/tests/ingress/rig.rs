@@ -349,7 +349,7 @@ impl Engine {
     fn take_commands(&self, scheduler: &mut Scheduler) -> bool {
         loop {
             match self.commands.try_recv() {
-                Ok(RankCommand::Submit(request)) => {
+                Ok(RankCommand::Submit(request) | RankCommand::Continue(request, _)) => {
                     let id = request.id;
                     let constraint =
                         request.grammar.as_ref().map(|grammar| vocabulary().compile(grammar).unwrap());

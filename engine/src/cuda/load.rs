@@ -23,6 +23,7 @@ use super::prompts::Prompts;
 use super::rank::{CudaRank, Loads};
 use super::source::{LoadError, WeightSource};
 use super::tables::Tables;
+use super::transfer::Staging;
 use crate::batch::PrefillAttention;
 use crate::checkpoint::{Checkpoint, Reader};
 use crate::config::{Attention, MlaConfig, ModelConfig};
@@ -139,6 +140,7 @@ impl CudaRank {
             num_blocks: 0,
             local_slots: options.local_slots(),
             made_up: Vec::new(),
+            staging: Staging::default(),
         };
         rank.make_kv(device, options)?;
         // By NCCL a recording holds a communicator, and none is there before the ranks are connected.

@@ -18,6 +18,7 @@ mod prompts;
 mod rank;
 mod source;
 mod tables;
+mod transfer;
 
 pub use lending::{LentPlace, PoolOffer};
 pub use load::{BLOCK_SIZE, CudaOptions, KvRoom, Weights, bytes_per_block};

@@ -14,6 +14,7 @@ use super::inputs::STEPS_MAX;
 use super::lending::PoolOffer;
 use super::model::{CudaModel, StepShape};
 use super::pool::{ExpertPool, PooledExpert};
+use super::transfer::Staging;
 use crate::batch::{Drawn, Step};
 use crate::config::ModelConfig;
 use crate::ep::{ExpertWeights, SharedSlots, Topology};
@@ -44,6 +45,8 @@ pub struct CudaRank {
     pub(super) local_slots: usize,
     /// For measurements: made-up experts by layer and slot.
     pub(super) made_up: Vec<Vec<PooledExpert>>,
+    /// Where KV blocks pass through the host.
+    pub(super) staging: Staging,
 }
 
 /// What all ranks must know of a step whose rows NCCL carries.

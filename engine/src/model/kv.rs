@@ -58,6 +58,43 @@ impl KvPages {
         self.block_size
     }
 
+    /// Bytes of one block, over all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.layers.len() * self.block_size * (self.widths.first + self.widths.second) * size_of::<f32>()
+    }
+
+    /// Appends what a block holds: for each layer its first rows, then its second ones, little-endian.
+    pub fn read_block(&self, block: u32, to: &mut Vec<u8>) {
+        for layer in &self.layers {
+            for (rows, width) in [(&layer.first, self.widths.first), (&layer.second, self.widths.second)] {
+                let len = self.block_size * width;
+                let at = block as usize * len;
+                to.extend(rows[at..at + len].iter().flat_map(|value| value.to_le_bytes()));
+            }
+        }
+    }
+
+    /// Makes a block hold what [`Self::read_block`] read of one.
+    ///
+    /// # Panics
+    /// If there are not [`Self::block_bytes`] of it.
+    pub fn write_block(&mut self, block: u32, mut from: &[u8]) {
+        assert_eq!(from.len(), self.block_bytes(), "a block is written whole");
+        let (block_size, Widths { first, second }) = (self.block_size, self.widths);
+        for layer in &mut self.layers {
+            for (rows, width) in [(&mut layer.first, first), (&mut layer.second, second)] {
+                let len = block_size * width;
+                let (own, rest) = from.split_at(len * size_of::<f32>());
+                let (values, _) = own.as_chunks::<4>();
+                let at = block as usize * len;
+                for (to, value) in rows[at..at + len].iter_mut().zip(values) {
+                    *to = f32::from_le_bytes(*value);
+                }
+                from = rest;
+            }
+        }
+    }
+
     /// The latent row of a position, to write.
     pub(super) fn latent_mut(&mut self, layer: usize, block_table: &[u32], position: usize) -> &mut [f32] {
         let at = slot(block_table, self.block_size, position) * self.widths.first;

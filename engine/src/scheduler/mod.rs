@@ -21,6 +21,7 @@ mod kv;
 mod pipeline;
 mod sequence;
 mod share;
+mod transfer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -275,12 +275,30 @@ impl<T: Element> Buffer<T> {
     /// # Panics
     /// If they do not fit.
     pub fn copy_to_pinned(&self, stream: &Stream, to: &Pinned<T>, len: usize) -> Result<(), CudaError> {
-        assert!(len <= self.len && len <= to.len, "{len} of {} elements into {}", self.len, to.len);
+        self.copy_to_pinned_at(stream, to, 0, len)
+    }
+
+    /// The same to where `offset` elements of `to` end.
+    ///
+    /// # Errors
+    /// The stream is broken.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn copy_to_pinned_at(
+        &self,
+        stream: &Stream,
+        to: &Pinned<T>,
+        offset: usize,
+        len: usize,
+    ) -> Result<(), CudaError> {
+        assert!(len <= self.len, "{len} of {} elements", self.len);
+        assert!(offset + len <= to.len, "{len} elements at {offset} of {}", to.len);
         stream.device().bind()?;
-        // SAFETY: as in `copy_from_pinned`.
+        // SAFETY: as in `copy_from_pinned_at`.
         check("cuMemcpyDtoHAsync", unsafe {
-            let bytes = len * size_of::<T>();
-            sys::cuMemcpyDtoHAsync_v2(to.host.cast(), self.address(), bytes, stream.raw())
+            let (bytes, first) = (len * size_of::<T>(), to.host.add(offset));
+            sys::cuMemcpyDtoHAsync_v2(first.cast(), self.address(), bytes, stream.raw())
         })
     }
 }

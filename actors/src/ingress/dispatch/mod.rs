@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use heliostat_engine::request::{FinishReason, Output, RankStats, Request, RequestId};
 
-use super::engine::{Admission, RankCommand, Ranks, Refusal};
+use super::engine::{Admission, RankCommand, Ranks, Refusal, Stage};
 use super::router::{Job, Router, block_hashes};
+use crate::deployment::Duty;
 use crate::http::Caller;
 
 pub use outcome::{Effect, Failure, Refused};
@@ -75,6 +76,8 @@ struct Sequence {
     /// As submitted, but `generated` holds all tokens delivered so far.
     request: Request,
     place: Place,
+    /// The rank that computed its prompt for others.
+    prefilled_by: Option<u32>,
     /// Since when it has no rank, or none that has generated anything yet.
     homeless_since: Option<Duration>,
     moves: u32,
@@ -99,6 +102,10 @@ impl Sequence {
         let cacheable = self.request.prompt_logprobs.is_none();
         let blocks = if cacheable { block_hashes(&tokens, block_size) } else { Vec::new() };
         Job { tokens: tokens.len(), blocks }
+    }
+
+    fn stage(&self) -> Stage {
+        Stage::of(self.request.generated.len())
     }
 
     fn tokens(&self) -> Vec<u32> {
@@ -167,7 +174,12 @@ impl Dispatch {
 
     /// Whether a request could be taken: a rank does, or it may wait for one.
     pub fn is_open(&self) -> bool {
-        self.admission.may_wait || self.ranks.open().next().is_some()
+        self.admission.may_wait || self.ranks.doors().next().is_some()
+    }
+
+    /// Sequences that are that far, with a rank or without.
+    pub fn at_stage(&self, stage: Stage) -> usize {
+        self.sequences.values().filter(|sequence| sequence.stage() == stage).count()
     }
 
     /// Sequences at ranks of that range.
@@ -202,6 +214,7 @@ impl Dispatch {
             let sequence = Sequence {
                 request,
                 place: Place::Nowhere,
+                prefilled_by: None,
                 homeless_since: None,
                 moves: 0,
                 refused_by: Vec::new(),
@@ -213,7 +226,7 @@ impl Dispatch {
             if self.place(id, effects) {
                 continue;
             }
-            if self.ranks.open().next().is_some() {
+            if self.ranks.doors().next().is_some() {
                 self.fail(id, Failure::QueueFull, effects);
             } else {
                 // It was admitted to wait for the first rank.
@@ -227,7 +240,7 @@ impl Dispatch {
     fn admit(&self, now: Duration, requests: usize, origin: Origin) -> Result<(), Refused> {
         let Origin { client, pinned } = origin;
         let Ranks { size, missing, .. } = &self.ranks;
-        let open: Vec<u32> = self.ranks.open().collect();
+        let open: Vec<u32> = self.ranks.doors().collect();
         if (open.is_empty() && !self.admission.may_wait) || self.is_stalled(now) {
             return Err(Refused::NotReady { missing: missing.clone() });
         }
@@ -243,13 +256,31 @@ impl Dispatch {
             _ if open.is_empty() => self.config.queue_max.saturating_sub(self.parked.len()),
             Some(rank) if takers.is_empty() && rank < *size => return Err(Refused::RankNotReady(rank)),
             Some(rank) if takers.is_empty() => return Err(Refused::NoSuchRank { rank, size: *size }),
-            _ => takers.iter().map(|&rank| self.router.room(rank)).sum(),
+            _ => takers.iter().map(|&rank| self.router.room(rank)).sum::<usize>().min(self.room_to_go_on()),
         };
         let all = self.config.queue_max * open.len().max(1);
         match room < requests {
             true => Err(Refused::QueueFull),
             false if !self.shares.admits(client, requests, all, now) => Err(Refused::OverShare),
             false => Ok(()),
+        }
+    }
+
+    /// Sequences for which there is room where they go on once they have a token, where that is elsewhere: prompts must not be
+    /// computed faster than others can go on with them.
+    fn room_to_go_on(&self) -> usize {
+        if self.ranks.duties.is_empty() {
+            return usize::MAX;
+        }
+        let others: Vec<u32> =
+            self.ranks.open().filter(|&rank| self.ranks.takes(rank, Stage::Output)).collect();
+        match others.as_slice() {
+            // Whoever goes on with them is yet to come.
+            [] => usize::MAX,
+            _ => {
+                let room = others.iter().map(|&rank| self.router.room(rank)).sum::<usize>();
+                room.saturating_sub(self.at_stage(Stage::Prompt))
+            }
         }
     }
 
@@ -303,6 +334,11 @@ impl Dispatch {
             Some(FinishReason::Aborted) => {
                 self.fail(id, Failure::Rank("it aborted the request".into()), effects);
             }
+            Some(FinishReason::Length) if self.is_first_leg(rank, id) => {
+                output.finish = None;
+                effects.push(Effect::Deliver(rank, output));
+                self.hand_over(now, rank, id, effects);
+            }
             Some(FinishReason::Stop(_) | FinishReason::Length) => {
                 self.remove(id);
                 effects.push(Effect::Deliver(rank, output));
@@ -325,6 +361,28 @@ impl Dispatch {
     /// At another ingress it is that far.
     pub fn advance_turn(&mut self, turn: u64) {
         self.shares.advance(turn);
+    }
+
+    /// Whether a rank that takes prompts only has done its part of a sequence.
+    fn is_first_leg(&self, rank: u32, id: RequestId) -> bool {
+        let unfinished = |it: &Sequence| it.request.generated.len() < it.request.stop.max_tokens as usize;
+        self.ranks.duty(rank) == Duty::Prefill && self.sequences.get(&id).is_some_and(unfinished)
+    }
+
+    /// Has a sequence go on where tokens are generated.
+    fn hand_over(&mut self, now: Duration, rank: u32, id: RequestId, effects: &mut Vec<Effect>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        sequence.place = Place::Nowhere;
+        sequence.prefilled_by = Some(rank);
+        sequence.homeless_since = Some(now);
+        // Its number there means nothing where the sequence goes.
+        sequence.origin.pinned = None;
+        sequence.refused_by.clear();
+        let blocks = sequence.job(self.config.block_size).blocks;
+        self.router.left(rank, id, &blocks);
+        if !self.place(id, effects) {
+            self.park(id);
+        }
     }
 
     /// Takes a rank's report.
@@ -386,7 +444,7 @@ impl Dispatch {
         sequence.place = Place::Nowhere;
         sequence.homeless_since.get_or_insert(now);
         sequence.refused_by.push(rank);
-        let fresh = sequence.moves == 0;
+        let fresh = sequence.moves == 0 && sequence.prefilled_by.is_none();
         self.router.left(rank, id, &[]);
         match refusal {
             Refusal::Unservable(cause) => self.fail(id, Failure::Unservable(cause), effects),
@@ -457,9 +515,11 @@ impl Dispatch {
     fn place(&mut self, id: RequestId, effects: &mut Vec<Effect>) -> bool {
         let sequence = self.sequences.get_mut(&id).expect("placed sequences are in flight");
         let job = sequence.job(self.config.block_size);
-        let moved = sequence.moves > 0;
+        let stage = sequence.stage();
+        let moved = sequence.moves > 0 || sequence.prefilled_by.is_some();
         let allowed = |rank| {
             self.ranks.is_open(rank)
+                && self.ranks.takes(rank, stage)
                 && sequence.origin.pinned.is_none_or(|pinned| self.ranks.local(rank) == pinned)
                 && !sequence.refused_by.contains(&rank)
                 && (moved || self.router.room(rank) > 0)
@@ -468,7 +528,16 @@ impl Dispatch {
         sequence.place = Place::On(rank);
         self.router.sent(rank, id, &job);
         self.parked.remove(&id);
-        effects.push(Effect::Send(rank, RankCommand::Submit(Box::new(sequence.request.clone()))));
+        let mut request = Box::new(sequence.request.clone());
+        if self.ranks.duty(rank) == Duty::Prefill {
+            request.stop.max_tokens = request.stop.max_tokens.min(1);
+        }
+        let elsewhere = sequence.prefilled_by.filter(|from| self.ranks.ready.contains_key(from));
+        let command = match elsewhere {
+            Some(from) => RankCommand::Continue(request, from),
+            None => RankCommand::Submit(request),
+        };
+        effects.push(Effect::Send(rank, command));
         true
     }
 

@@ -192,11 +192,109 @@ fn outputs_of_a_sequence_that_is_gone_are_answered_by_an_abort() {
     assert_eq!(effects, [Effect::Send(0, RankCommand::Abort(RequestId(1)))]);
 }
 
+/// One rank that takes prompts, and two that go on.
+fn apart(ready: &[(u32, u64)]) -> Ranks {
+    let duties = [(0, Duty::Prefill), (1, Duty::Decode), (2, Duty::Decode)].into_iter().collect();
+    Ranks { duties, missing: Vec::new(), ..ranks(ready) }
+}
+
+/// Where the one sequence among `effects` went on, from which rank its prompt comes, and with how many tokens.
+fn continued(effects: &mut Vec<Effect>) -> (u32, u32, usize) {
+    match effects.pop() {
+        Some(Effect::Send(rank, RankCommand::Continue(request, from))) => {
+            assert_eq!(request.stop.max_tokens, 4, "all that its client wants");
+            (rank, from, request.generated.len())
+        }
+        other => panic!("it does not go on: {other:?}"),
+    }
+}
+
+#[test]
+fn a_sequence_goes_on_where_tokens_are_generated_with_its_first_one() {
+    let mut dispatch = dispatch(&[]);
+    let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, apart(&[(1, 1), (2, 1)]), &mut effects);
+    let refused = dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects);
+    assert!(matches!(refused, Err(Refused::NotReady { .. })), "nobody takes prompts: {refused:?}");
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (1, 1), (2, 1)]), &mut effects);
+    dispatch.submit(NOW, vec![request(1, 4)], at(0), &mut effects).unwrap();
+    match effects.pop() {
+        Some(Effect::Send(0, RankCommand::Submit(request))) => assert_eq!(request.stop.max_tokens, 1),
+        other => panic!("{other:?}"),
+    }
+    dispatch.outputs(NOW, 0, vec![output(1, 0, &[7], Some(FinishReason::Length))], &mut effects);
+    let (to, from, have) = continued(&mut effects);
+    assert_eq!((to > 0, from, have), (true, 0, 1));
+    // The first token is on its way, and not as the last one.
+    assert_eq!(effects, [Effect::Deliver(0, output(1, 0, &[7], None))]);
+    effects.clear();
+    // The rank that went on with it is lost, and with it what it had of the prompt.
+    dispatch.rank_lost(NOW, to, &mut effects);
+    assert_eq!(continued(&mut effects), (3 - to, 0, 1));
+    // So is the one that has the prompt: the next one computes it.
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (1, 1), (2, 1)]), &mut effects);
+    effects.clear();
+    dispatch.rank_lost(NOW, 0, &mut effects);
+    dispatch.rank_lost(NOW, 3 - to, &mut effects);
+    assert_eq!(submitted(&mut effects), (to, 1));
+    dispatch.outputs(NOW, to, vec![output(1, 1, &[8, 9, 10], Some(FinishReason::Length))], &mut effects);
+    assert_eq!(effects, [Effect::Deliver(to, output(1, 1, &[8, 9, 10], Some(FinishReason::Length)))]);
+    assert!(dispatch.is_empty());
+}
+
+#[test]
+fn a_sequence_that_ends_with_its_first_token_ends_there() {
+    let mut dispatch = dispatch(&[]);
+    let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (1, 1)]), &mut effects);
+    let ends = [(1, FinishReason::Length, 1), (2, FinishReason::Stop(7), 4)];
+    for (id, finish, max_tokens) in ends {
+        dispatch.submit(NOW, vec![request(id, max_tokens)], Origin::default(), &mut effects).unwrap();
+        effects.clear();
+        dispatch.outputs(NOW, 0, vec![output(id, 0, &[7], Some(finish.clone()))], &mut effects);
+        assert_eq!(effects, [Effect::Deliver(0, output(id, 0, &[7], Some(finish)))]);
+    }
+    assert!(dispatch.is_empty());
+}
+
+#[test]
+fn prompts_are_taken_as_long_as_others_can_go_on_with_them() {
+    let mut dispatch = dispatch(&[]);
+    let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (1, 1)]), &mut effects);
+    let submit = |dispatch: &mut Dispatch, id| {
+        dispatch.submit(NOW, vec![request(id, 4)], Origin::default(), &mut Vec::new())
+    };
+    for id in 1..=4 {
+        assert_eq!(submit(&mut dispatch, id), Ok(()));
+        dispatch.outputs(NOW, 0, vec![output(id, 0, &[7], Some(FinishReason::Length))], &mut effects);
+    }
+    // The queue of prompts is empty, and the other rank has as many as it takes.
+    assert_eq!(submit(&mut dispatch, 5), Err(Refused::QueueFull));
+    dispatch.outputs(NOW, 1, vec![output(1, 1, &[8], None), output(2, 1, &[8], None)], &mut effects);
+    assert_eq!(submit(&mut dispatch, 5), Ok(()));
+}
+
+#[test]
+fn a_sequence_with_tokens_waits_for_a_rank_that_goes_on() {
+    let mut dispatch = dispatch(&[]);
+    let mut effects = Vec::new();
+    dispatch.set_ranks(NOW, apart(&[(0, 1)]), &mut effects);
+    dispatch.submit(NOW, vec![request(1, 4)], Origin::default(), &mut effects).unwrap();
+    dispatch.outputs(NOW, 0, vec![output(1, 0, &[7], Some(FinishReason::Length))], &mut effects);
+    assert_eq!((dispatch.rank_of(RequestId(1)), dispatch.at_stage(Stage::Output)), (None, 1));
+    effects.clear();
+    dispatch.set_ranks(NOW, apart(&[(0, 1), (2, 1)]), &mut effects);
+    assert_eq!(continued(&mut effects), (2, 0, 1));
+}
+
 /// What the simulated ranks hold, and what the clients got.
 struct World {
     dispatch: Dispatch,
     /// Incarnation and sequences of each rank that is up.
     up: BTreeMap<u32, (u64, BTreeMap<RequestId, Request>)>,
+    /// Ranks that take a part of a sequence only.
+    duties: BTreeMap<u32, Duty>,
     got: BTreeMap<RequestId, (Vec<u32>, bool)>,
 }
 
@@ -218,9 +316,10 @@ fn token(id: RequestId, index: u32) -> u32 {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(duties: &[(u32, Duty)]) -> Self {
         let config = DispatchConfig { moves_max: 1000, ..DispatchConfig::default() };
-        Self { dispatch: Dispatch::new(config), up: BTreeMap::new(), got: BTreeMap::new() }
+        let duties = duties.iter().copied().collect();
+        Self { dispatch: Dispatch::new(config), up: BTreeMap::new(), duties, got: BTreeMap::new() }
     }
 
     fn apply(&mut self, op: Op, step: u64) {
@@ -265,7 +364,8 @@ impl World {
 
     fn tell_ranks(&mut self, effects: &mut Vec<Effect>) {
         let ready = self.up.iter().map(|(&rank, (incarnation, _))| (rank, *incarnation)).collect();
-        self.dispatch.set_ranks(NOW, Ranks { size: 3, ready, ..Ranks::default() }, effects);
+        let duties = self.duties.clone();
+        self.dispatch.set_ranks(NOW, Ranks { size: 3, ready, duties, ..Ranks::default() }, effects);
     }
 
     fn step(&mut self, rank: u32, tokens: u32, overlap: u32, effects: &mut Vec<Effect>) {
@@ -289,7 +389,9 @@ impl World {
                 Effect::Send(rank, command) => {
                     let Some((_, held)) = self.up.get_mut(&rank) else { continue };
                     match command {
-                        RankCommand::Submit(request) => drop(held.insert(request.id, *request)),
+                        RankCommand::Submit(request) | RankCommand::Continue(request, _) => {
+                            drop(held.insert(request.id, *request));
+                        }
                         RankCommand::Abort(id) => drop(held.remove(&id)),
                     }
                 }
@@ -321,8 +423,12 @@ fn any_op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #[test]
-    fn every_token_arrives_once_and_in_order(ops in prop::collection::vec(any_op(), 1..80)) {
-        let mut world = World::new();
+    fn every_token_arrives_once_and_in_order(
+        ops in prop::collection::vec(any_op(), 1..80),
+        split in any::<bool>(),
+    ) {
+        let apart = [(0, Duty::Prefill), (1, Duty::Decode), (2, Duty::Decode)];
+        let mut world = World::new(if split { &apart } else { &[] });
         for (step, &op) in ops.iter().enumerate() {
             world.apply(op, step as u64);
         }

@@ -11,7 +11,7 @@ use bincode::{Decode, Encode};
 
 use super::autoscale::Scaler;
 use super::{Command, Health, Numbers, Seen};
-use crate::deployment::{ModelDeployment, ReplicaNames};
+use crate::deployment::{Duty, ModelDeployment, ReplicaNames};
 use crate::serve::messages::{TableActorReplica, TableActors, TableDeployment, TableModel, TableReplica};
 use crate::serve::target::{DeploymentTarget, Scale, Settings};
 use crate::serve::workload::Workload;
@@ -496,6 +496,7 @@ impl Deployment {
             in_flight_max: in_flight_max.filter(|max| *max < u64::MAX),
             backpressure: settings.backpressure,
             may_wait: self.may_wait(),
+            duty: self.target.workload.model().map_or(Duty::Whole, |model| model.duty),
             replicas: self.replicas.iter().filter(shown).map(seat).collect(),
             model,
         }

@@ -10,7 +10,7 @@ use heliostat_runtime::package::{Digest, PackageId};
 use heliostat_runtime::spec::{LabelSelector, Resources, RestartPolicy};
 
 use super::*;
-use crate::deployment::ModelDeployment;
+use crate::deployment::{Duty, ModelDeployment};
 use crate::eplb::EplbConfig;
 use crate::rank::{CudaArgs, EngineArgs, KvCacheArgs, LinkArgs};
 use crate::serve::target::{Autoscaling, DeploymentTarget, Rollout, Scale, Settings};
@@ -21,6 +21,7 @@ pub(in crate::serve) fn model(name: &str, seqs: u32) -> ModelDeployment {
     ModelDeployment {
         model: PathBuf::from("/models").join(name),
         model_name: name.to_owned(),
+        duty: Duty::Whole,
         topology: Topology { dp: 2, ep: 2, colocate: true },
         redundant_experts: 2,
         initial_layout: None,

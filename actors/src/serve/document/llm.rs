@@ -13,7 +13,7 @@ use serde_json::{Map, Value as Json};
 use super::fields::{Fields, Problems, Refused, no};
 use super::settings::settings;
 use super::{Builder, Facts};
-use crate::deployment::ModelDeployment;
+use crate::deployment::{Duty, ModelDeployment};
 use crate::rank::{EngineArgs, KvCacheArgs};
 
 /// The label of nodes that `accelerator_type` asks for.
@@ -39,7 +39,6 @@ const ENGINE_REFUSED: &[Refused] = &[
     no("data_parallel_address", &[], ""),
     no("distributed_executor_backend", &["\"ray\"", "\"mp\""], ""),
     no("enable_dbo", &["false"], ""),
-    no("kv_transfer_config", &[], "prefill and decode are not separated"),
     no("speculative_config", &[], ""),
     no("enable_lora", &["false"], ""),
     no("enable_chunked_prefill", &["true"], "prefill is always cut into chunks"),
@@ -62,12 +61,12 @@ const ENGINE_REFUSED: &[Refused] = &[
 /// One LLMConfig: the name of its deployment, what a replica runs, and the options of the deployment.
 pub(super) fn deployment(
     value: Json,
-    (path, builder): (&str, Builder),
+    (path, builder, duty): (&str, Builder, Duty),
     facts: &Facts<'_>,
     problems: &Problems,
 ) -> (String, ModelDeployment, Json) {
     let mut llm = Fields::open(path, value, problems);
-    let mut model = facts.base.clone();
+    let mut model = ModelDeployment { duty, ..facts.base.clone() };
     let mut loading = llm.object("model_loading_config").unwrap_or_else(|| {
         llm.wrong("model_loading_config", "it is missing: {model_id: NAME, model_source: DIRECTORY}");
         Fields::open(llm.at("model_loading_config"), Json::Null, problems)
@@ -128,7 +127,7 @@ pub(super) fn deployment(
     let name = options
         .get("name")
         .and_then(Json::as_str)
-        .map_or_else(|| builder.deployment_name(&id), str::to_owned);
+        .map_or_else(|| builder.deployment_name(duty, &id), str::to_owned);
     (name, model, options)
 }
 
@@ -217,10 +216,51 @@ fn engine_kwargs(
             None => kwargs.wrong("served_model_name", "it must be one name"),
         }
     }
+    kv_transfer(&mut kwargs, model.duty);
     parallel(&mut kwargs, model, builder);
     eplb(&mut kwargs, model, shape.as_ref(), num_nodes);
     kwargs.refuse(ENGINE_REFUSED);
     kwargs.finish();
+}
+
+/// How blocks go from prefill to decode: there is one way, which vLLM's configurations may name.
+fn kv_transfer(kwargs: &mut Fields<'_>, duty: Duty) {
+    let Some(mut config) = kwargs.object("kv_transfer_config") else { return };
+    let (role, other) = match duty {
+        Duty::Prefill => ("kv_producer", "kv_consumer"),
+        Duty::Decode => ("kv_consumer", "kv_producer"),
+        Duty::Whole => {
+            kwargs.wrong(
+                "kv_transfer_config",
+                "blocks move between the two of ray.serve.llm:build_pd_openai_app only",
+            );
+            return;
+        }
+    };
+    if let Some(connector) = config.take::<String>("kv_connector")
+        && connector != "NixlConnector"
+    {
+        config.wrong(
+            "kv_connector",
+            format!("{connector:?} is not supported: blocks are read by the rank that goes on, as with \"NixlConnector\""),
+        );
+    }
+    match config.take::<String>("kv_role").as_deref() {
+        Some(named) if named == other => {
+            config.wrong("kv_role", format!("here it is {role:?} or \"kv_both\""))
+        }
+        Some(named) if named != role && named != "kv_both" => {
+            config.wrong("kv_role", format!("{named:?} is none of {role:?} and \"kv_both\""));
+        }
+        Some(_) | None => {}
+    }
+    config.refuse(&[
+        no("engine_id", &[], "ranks have names of their own"),
+        no("kv_connector_extra_config", &["{}"], ""),
+        no("kv_buffer_device", &["\"cuda\"", "\"cpu\""], ""),
+        no("kv_load_failure_policy", &["\"recompute\""], "what does not come is always computed"),
+    ]);
+    config.finish();
 }
 
 /// Room for KV blocks.
@@ -257,7 +297,7 @@ fn parallel(kwargs: &mut Fields<'_>, model: &mut ModelDeployment, builder: Build
     let written = kwargs.positive("data_parallel_size");
     // Ray's own builder makes one rank, unless something else is written.
     let dp = written.unwrap_or(match builder {
-        Builder::OpenAi | Builder::DataParallel => 1,
+        Builder::OpenAi | Builder::DataParallel | Builder::PrefillDecode => 1,
         Builder::Own => model.topology.dp as u32,
     });
     let ep_enabled = kwargs.take::<bool>("enable_expert_parallel");

@@ -22,7 +22,7 @@ use self::fields::{Fields, Problems, Refused, no};
 pub use self::llm::default_redundancy;
 use super::core::ProxyLocation;
 use super::target::{AppTarget, DeploymentTarget, Source};
-use crate::deployment::ModelDeployment;
+use crate::deployment::{Duty, ModelDeployment};
 
 /// Applications of a document at most.
 const APPS_MAX: usize = 64;
@@ -58,13 +58,14 @@ enum Builder {
     OpenAi,
     /// Ray's, of one model with data-parallel ranks.
     DataParallel,
+    /// Ray's, of one model with prefill and decode apart.
+    PrefillDecode,
     /// Ours: as Ray's, with the ranks of cluster.toml where none are written.
     Own,
 }
 
 /// Import paths, by the part behind the module.
-const IMPORT_PATHS: &str =
-    "ray.serve.llm:build_openai_app, ray.serve.llm:build_dp_openai_app and heliostat:build_openai_app";
+const IMPORT_PATHS: &str = "ray.serve.llm:build_openai_app, ray.serve.llm:build_dp_openai_app, ray.serve.llm:build_pd_openai_app and heliostat:build_openai_app";
 
 impl Import {
     fn parse(import_path: &str, packages: &[PackageStatus]) -> Result<Self, String> {
@@ -84,9 +85,7 @@ impl Builder {
             "ray.serve.llm:build_openai_app" => Ok(Some(Self::OpenAi)),
             "ray.serve.llm:build_dp_openai_app" => Ok(Some(Self::DataParallel)),
             "heliostat:build_openai_app" => Ok(Some(Self::Own)),
-            "ray.serve.llm:build_pd_openai_app" => Err(format!(
-                "{import_path} is not supported: prefill and decode are not separated; use ray.serve.llm:build_dp_openai_app"
-            )),
+            "ray.serve.llm:build_pd_openai_app" => Ok(Some(Self::PrefillDecode)),
             other if other.starts_with("ray.") || other.starts_with("heliostat:") => {
                 Err(format!("{other:?} cannot be imported; there are {IMPORT_PATHS}"))
             }
@@ -95,10 +94,12 @@ impl Builder {
     }
 
     /// The name of a deployment that is not named, as Ray makes it.
-    fn deployment_name(self, model_id: &str) -> String {
-        let server = match self {
-            Self::OpenAi | Self::Own => "LLMServer",
-            Self::DataParallel => "DPServer",
+    fn deployment_name(self, duty: Duty, model_id: &str) -> String {
+        let server = match (self, duty) {
+            (_, Duty::Prefill) => "PDPrefillServer",
+            (_, Duty::Decode) => "PDDecodeServer",
+            (Self::DataParallel, Duty::Whole) => "DPServer",
+            (Self::OpenAi | Self::Own | Self::PrefillDecode, Duty::Whole) => "LLMServer",
         };
         format!("{server}:{}", model_id.replace('/', "--").replace('.', "_"))
     }
@@ -268,23 +269,64 @@ fn check_prefix(app: &Fields<'_>, prefix: &str) {
     }
 }
 
+/// The LLMConfigs that a builder takes, each with its path and what it is for.
+fn configs(builder: Builder, args: &mut Fields<'_>) -> Vec<(String, Json, Duty)> {
+    let keys: &[(&str, Duty)] = match builder {
+        Builder::OpenAi | Builder::Own => &[("llm_configs", Duty::Whole)],
+        Builder::DataParallel => &[("llm_config", Duty::Whole)],
+        Builder::PrefillDecode => &[("prefill_config", Duty::Prefill), ("decode_config", Duty::Decode)],
+    };
+    let mut configs = Vec::new();
+    for &(key, duty) in keys {
+        let found = match key {
+            "llm_configs" => args.list(key),
+            key => args.raw(key).map(|config| (args.at(key), config)).into_iter().collect(),
+        };
+        if found.is_empty() {
+            args.wrong(key, "it is missing: the builder needs a model");
+        }
+        configs.extend(found.into_iter().map(|(path, config)| (path, config, duty)));
+    }
+    configs
+}
+
+/// What goes on elsewhere must be the same there.
+fn check_pair([prefill, decode]: [&DeploymentTarget; 2], (path, problems): (&str, &Problems)) {
+    let (Some(prefill), Some(decode)) = (prefill.workload.model(), decode.workload.model()) else { return };
+    let at = |key: &str| format!("{path}.args.decode_config.{key}");
+    let differs = |key: &str, prefill: &dyn std::fmt::Display, decode: &dyn std::fmt::Display| {
+        problems
+            .add(&at(key), format!("it is {decode}, and {prefill} in prefill_config: both must be the same"));
+    };
+    if prefill.model_name != decode.model_name {
+        differs("model_loading_config.model_id", &prefill.model_name, &decode.model_name);
+    }
+    if prefill.model != decode.model {
+        differs("model_loading_config.model_source", &prefill.model.display(), &decode.model.display());
+    }
+    let (one, other) = (&prefill.engine, &decode.engine);
+    if one.max_model_len != other.max_model_len {
+        differs("engine_kwargs.max_model_len", &one.max_model_len, &other.max_model_len);
+    }
+    if one.block_size != other.block_size {
+        differs("engine_kwargs.block_size", &one.block_size, &other.block_size);
+    }
+    for (key, engine) in [("prefill_config", one), ("decode_config", other)] {
+        if !engine.enable_prefix_caching {
+            let path = format!("{path}.args.{key}.engine_kwargs.enable_prefix_caching");
+            problems.add(&path, "prompts go from prefill to decode through the prefix caches: leave it on");
+        }
+    }
+}
+
 fn deployments(
     builder: Builder,
     mut args: Fields<'_>,
     overrides: Vec<(String, Json)>,
     (path, facts, problems): (&str, &Facts<'_>, &Problems),
 ) -> Vec<DeploymentTarget> {
-    let mut configs = match builder {
-        Builder::OpenAi | Builder::Own => args.list("llm_configs"),
-        Builder::DataParallel => {
-            args.raw("llm_config").map(|config| (args.at("llm_config"), config)).into_iter().collect()
-        }
-    };
-    if configs.is_empty() {
-        let key = if builder == Builder::DataParallel { "llm_config" } else { "llm_configs" };
-        args.wrong(key, "it is missing: the builder needs a model");
-    }
-    configs.retain(|(path, config)| {
+    let mut configs = configs(builder, &mut args);
+    configs.retain(|(path, config, _)| {
         let is_path = config.is_string();
         if is_path {
             problems.add(path, "a file is not supported; write the LLMConfig itself");
@@ -292,15 +334,21 @@ fn deployments(
         !is_path
     });
     let why = "one ingress serves the cluster: see [serve] in cluster.toml";
-    args.refuse(&[no("ingress_cls_config", &["{}"], why), no("ingress_deployment_config", &["{}"], why)]);
+    args.refuse(&[
+        no("ingress_cls_config", &["{}"], why),
+        no("ingress_deployment_config", &["{}"], why),
+        no("proxy_cls_config", &["{}"], why),
+        no("proxy_deployment_config", &["{}"], why),
+    ]);
     args.finish();
     let mut made: Vec<DeploymentTarget> = Vec::new();
     let mut used = vec![false; overrides.len()];
-    for (config_path, config) in configs {
-        let (name, mut model, mut under) = llm::deployment(config, (&config_path, builder), facts, problems);
+    for (config_path, config, duty) in configs {
+        let of = (config_path.as_str(), builder, duty);
+        let (name, mut model, mut under) = llm::deployment(config, of, facts, problems);
         let twice = |other: &DeploymentTarget| {
-            let other_model = other.workload.model().map(|it| it.model_name.as_str());
-            other.name == name || other_model == Some(model.model_name.as_str())
+            let same = |it: &ModelDeployment| it.model_name == model.model_name && it.duty == model.duty;
+            other.name == name || other.workload.model().is_some_and(same)
         };
         if made.iter().any(twice) {
             problems.add(&config_path, format!("model {:?} is listed twice", model.model_name));
@@ -323,6 +371,11 @@ fn deployments(
         }
         let settings = llm::options(under, over, &options_path, problems);
         made.push(DeploymentTarget { name, workload: model.into(), settings });
+    }
+    if let [prefill, decode] = made.as_slice()
+        && builder == Builder::PrefillDecode
+    {
+        check_pair([prefill, decode], (path, problems));
     }
     let names: Vec<&str> = made.iter().map(|target| target.name.as_str()).collect();
     for ((path, value), _) in overrides.iter().zip(used).filter(|(_, used)| !used) {

@@ -152,6 +152,59 @@ fn every_mistake_is_named_with_its_place() {
     assert_eq!(said.len(), 7, "{}", said.join("\n"));
 }
 
+/// Ray's document of prefill and decode apart; `decode` is added to the second LLMConfig's engine arguments.
+fn of_pair(model_id: &str, decode: Json) -> Json {
+    let llm = |id: &str, role: &str, more: Json| {
+        let mut kwargs =
+            json!({ "kv_transfer_config": { "kv_connector": "NixlConnector", "kv_role": role } });
+        kwargs.as_object_mut().unwrap().extend(more.as_object().cloned().unwrap());
+        json!({
+            "model_loading_config": { "model_id": id, "model_source": "sundial-20m" },
+            "engine_kwargs": kwargs,
+        })
+    };
+    json!({ "applications": [{ "import_path": "ray.serve.llm:build_pd_openai_app", "args": {
+        "prefill_config": llm("a", "kv_both", json!({ "max_num_batched_tokens": 256 })),
+        "decode_config": llm(model_id, "kv_consumer", decode),
+    } }] })
+}
+
+#[test]
+fn prefill_and_decode_are_two_deployments_of_one_model() {
+    let apps = read_document(of_pair("a", json!({ "data_parallel_size": 2 }))).unwrap();
+    let all: Vec<_> =
+        apps[0].deployments.iter().map(|it| (it.name.as_str(), it.workload.model().unwrap())).collect();
+    let [(prefill, one), (decode, two)] = all.as_slice() else { panic!("{all:?}") };
+    assert_eq!((*prefill, *decode), ("PDPrefillServer:a", "PDDecodeServer:a"));
+    assert_eq!((one.duty, one.topology.dp, one.engine.max_num_batched_tokens), (Duty::Prefill, 1, 256));
+    assert_eq!((two.duty, two.topology.dp), (Duty::Decode, 2));
+
+    let said = problems(of_pair(
+        "b",
+        json!({
+            "enable_prefix_caching": false, "max_model_len": 32,
+            "kv_transfer_config": { "kv_connector": "LMCacheConnectorV1", "kv_role": "kv_producer" },
+        }),
+    ));
+    let at = "applications.0.args.decode_config";
+    for start in [
+        format!(
+            "{at}.engine_kwargs.kv_transfer_config.kv_connector: \"LMCacheConnectorV1\" is not supported"
+        ),
+        format!("{at}.engine_kwargs.kv_transfer_config.kv_role: here it is \"kv_consumer\""),
+        format!("{at}.model_loading_config.model_id: it is b, and a in prefill_config"),
+        format!("{at}.engine_kwargs.max_model_len: it is 32"),
+        format!("{at}.engine_kwargs.enable_prefix_caching: prompts go from prefill to decode"),
+    ] {
+        assert!(said.iter().any(|line| line.starts_with(&start)), "{start}\n{}", said.join("\n"));
+    }
+    let mut half = of_pair("a", json!({}));
+    half["applications"][0]["args"].as_object_mut().unwrap().shift_remove("decode_config");
+    assert!(problems(half)[0].starts_with(&format!("{at}: it is missing")));
+    let alone = json!({ "kv_transfer_config": { "kv_connector": "NixlConnector" } });
+    assert!(problems(document(alone, json!({})))[0].contains("build_pd_openai_app only"));
+}
+
 #[test]
 fn builders_are_rays_and_ours_and_no_others() {
     let with = |import_path: &str, args: Json| {
@@ -167,10 +220,6 @@ fn builders_are_rays_and_ours_and_no_others() {
     assert_eq!(model_of(&apps).model, Path::new("/models/sundial-20m"));
     let own = with("heliostat:build_openai_app", json!({ "llm_configs": [llm("a")] })).unwrap();
     assert_eq!(model_of(&own).topology.dp, 2, "as in cluster.toml");
-    let said = with("ray.serve.llm:build_pd_openai_app", json!({})).unwrap_err();
-    assert!(
-        said[0].starts_with("applications.0.import_path: ray.serve.llm:build_pd_openai_app is not supported")
-    );
     let said = with("my.app:main", json!({})).unwrap_err();
     assert!(said[0].contains("builders are ray.serve.llm:build_openai_app"), "{said:?}");
     let said =
