@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use actix_web::web::Data;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::actors::ActorPool;
+use super::forward::ActorPool;
 use super::handle::Ingress;
 use super::model::ServedModel;
 
@@ -23,6 +23,8 @@ pub struct AppRoute {
     prefix: String,
     models: Vec<ModelRoute>,
     actors: Option<ActorPool>,
+    /// Of its other deployments: who answers asks them.
+    behind: Vec<ActorPool>,
 }
 
 /// A model that answers in an application. Cheap to clone.
@@ -50,12 +52,18 @@ impl ModelRoute {
 impl AppRoute {
     /// `prefix` is as Ray writes it: `/`, `/chat`. `models` are in order of preference, at least one.
     pub fn new(name: &str, prefix: &str, models: Vec<ModelRoute>) -> Self {
-        Self { name: name.to_owned(), prefix: prefix.trim_end_matches('/').to_owned(), models, actors: None }
+        Self {
+            name: name.to_owned(),
+            prefix: prefix.trim_end_matches('/').to_owned(),
+            models,
+            actors: None,
+            behind: Vec::new(),
+        }
     }
 
-    /// An application that is an actor of a user.
-    pub fn of_actors(name: &str, prefix: &str, actors: ActorPool) -> Self {
-        Self { actors: Some(actors), ..Self::new(name, prefix, Vec::new()) }
+    /// An application of users' actors: `actors` answer, and ask those `behind` them.
+    pub(crate) fn of_actors(name: &str, prefix: &str, actors: ActorPool, behind: Vec<ActorPool>) -> Self {
+        Self { actors: Some(actors), behind, ..Self::new(name, prefix, Vec::new()) }
     }
 
     /// Its replicas, where it is an actor of a user.
@@ -102,9 +110,7 @@ impl AppRoute {
     pub(super) fn ready(&self) -> Result<(), Vec<String>> {
         let mut names: Vec<&str> = self.models.iter().map(|route| route.model.name()).collect();
         names.dedup();
-        if let Some(actors) = &self.actors {
-            actors.ready()?;
-        }
+        self.actors.iter().chain(&self.behind).try_for_each(ActorPool::ready)?;
         for name in names {
             if let Some(route) = self.choose(Some(name)) {
                 route.ingress.ready()?;

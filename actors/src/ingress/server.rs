@@ -19,9 +19,9 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::Instrument;
 
-use super::actors::{self, ActorPool, Terms};
 use super::apps::{AppRoute, Apps};
 use super::error::ApiError;
+use super::forward::{self, ActorPool, Terms};
 use super::handle::Ingress;
 use super::metrics::{CONTENT_TYPE as METRICS_CONTENT_TYPE, spans_of_process};
 use super::openai;
@@ -486,7 +486,7 @@ async fn around(
         Ok(()) => match actors_of(&request) {
             None => next.call(request).instrument(log).await?.map_into_boxed_body(),
             Some((pool, terms)) => {
-                let answer = actors::answer(&pool, &mut request, terms).instrument(log).await;
+                let answer = forward::answer(&pool, &mut request, terms).instrument(log).await;
                 // Keeps the error, which `into_response` does not.
                 ServiceResponse::new(request.into_parts().0, answer)
             }

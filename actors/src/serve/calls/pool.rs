@@ -1,23 +1,20 @@
-//! Applications that are actors of users: finds a replica for each request, and carries it there and the answer back.
+//! The replicas of a deployment of users' actors as one caller sees them, and the requests that it has there.
 //!
-//! `balance` decides, `forward` translates between HTTP and messages. Neither knows of models.
-
-mod balance;
-mod forward;
+//! `balance` decides; this keeps handles, and those who wait. It knows neither HTTP nor messages.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use heliostat_runtime::actor::RemoteActor;
 use heliostat_runtime::handle::Handle;
 use heliostat_runtime::system::System;
 use rand::RngExt;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
-use self::balance::{Balance, Offer, Seat, Taken};
-pub(super) use self::forward::{Terms, answer};
+use super::NoPlace;
+use super::balance::{Balance, Offer, Seat, Taken};
 use crate::serve::messages::TableActors;
-use crate::serve::replica::AnyReplica;
 use crate::serve::target::Backpressure;
 
 /// How long a request waits for a replica that is started for it.
@@ -26,19 +23,27 @@ const FIRST_REPLICA: Duration = Duration::from_secs(120);
 const NEXT_REPLICA: Duration = Duration::from_secs(10);
 
 /// The replicas of a deployment, and the requests that are under way there. Cheap to clone.
-#[derive(Clone)]
-pub struct ActorPool(Arc<Inner>);
+pub(crate) struct Pool<A>(Arc<Inner<A>>);
 
-struct Inner {
-    system: System,
-    state: Mutex<State>,
+impl<A> Clone for Pool<A> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
 }
 
-#[derive(Default)]
-struct State {
+struct Inner<A> {
+    system: System,
+    state: Mutex<State<A>>,
+    /// The requests under way have changed.
+    changed: Notify,
+}
+
+struct State<A> {
     balance: Balance,
-    handles: HashMap<Seat, Handle<AnyReplica>>,
-    waiting: HashMap<u64, oneshot::Sender<Place>>,
+    handles: HashMap<Seat, Handle<A>>,
+    waiting: HashMap<u64, oneshot::Sender<Place<A>>>,
+    /// Replicas that take nothing new.
+    draining: Vec<u64>,
     tickets: u64,
     /// Replicas are there or on their way.
     expected: bool,
@@ -49,95 +54,99 @@ struct State {
 }
 
 /// A request's place at a replica; it is given back when dropped.
-struct Place {
-    pool: ActorPool,
-    seat: Seat,
-    handle: Handle<AnyReplica>,
+pub(crate) struct Place<A> {
+    pool: Pool<A>,
+    pub(super) seat: Seat,
+    pub(super) handle: Handle<A>,
 }
 
-/// No replica takes a request.
-#[derive(Debug, thiserror::Error)]
-enum NoPlace {
-    #[error("no replica is free, and as many requests wait as may ({0}, `max_queued_requests`)")]
-    Full(u64),
-    #[error("no replica serves: {0}")]
-    NotReady(String),
+/// What a caller has under way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Calls {
+    /// Under way and waiting.
+    pub(super) load: u64,
+    /// At each replica that takes nothing new, by number.
+    pub(super) draining: Vec<(u64, u64)>,
 }
 
-impl ActorPool {
+impl<A> Pool<A> {
     /// Without a replica.
-    pub fn new(system: System) -> Self {
-        Self(Arc::new(Inner { system, state: Mutex::default() }))
+    pub(crate) fn new(system: System) -> Self {
+        let state = Mutex::new(State {
+            balance: Balance::default(),
+            handles: HashMap::new(),
+            waiting: HashMap::new(),
+            draining: Vec::new(),
+            tickets: 0,
+            expected: true,
+            may_wait: false,
+            backpressure: None,
+            message: "its replicas are not known yet".to_owned(),
+            closed: false,
+        });
+        Self(Arc::new(Inner { system, state, changed: Notify::new() }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<A>> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes what is so of the deployment from now on.
-    pub fn set(&self, deployment: &TableActors) {
-        let mut state = self.lock();
-        let mut handles = HashMap::new();
-        for replica in deployment.replicas.iter().filter(|replica| !replica.draining) {
-            let Some(addr) = &replica.addr else { continue };
-            let seat = Seat { number: replica.number, incarnation: addr.incarnation.0 };
-            let known = state.handles.remove(&seat);
-            handles.insert(seat, known.unwrap_or_else(|| self.0.system.handle(addr.clone())));
-        }
-        let mut open: Vec<Seat> = handles.keys().copied().collect();
-        open.sort();
-        let queued_max = deployment.max_queued_requests.map(u64::from);
-        state.balance.set(Offer { open, ongoing_max: deployment.max_ongoing_requests.into(), queued_max });
-        state.handles = handles;
-        state.expected = deployment.replicas.iter().any(|replica| !replica.draining);
-        state.may_wait = deployment.may_wait;
-        state.backpressure = deployment.backpressure;
-        state.message.clone_from(&deployment.message);
-        drop(state);
-        self.seat_waiting();
+    /// There is no such deployment: who waits is refused, what is under way goes on.
+    pub(super) fn set_absent(&self, why: String) {
+        self.lock().refuse_all(why);
     }
 
     /// The deployment is gone: who waits is refused, what is under way goes on.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        state.balance.set(Offer::default());
-        state.message = "the application has ended".to_owned();
-        let waiting = std::mem::take(&mut state.waiting);
-        waiting.keys().for_each(|ticket| state.balance.leave(*ticket));
+        state.refuse_all("the application has ended".to_owned());
     }
 
     /// Requests under way and waiting.
-    pub fn load(&self) -> u64 {
+    pub(crate) fn load(&self) -> u64 {
         self.lock().balance.load()
     }
 
     /// How a request is refused for which there is no room.
-    pub(super) fn backpressure(&self) -> Option<Backpressure> {
+    pub(crate) fn backpressure(&self) -> Option<Backpressure> {
         self.lock().backpressure
     }
 
     /// Requests under way at a replica.
-    pub fn load_at(&self, number: u64) -> u64 {
+    pub(crate) fn load_at(&self, number: u64) -> u64 {
         self.lock().balance.at(number)
+    }
+
+    /// What is under way.
+    pub(super) fn calls(&self) -> Calls {
+        let state = self.lock();
+        let draining = state.draining.iter().map(|number| (*number, state.balance.at(*number))).collect();
+        Calls { load: state.balance.load(), draining }
+    }
+
+    /// Waits until [`Self::calls`] may have changed. For one waiter only.
+    pub(super) async fn changed(&self) {
+        self.0.changed.notified().await;
     }
 
     /// What it still waits for.
     ///
     /// # Errors
     /// What is missing.
-    pub fn ready(&self) -> Result<(), Vec<String>> {
+    pub(crate) fn ready(&self) -> Result<(), Vec<String>> {
         let state = self.lock();
         if state.may_wait || state.balance.is_open(&[]) { Ok(()) } else { Err(vec![state.missing()]) }
     }
 
     /// A place for a request that was tried at `tried` in vain; waits for one where that has sense.
-    async fn place(&self, tried: &[Seat]) -> Result<Place, NoPlace> {
+    pub(super) async fn place(&self, tried: &[Seat]) -> Result<Place<A>, NoPlace> {
         let (mut waiting, receiver) = {
             let mut state = self.lock();
             if state.closed {
                 return Err(NoPlace::NotReady(state.missing()));
             }
+            self.0.changed.notify_one();
             state.tickets += 1;
             let ticket = state.tickets;
             match state.balance.take(ticket, tried, &mut draw) {
@@ -152,7 +161,7 @@ impl ActorPool {
         waiting.until(receiver, tried).await
     }
 
-    fn at(&self, state: &mut State, seat: Seat) -> Result<Place, NoPlace> {
+    fn at(&self, state: &mut State<A>, seat: Seat) -> Result<Place<A>, NoPlace> {
         match state.handles.get(&seat).cloned() {
             Some(handle) => Ok(Place { pool: self.clone(), seat, handle }),
             None => {
@@ -180,11 +189,46 @@ impl ActorPool {
     }
 }
 
+impl<A: RemoteActor> Pool<A> {
+    /// Takes what is so of the deployment from now on.
+    pub(crate) fn set(&self, deployment: &TableActors) {
+        let mut state = self.lock();
+        let mut handles = HashMap::new();
+        for replica in deployment.replicas.iter().filter(|replica| !replica.draining) {
+            let Some(addr) = &replica.addr else { continue };
+            let seat = Seat { number: replica.number, incarnation: addr.incarnation.0 };
+            let known = state.handles.remove(&seat);
+            handles.insert(seat, known.unwrap_or_else(|| self.0.system.handle(addr.clone())));
+        }
+        let mut open: Vec<Seat> = handles.keys().copied().collect();
+        open.sort();
+        let queued_max = deployment.max_queued_requests.map(u64::from);
+        state.balance.set(Offer { open, ongoing_max: deployment.max_ongoing_requests.into(), queued_max });
+        state.handles = handles;
+        state.expected = deployment.replicas.iter().any(|replica| !replica.draining);
+        state.may_wait = deployment.may_wait;
+        state.backpressure = deployment.backpressure;
+        state.message.clone_from(&deployment.message);
+        state.draining = deployment.replicas.iter().filter(|it| it.draining).map(|it| it.number).collect();
+        drop(state);
+        self.seat_waiting();
+        self.0.changed.notify_one();
+    }
+}
+
 fn draw(below: usize) -> usize {
     rand::rng().random_range(0..below)
 }
 
-impl State {
+impl<A> State<A> {
+    fn refuse_all(&mut self, why: String) {
+        self.balance.set(Offer::default());
+        self.handles.clear();
+        (self.expected, self.may_wait, self.message) = (false, false, why);
+        let waiting = std::mem::take(&mut self.waiting);
+        waiting.keys().for_each(|ticket| self.balance.leave(*ticket));
+    }
+
     /// Why no replica serves.
     fn missing(&self) -> String {
         match (self.message.as_str(), self.expected) {
@@ -206,17 +250,17 @@ impl State {
 }
 
 /// A request that waits; its client may go away meanwhile.
-struct Waiting<'a> {
-    pool: &'a ActorPool,
+struct Waiting<'a, A> {
+    pool: &'a Pool<A>,
     ticket: u64,
 }
 
-impl Waiting<'_> {
+impl<A> Waiting<'_, A> {
     async fn until(
         &mut self,
-        mut receiver: oneshot::Receiver<Place>,
+        mut receiver: oneshot::Receiver<Place<A>>,
         tried: &[Seat],
-    ) -> Result<Place, NoPlace> {
+    ) -> Result<Place<A>, NoPlace> {
         let began = tokio::time::Instant::now();
         loop {
             let (open, patience) = {
@@ -238,7 +282,7 @@ impl Waiting<'_> {
     }
 }
 
-impl Drop for Waiting<'_> {
+impl<A> Drop for Waiting<'_, A> {
     fn drop(&mut self) {
         let mut state = self.pool.lock();
         state.waiting.remove(&self.ticket);
@@ -246,16 +290,22 @@ impl Drop for Waiting<'_> {
     }
 }
 
-impl Place {
+impl<A> Place<A> {
+    /// The replica's number.
+    pub(crate) fn number(&self) -> u64 {
+        self.seat.number
+    }
+
     /// Whether the replica was reached.
-    fn reached(&self, well: bool) {
+    pub(super) fn reached(&self, well: bool) {
         self.pool.lock().balance.reached(self.seat, well);
     }
 }
 
-impl Drop for Place {
+impl<A> Drop for Place<A> {
     fn drop(&mut self) {
         self.pool.lock().balance.release(self.seat);
+        self.pool.0.changed.notify_one();
         self.pool.seat_waiting();
     }
 }

@@ -1,6 +1,7 @@
 //! Which replica of a user's actor gets a request: the one with fewer calls under way of two that are drawn.
 //!
-//! Pure: replicas, requests and draws come in, places go out. (Ray Serve's power of two choices; Mitzenmacher 2001)
+//! Of one caller, an ingress or a replica that asks others. Pure: replicas, requests and draws come in, places go out. (Ray
+//! Serve's power of two choices; Mitzenmacher 2001)
 //! AP-2: no replica has more requests at once than it may, and who waits longest goes first.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
