@@ -180,13 +180,14 @@ fn chunks(
     replies: Replies<HttpRequest>,
 ) -> impl Stream<Item = Result<Bytes, ChunkError>> {
     stream::unfold(Some((place, replies)), |both| async {
-        let (place, mut replies) = both?;
+        let (mut place, mut replies) = both?;
         let error = match replies.next().await? {
             Ok(HttpPart::Chunk(bytes)) => return Some((Ok(bytes.into()), Some((place, replies)))),
             Ok(HttpPart::Failed(why)) => why,
             Ok(HttpPart::Whole { .. } | HttpPart::Head(_)) => "a second head".to_owned(),
             Err(why) => why.to_string(),
         };
+        place.failed(false);
         tracing::info!(replica = place.number(), "an answer is broken off: {error}");
         Some((Err(ChunkError(error)), None))
     })

@@ -477,9 +477,13 @@ async fn around(
     {
         admitted = find_app(&apps, &mut request).await;
     }
-    let mut span = traced.and_then(|(tracing, path)| HttpSpan::begin(&tracing, &request, (path, &name)));
+    let route = request.app_data::<Data<Arc<AppRoute>>>().cloned();
+    let of_actors = route.as_ref().filter(|route| route.actors().is_some());
+    let pattern = of_actors.map_or_else(|| request.match_pattern(), |route| Some(route.pattern(&request)));
+    let mut span =
+        traced.and_then(|(tracing, path)| HttpSpan::begin(&tracing, &request, (path, pattern, &name)));
     let ingress = request.app_data::<Data<Ingress>>().cloned();
-    let ongoing = ingress.as_ref().map(|ingress| ingress.begin(&request));
+    let ongoing = route.map(|route| route.begin(&request));
     // Whatever its handler says is said of this request.
     let log = tracing::debug_span!("request", request_id = name);
     let mut response = match admitted {

@@ -9,7 +9,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::core::SiteArgs;
 use super::messages::{
-    DeleteApps, DeployApps, DeployRefused, GetDetails, GetTable, ReportCalls, TableActors, WatchDeployment,
+    DeleteApps, DeployApps, DeployRefused, GetCalls, GetDetails, GetTable, ReportCalls, TableActors,
+    WatchDeployment,
 };
 use super::service::Service;
 use super::target::{AppTarget, DeploymentTarget, Rollout, Settings, Source};
@@ -67,7 +68,7 @@ impl RemoteActor for ServeController {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<DeployApps>().accept::<DeleteApps>().accept::<GetDetails>().accept::<GetTable>();
-        m.accept_stream::<WatchDeployment>().accept::<ReportCalls>();
+        m.accept_stream::<WatchDeployment>().accept::<ReportCalls>().accept::<GetCalls>();
     }
 }
 
@@ -132,5 +133,13 @@ impl Handler<ReportCalls> for ServeController {
 
     fn handle(&mut self, report: ReportCalls, _: &mut Self::Context) {
         self.service.hear_caller(report);
+    }
+}
+
+impl Handler<GetCalls> for ServeController {
+    type Result = actix::MessageResult<GetCalls>;
+
+    fn handle(&mut self, _: GetCalls, _: &mut Self::Context) -> Self::Result {
+        actix::MessageResult(self.service.calls())
     }
 }

@@ -7,6 +7,7 @@ use bincode::{Decode, Encode};
 use heliostat_runtime::actor::{Items, StreamMessage};
 use heliostat_runtime::handle::ActorAddr;
 
+use super::calls::counts::CallCounts;
 use super::target::Backpressure;
 use crate::messages::wire;
 
@@ -16,6 +17,7 @@ wire! {
     GetDetails => "serve.details",
     GetTable => "serve.table",
     ReportCalls => "serve.calls",
+    GetCalls => "serve.get_calls",
     SetTable => "ingress.table",
 }
 
@@ -89,7 +91,7 @@ impl StreamMessage for WatchDeployment {
 }
 
 /// What a handle has under way, from whoever watches its deployment.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Message)]
+#[derive(Clone, Debug, PartialEq, Encode, Decode, Message)]
 #[rtype(result = "()")]
 pub struct ReportCalls {
     /// Name of the application.
@@ -102,7 +104,14 @@ pub struct ReportCalls {
     pub load: u64,
     /// Calls at each replica that takes nothing new, by number.
     pub draining: Vec<(u64, u64)>,
+    /// What became of its calls.
+    pub counts: CallCounts,
 }
+
+/// What became of the calls of all handles, by application and deployment.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Vec<((String, String), CallCounts)>")]
+pub struct GetCalls;
 
 // ---- to the ingress ------------------------------------------------------------------------------------------------
 

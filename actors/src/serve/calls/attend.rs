@@ -18,7 +18,7 @@ use crate::serve::ServeController;
 use crate::serve::messages::{ReportCalls, WatchDeployment};
 
 /// Between two reports.
-const REPORT_PAUSE: Duration = Duration::from_millis(50);
+const REPORT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two tries to reach the controller.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
@@ -94,7 +94,7 @@ async fn follow<A: RemoteActor>(pool: &Pool<A>, controller: &Handle<ServeControl
     }
 }
 
-fn report(whose: &Whose, Calls { load, draining }: Calls) -> ReportCalls {
+fn report(whose: &Whose, Calls { load, draining, counts }: Calls) -> ReportCalls {
     let Whose { application, deployment, caller } = whose.clone();
-    ReportCalls { application, deployment, caller, load, draining }
+    ReportCalls { application, deployment, caller, load, draining, counts }
 }

@@ -124,7 +124,17 @@ impl Balance {
 
     /// Requests under way and waiting.
     pub(super) fn load(&self) -> u64 {
-        self.ongoing.values().sum::<u64>() + self.waiting.len() as u64
+        self.ongoing.values().sum::<u64>() + self.waiting()
+    }
+
+    /// Requests that wait.
+    pub(super) fn waiting(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+
+    /// Requests under way, by replica, where there are any.
+    pub(super) fn ongoing(&self) -> &BTreeMap<u64, u64> {
+        &self.ongoing
     }
 
     /// Requests under way at a replica.

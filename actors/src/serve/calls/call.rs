@@ -96,7 +96,7 @@ where
 {
     let mut tried = Vec::new();
     loop {
-        let place = match place(pool, &tried, until).await {
+        let mut place = match place(pool, &tried, until).await {
             Ok(place) => place,
             Err(why) => return Err(CallError::NotSent { message, why }),
         };
@@ -104,12 +104,12 @@ where
         let first = match replies.next().await.transpose() {
             Ok(first) => first,
             Err(why) => {
-                message = again(&place, why)?;
+                message = again(&mut place, why)?;
                 tried.push(place.seat);
                 continue;
             }
         };
-        place.reached(true);
+        place.reached();
         return Ok(Begun { place, first, replies });
     }
 }
@@ -129,16 +129,16 @@ where
 {
     let mut tried = Vec::new();
     loop {
-        let place = match place(pool, &tried, until).await {
+        let mut place = match place(pool, &tried, until).await {
             Ok(place) => place,
             Err(why) => return Err(CallError::NotSent { message, why }),
         };
         match handle(&place, until).ask(message).await {
             Ok(answer) => {
-                place.reached(true);
+                place.reached();
                 return Ok(answer);
             }
-            Err(why) => message = again(&place, why)?,
+            Err(why) => message = again(&mut place, why)?,
         }
         tried.push(place.seat);
     }
@@ -161,15 +161,15 @@ fn handle<A>(place: &Place<A>, until: Option<Instant>) -> Handle<A> {
 }
 
 /// The message, where another replica may have it.
-fn again<A, M>(place: &Place<A>, why: AskError<M>) -> Result<M, CallError<M>> {
+fn again<A, M>(place: &mut Place<A>, why: AskError<M>) -> Result<M, CallError<M>> {
     match why {
         AskError::Refused(refused) if may_pass(&refused.reason) => {
             tracing::debug!(replica = place.number(), "a call is tried elsewhere: {}", refused.reason);
-            place.reached(false);
+            place.passed();
             Ok(refused.message)
         }
         why => {
-            place.reached(!matches!(why, AskError::PeerLost(_) | AskError::Stopped));
+            place.failed(matches!(why, AskError::PeerLost(_) | AskError::Stopped));
             Err(CallError::Failed { replica: place.number(), why })
         }
     }

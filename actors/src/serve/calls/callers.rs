@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::counts::{CallCounts, Of};
 use crate::serve::core::Seen;
 use crate::serve::messages::ReportCalls;
 
@@ -14,7 +15,11 @@ pub(in crate::serve) const BACK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// All handles, by their numbers.
 #[derive(Debug, Default)]
-pub(in crate::serve) struct Callers(BTreeMap<u64, Caller>);
+pub(in crate::serve) struct Callers {
+    all: BTreeMap<u64, Caller>,
+    /// What those had counted that are gone.
+    past: BTreeMap<Of, CallCounts>,
+}
 
 #[derive(Debug)]
 struct Caller {
@@ -25,6 +30,13 @@ struct Caller {
     lost_at: Duration,
     load: u64,
     draining: Vec<(u64, u64)>,
+    counts: CallCounts,
+}
+
+impl Caller {
+    fn of(&self) -> Of {
+        (self.application.clone(), self.deployment.clone())
+    }
 }
 
 impl Callers {
@@ -37,24 +49,39 @@ impl Callers {
             lost_at: Duration::ZERO,
             load: 0,
             draining: Vec::new(),
+            counts: CallCounts::default(),
         };
-        self.0.entry(caller).or_insert_with(new).lines += 1;
+        self.all.entry(caller).or_insert_with(new).lines += 1;
     }
 
     /// A line is gone.
     pub(in crate::serve) fn went(&mut self, caller: u64, now: Duration) {
-        if let Some(caller) = self.0.get_mut(&caller) {
+        if let Some(caller) = self.all.get_mut(&caller) {
             (caller.lines, caller.lost_at) = (caller.lines.saturating_sub(1), now);
         }
     }
 
     /// What a caller has under way. Whether something may follow from it at once.
     pub(in crate::serve) fn report(&mut self, report: ReportCalls) -> bool {
-        let Some(caller) = self.0.get_mut(&report.caller) else { return false };
+        let Some(caller) = self.all.get_mut(&report.caller) else { return false };
         let began = caller.load == 0 && report.load > 0;
         let emptied = report.draining.iter().any(|it| it.1 == 0 && !caller.draining.contains(it));
-        (caller.load, caller.draining) = (report.load, report.draining);
+        (caller.load, caller.draining, caller.counts) = (report.load, report.draining, report.counts);
         began || emptied
+    }
+
+    /// What became of all calls, by application and deployment.
+    pub(in crate::serve) fn counts(&self) -> Vec<(Of, CallCounts)> {
+        let mut all = self.past.clone();
+        for caller in self.all.values() {
+            all.entry(caller.of()).or_default().add(&caller.counts);
+        }
+        all.into_iter().collect()
+    }
+
+    /// Forgets what was counted for deployments that are no more.
+    pub(in crate::serve) fn keep(&mut self, is_there: impl Fn(&Of) -> bool) {
+        self.past.retain(|of, _| is_there(of));
     }
 
     /// Adds their calls to what the ingresses have said. `since` is the time since the start of the controller, before
@@ -65,10 +92,14 @@ impl Callers {
         of: impl Fn(u64) -> Option<(String, String)>,
         now: Duration,
     ) {
-        self.0.retain(|_, caller| caller.lines > 0 || now.saturating_sub(caller.lost_at) < BACK_PATIENCE);
-        for caller in self.0.values() {
-            *seen.loads.entry((caller.application.clone(), caller.deployment.clone())).or_default() +=
-                caller.load;
+        let is_there =
+            |caller: &Caller| caller.lines > 0 || now.saturating_sub(caller.lost_at) < BACK_PATIENCE;
+        for (_, caller) in self.all.extract_if(.., |_, caller| !is_there(caller)) {
+            let of = caller.of();
+            self.past.entry(of).or_default().add(&caller.counts.past());
+        }
+        for caller in self.all.values() {
+            *seen.loads.entry(caller.of()).or_default() += caller.load;
         }
         seen.draining = std::mem::take(&mut seen.draining)
             .into_iter()
@@ -78,7 +109,7 @@ impl Callers {
                 if now < BACK_PATIENCE {
                     return None;
                 }
-                let callers = self.0.values();
+                let callers = self.all.values();
                 let mut callers =
                     callers.filter(|it| it.application == application && it.deployment == deployment);
                 let said = |caller: &Caller| {
@@ -99,7 +130,8 @@ mod tests {
 
     fn report(caller: u64, load: u64, draining: &[(u64, u64)]) -> ReportCalls {
         let (application, deployment) = (APP.to_owned(), "it".to_owned());
-        ReportCalls { application, deployment, caller, load, draining: draining.to_vec() }
+        let counts = CallCounts { requests: load, queued: 1, ..CallCounts::default() };
+        ReportCalls { application, deployment, caller, load, draining: draining.to_vec(), counts }
     }
 
     /// What is seen after the ingresses have said that they have nothing at replica 7.
@@ -135,7 +167,14 @@ mod tests {
         assert_eq!(seen(&mut callers, 12), (3, Some(1)));
         callers.came(1, APP, "it");
         assert_eq!(seen(&mut callers, 20), (3, Some(1)));
+        let counts = |callers: &Callers| {
+            callers.counts().iter().map(|(_, it)| (it.requests, it.queued)).collect::<Vec<_>>()
+        };
+        assert_eq!(counts(&callers), [(3, 1)]);
         callers.went(1, Duration::from_secs(20));
         assert_eq!(seen(&mut callers, 23), (0, Some(0)));
+        assert_eq!(counts(&callers), [(3, 0)], "what it has counted stays");
+        callers.keep(|_| false);
+        assert_eq!(counts(&callers), []);
     }
 }

@@ -117,6 +117,10 @@ impl<A, M: StreamMessage> Stream for CallReplies<A, M> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(first)));
         }
-        Pin::new(&mut self.replies).poll_next(task)
+        let next = Pin::new(&mut self.replies).poll_next(task);
+        if let Poll::Ready(Some(Err(why))) = &next {
+            self.place.failed(matches!(why, AskError::PeerLost(_) | AskError::Stopped));
+        }
+        next
     }
 }

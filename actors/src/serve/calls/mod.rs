@@ -2,12 +2,13 @@
 //!
 //! The ingress and replicas that ask other deployments are callers alike. `balance` decides, `pool` keeps the places of one
 //! caller, `call` carries messages; `handle` is what users have, `attend` keeps it in line with what the controller says, and
-//! `callers` is what the controller knows of them.
+//! `callers` is what the controller knows of them. `counts` is what metrics tell.
 
 mod attend;
 mod balance;
 mod call;
 pub(super) mod callers;
+pub(crate) mod counts;
 mod handle;
 mod pool;
 

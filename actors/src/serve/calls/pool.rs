@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use heliostat_runtime::actor::RemoteActor;
 use heliostat_runtime::handle::Handle;
@@ -14,6 +14,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::NoPlace;
 use super::balance::{Balance, Offer, Seat, Taken};
+use super::counts::CallCounts;
 use crate::serve::messages::TableActors;
 use crate::serve::target::Backpressure;
 
@@ -39,7 +40,10 @@ struct Inner<A> {
 }
 
 struct State<A> {
+    /// Of the deployment, as far as it is known.
+    name: String,
     balance: Balance,
+    counts: CallCounts,
     handles: HashMap<Seat, Handle<A>>,
     waiting: HashMap<u64, oneshot::Sender<Place<A>>>,
     /// Replicas that take nothing new.
@@ -58,22 +62,39 @@ pub(crate) struct Place<A> {
     pool: Pool<A>,
     pub(super) seat: Seat,
     pub(super) handle: Handle<A>,
+    began: Instant,
+    end: End,
+}
+
+/// What became of a call at its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It was answered, or given up by its caller.
+    Over,
+    /// The replica had nothing of it.
+    Elsewhere,
+    /// The replica had it, or may have, and gave no answer.
+    Failed,
 }
 
 /// What a caller has under way.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Calls {
     /// Under way and waiting.
     pub(super) load: u64,
     /// At each replica that takes nothing new, by number.
     pub(super) draining: Vec<(u64, u64)>,
+    /// Those that have ended, too.
+    pub(super) counts: CallCounts,
 }
 
 impl<A> Pool<A> {
     /// Without a replica.
     pub(crate) fn new(system: System) -> Self {
         let state = Mutex::new(State {
+            name: String::new(),
             balance: Balance::default(),
+            counts: CallCounts::default(),
             handles: HashMap::new(),
             waiting: HashMap::new(),
             draining: Vec::new(),
@@ -122,7 +143,13 @@ impl<A> Pool<A> {
     pub(super) fn calls(&self) -> Calls {
         let state = self.lock();
         let draining = state.draining.iter().map(|number| (*number, state.balance.at(*number))).collect();
-        Calls { load: state.balance.load(), draining }
+        Calls { load: state.balance.load(), draining, counts: state.counts() }
+    }
+
+    /// The name of the deployment, and what became of the calls there.
+    pub(crate) fn counts(&self) -> (String, CallCounts) {
+        let state = self.lock();
+        (state.name.clone(), state.counts())
     }
 
     /// Waits until [`Self::calls`] may have changed. For one waiter only.
@@ -163,7 +190,9 @@ impl<A> Pool<A> {
 
     fn at(&self, state: &mut State<A>, seat: Seat) -> Result<Place<A>, NoPlace> {
         match state.handles.get(&seat).cloned() {
-            Some(handle) => Ok(Place { pool: self.clone(), seat, handle }),
+            Some(handle) => {
+                Ok(Place { pool: self.clone(), seat, handle, began: Instant::now(), end: End::Over })
+            }
             None => {
                 state.balance.release(seat);
                 Err(NoPlace::NotReady(state.missing()))
@@ -205,6 +234,7 @@ impl<A: RemoteActor> Pool<A> {
         let queued_max = deployment.max_queued_requests.map(u64::from);
         state.balance.set(Offer { open, ongoing_max: deployment.max_ongoing_requests.into(), queued_max });
         state.handles = handles;
+        state.name.clone_from(&deployment.name);
         state.expected = deployment.replicas.iter().any(|replica| !replica.draining);
         state.may_wait = deployment.may_wait;
         state.backpressure = deployment.backpressure;
@@ -221,6 +251,11 @@ fn draw(below: usize) -> usize {
 }
 
 impl<A> State<A> {
+    fn counts(&self) -> CallCounts {
+        let (queued, ongoing) = (self.balance.waiting(), self.balance.ongoing().clone());
+        CallCounts { queued, ongoing, ..self.counts.clone() }
+    }
+
     fn refuse_all(&mut self, why: String) {
         self.balance.set(Offer::default());
         self.handles.clear();
@@ -296,15 +331,32 @@ impl<A> Place<A> {
         self.seat.number
     }
 
-    /// Whether the replica was reached.
-    pub(super) fn reached(&self, well: bool) {
-        self.pool.lock().balance.reached(self.seat, well);
+    /// The replica was reached.
+    pub(super) fn reached(&self) {
+        self.pool.lock().balance.reached(self.seat, true);
+    }
+
+    /// It had nothing of the call, and was not reached.
+    pub(super) fn passed(&mut self) {
+        self.end = End::Elsewhere;
+        self.pool.lock().balance.reached(self.seat, false);
+    }
+
+    /// It had the call, or may have, and gave no answer; `lost`: it is gone.
+    pub(crate) fn failed(&mut self, lost: bool) {
+        self.end = End::Failed;
+        self.pool.lock().balance.reached(self.seat, !lost);
     }
 }
 
 impl<A> Drop for Place<A> {
     fn drop(&mut self) {
-        self.pool.lock().balance.release(self.seat);
+        let mut state = self.pool.lock();
+        state.balance.release(self.seat);
+        if self.end != End::Elsewhere {
+            state.counts.ended(self.began.elapsed(), self.end == End::Failed);
+        }
+        drop(state);
         self.pool.0.changed.notify_one();
         self.pool.seat_waiting();
     }

@@ -7,6 +7,7 @@ use futures_util::Stream;
 use futures_util::stream;
 
 use super::{Service, State};
+use crate::serve::calls::counts::{CallCounts, Of};
 use crate::serve::messages::{ReportCalls, Table, TableActors, WatchDeployment};
 
 /// The line of a caller; it is gone when this is dropped.
@@ -56,6 +57,11 @@ impl Service {
         }
     }
 
+    /// What became of the calls of all handles.
+    pub(in crate::serve) fn calls(&self) -> Vec<(Of, CallCounts)> {
+        self.lock().callers.counts()
+    }
+
     /// Tells callers what is served, if that is new.
     pub(super) fn publish(&self) {
         let table = self.table();
@@ -77,6 +83,8 @@ impl State {
             replica.workload.actor().map(|_| (app.to_owned(), name.to_owned()))
         };
         self.callers.add_to(&mut self.seen, of, now);
+        let apps = self.core.apps();
+        self.callers.keep(|(app, name)| apps.get(app).is_some_and(|app| app.deployments.contains_key(name)));
     }
 }
 
