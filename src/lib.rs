@@ -32,12 +32,13 @@ pub use heliostat_actors as actors;
 pub use heliostat_runtime as runtime;
 pub use program::{BoxError, Driver, DriverError, Program, connect};
 
-/// What an actor needs that is a deployment behind a route (`docs/serve.md`).
+/// What an actor needs that is a deployment of an application (`docs/serve.md`).
 pub mod serve {
+    pub use heliostat_actors::serve::calls::{CallError, CallReplies, DeploymentHandle, NoPlace};
     pub use heliostat_actors::serve::replica::{
         CheckHealth, HttpHead, HttpPart, HttpRequest, HttpResponse, Reconfigure, ReplicaArgs,
     };
-    pub use heliostat_runtime::actor::Items;
+    pub use heliostat_runtime::actor::{Items, StreamMessage};
 }
 
 /// What a file with an actor needs.

@@ -4,6 +4,7 @@
 mod apps;
 mod browser;
 mod collector;
+mod composed;
 mod cuda;
 mod disaggregated;
 mod failover;

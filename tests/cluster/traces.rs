@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use crate::collector::{Collector, Seen, unhex};
+use crate::programs::example;
 use crate::rig::{Cluster, greedy, kill, text};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -232,4 +234,29 @@ async fn a_collector_that_hangs_costs_spans_and_nothing_else() {
         dropped.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum::<u64>() > 0,
         "{metrics}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_span_of_a_users_streamed_answer_ends_with_its_last_byte() {
+    let collector = Collector::start().await;
+    let telemetry = format!("otlp_endpoint = {:?}\ninterval_s = 0.05", collector.url);
+    let cluster =
+        Cluster::up_bare(&[("telemetry", &telemetry), ("devices", "device = \"cpu\"\ncpu = 1")]).await;
+    let pushed = cluster.helio(&["package", "push", example("greeter").to_str().unwrap()]);
+    assert!(pushed.status.success(), "{}", text(&pushed));
+    cluster.deploy_and_wait(json!([{
+        "name": "hello", "route_prefix": "/hello", "import_path": "greeter:Greeter",
+        "args": { "greeting": "Hello" },
+    }]));
+    let request = cluster.client.get(cluster.url("/hello/ticks"));
+    let ticks = request.header("traceparent", format!("00-{TRACE}-{CLIENT}-01")).send().await.unwrap();
+    // One every 100 ms, and then the client goes away.
+    let chunks = ticks.bytes_stream().take(4).map(|chunk| chunk.unwrap().len()).collect::<Vec<_>>().await;
+    assert_eq!(chunks.len(), 4);
+    let spans = collector.trace(TRACE, |spans| !spans.is_empty()).await;
+    let http = one(&spans, "GET /hello");
+    let took = http.span.end_time_unix_nano - http.span.start_time_unix_nano;
+    assert!(took > 300_000_000, "it ended after {took} ns");
+    assert_eq!(http.says("http.response.status_code").as_deref(), Some("200"));
+    assert_eq!(http.says("url.path").as_deref(), Some("/hello/ticks"));
 }

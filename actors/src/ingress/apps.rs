@@ -4,12 +4,15 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use actix_web::dev::ServiceRequest;
 use actix_web::web::Data;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::actors::ActorPool;
+use super::forward::ActorPool;
 use super::handle::Ingress;
 use super::model::ServedModel;
+use super::proxy::{Ongoing, Proxy};
+use crate::serve::calls::counts;
 
 /// All applications. Cheap to clone.
 #[derive(Clone, Default)]
@@ -23,6 +26,9 @@ pub struct AppRoute {
     prefix: String,
     models: Vec<ModelRoute>,
     actors: Option<ActorPool>,
+    /// Of its other deployments: who answers asks them.
+    behind: Vec<ActorPool>,
+    proxy: Proxy,
 }
 
 /// A model that answers in an application. Cheap to clone.
@@ -50,17 +56,38 @@ impl ModelRoute {
 impl AppRoute {
     /// `prefix` is as Ray writes it: `/`, `/chat`. `models` are in order of preference, at least one.
     pub fn new(name: &str, prefix: &str, models: Vec<ModelRoute>) -> Self {
-        Self { name: name.to_owned(), prefix: prefix.trim_end_matches('/').to_owned(), models, actors: None }
+        Self {
+            name: name.to_owned(),
+            prefix: prefix.trim_end_matches('/').to_owned(),
+            models,
+            actors: None,
+            behind: Vec::new(),
+            proxy: Proxy::new(name),
+        }
     }
 
-    /// An application that is an actor of a user.
-    pub fn of_actors(name: &str, prefix: &str, actors: ActorPool) -> Self {
-        Self { actors: Some(actors), ..Self::new(name, prefix, Vec::new()) }
+    /// An application of users' actors: `actors` answer, and ask those `behind` them.
+    pub(crate) fn of_actors(name: &str, prefix: &str, actors: ActorPool, behind: Vec<ActorPool>) -> Self {
+        Self { actors: Some(actors), behind, ..Self::new(name, prefix, Vec::new()) }
     }
 
     /// Its replicas, where it is an actor of a user.
     pub(super) fn actors(&self) -> Option<&ActorPool> {
         self.actors.as_ref()
+    }
+
+    /// What of a path is told of: its pattern, of which there are few; below a user's actor all are one.
+    pub(super) fn pattern(&self, request: &ServiceRequest) -> String {
+        match &self.actors {
+            Some(_) => self.prefix().to_owned(),
+            None => request.match_pattern().unwrap_or_else(|| "other".to_owned()),
+        }
+    }
+
+    /// A request came.
+    pub(super) fn begin(&self, request: &ServiceRequest) -> Ongoing {
+        let deployment = self.actors.as_ref().map(|actors| actors.counts().0);
+        self.proxy.begin(request, self.pattern(request), deployment)
     }
 
     /// As Ray writes it.
@@ -102,9 +129,7 @@ impl AppRoute {
     pub(super) fn ready(&self) -> Result<(), Vec<String>> {
         let mut names: Vec<&str> = self.models.iter().map(|route| route.model.name()).collect();
         names.dedup();
-        if let Some(actors) = &self.actors {
-            actors.ready()?;
-        }
+        self.actors.iter().chain(&self.behind).try_for_each(ActorPool::ready)?;
         for name in names {
             if let Some(route) = self.choose(Some(name)) {
                 route.ingress.ready()?;
@@ -123,8 +148,12 @@ impl Apps {
         apps
     }
 
-    /// Serves exactly these from now on. Those without a model or an actor are left out.
-    pub fn set(&self, routes: Vec<AppRoute>) {
+    /// Serves exactly these from now on. Those without a model or an actor are left out. What is counted goes on.
+    pub fn set(&self, mut routes: Vec<AppRoute>) {
+        for before in self.all() {
+            let same = routes.iter_mut().filter(|route| route.name == before.name);
+            same.for_each(|route| route.proxy = before.proxy.clone());
+        }
         let mut routes: Vec<Arc<AppRoute>> = routes
             .into_iter()
             .filter(|it| !it.models.is_empty() || it.actors.is_some())
@@ -164,10 +193,16 @@ impl Apps {
         }
     }
 
-    /// The metrics of all models and `own`, those of the process, each family once.
+    /// The metrics of all applications and `own`, those of the process, each family once.
     pub(super) fn metrics(&self, own: String) -> String {
-        let routes: Vec<ModelRoute> = self.all().iter().flat_map(|app| app.models.clone()).collect();
-        merge(routes.iter().map(|route| route.ingress.metrics().render()).chain([own]))
+        let apps = self.all();
+        let models = apps.iter().flat_map(|app| &app.models).map(|model| model.ingress.metrics().render());
+        let counts = apps.iter().filter_map(|app| {
+            let (deployment, counts) = app.actors.as_ref()?.counts();
+            Some(((app.name.clone(), deployment), counts))
+        });
+        let calls = counts::render(&counts.collect::<Vec<_>>());
+        merge(models.chain(apps.iter().map(|app| app.proxy.render())).chain([calls, own]))
     }
 }
 

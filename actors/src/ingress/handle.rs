@@ -9,14 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use actix_web::dev::ServiceRequest;
 use heliostat_engine::request::{Output, RankStats, Request, RequestId};
 use tokio::sync::{Notify, mpsc};
 
 use super::dispatch::{Dispatch, DispatchConfig, Effect, Failure, Origin, Refused};
 use super::engine::{Admission, EngineLink, RankCommand, Ranks, Refusal, Stage};
 use super::metrics::{Finish, Finished, Metrics};
-use super::proxy::Ongoing;
 use super::spans::{Hex, RequestTrace, SequenceTrace};
 use crate::monitor::trace::SequenceSpan;
 use crate::serve::target::Backpressure;
@@ -254,11 +252,6 @@ impl Ingress {
     /// From now on new requests are refused; those in flight go on.
     pub fn stop_taking_requests(&self) {
         self.0.stopping.store(true, Ordering::Relaxed);
-    }
-
-    /// A request came over HTTP.
-    pub(super) fn begin(&self, request: &ServiceRequest) -> Ongoing {
-        self.0.metrics.request(request)
     }
 
     pub(crate) fn count_response(&self, code: u16) {

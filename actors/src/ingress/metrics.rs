@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use actix_web::dev::ServiceRequest;
 use heliostat_engine::request::{RankStats, StepPhases};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
@@ -15,7 +14,6 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
-use super::proxy::{Ongoing, Proxy};
 use crate::monitor::report::{Latencies, ServingReport};
 use crate::monitor::trace::SequenceSpan;
 use crate::telemetry::SpanCounts;
@@ -141,7 +139,6 @@ pub struct Metrics {
     phases: Family<EnginePhase, Counter<f64, AtomicU64>>,
     rank_spans: Family<EngineOutcome, Counter>,
     watched: Watched,
-    proxy: Proxy,
 }
 
 /// The same for whoever asks the actor, not `/metrics`: exact figures and narrow buckets.
@@ -209,7 +206,6 @@ impl Metrics {
         let phases = own.add("step_phase_seconds", "Time of all steps by what for", Family::default());
         let rank_spans =
             own.add("rank_trace_spans", "Spans of each rank by what became of them", Family::default());
-        let proxy = Proxy::new(&mut registry, "default");
         Self {
             registry: Mutex::new(registry),
             running,
@@ -229,7 +225,6 @@ impl Metrics {
             responses,
             phases,
             rank_spans,
-            proxy,
             watched: Watched { model, ..Watched::default() },
         }
     }
@@ -378,11 +373,6 @@ impl Metrics {
         self.in_flight.set(in_flight as i64);
         self.watched.in_flight.store(in_flight as u64, Ordering::Relaxed);
         self.moves.inner().store(moves, Ordering::Relaxed);
-    }
-
-    /// A request came over HTTP.
-    pub(super) fn request(&self, request: &ServiceRequest) -> Ongoing {
-        self.proxy.begin(request)
     }
 
     pub(crate) fn response(&self, code: u16) {

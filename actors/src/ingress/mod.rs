@@ -4,11 +4,11 @@
 //! server before it, [`apps::Apps`] finds the model of a request; [`engine::EngineLink`] is its line to the ranks. It never looks at an expert or a weight.
 //! Applications that are actors of users are [`actors`]'.
 
-pub mod actors;
 pub mod apps;
 pub mod dispatch;
 pub mod engine;
 pub mod error;
+pub(crate) mod forward;
 mod handle;
 pub mod metrics;
 pub mod model;

@@ -1,5 +1,6 @@
-//! HTTP requests as Ray Serve's proxies count them, under its names: `ray_serve_num_http_requests`,
-//! `ray_serve_num_http_error_requests`, `ray_serve_http_request_latency_ms`, `ray_serve_num_ongoing_http_requests`.
+//! HTTP requests of one application as Ray Serve's proxies count them, under its names: `ray_serve_num_http_requests`,
+//! `ray_serve_num_http_error_requests`, `ray_serve_num_deployment_http_error_requests`, `ray_serve_http_request_latency_ms`,
+//! `ray_serve_num_ongoing_http_requests`. Labels have few values: a path is known by its pattern, or its application's prefix.
 //!
 //! A request ends with the last byte of its answer, or when its client is gone.
 
@@ -12,6 +13,7 @@ use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use bytes::Bytes;
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -19,23 +21,36 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::spans::HttpSpan;
+use crate::serve::calls::counts::BUCKETS_MS;
 
-/// Ray Serve's default buckets, milliseconds.
-const BUCKETS: [f64; 15] =
-    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 300.0, 400.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0];
+/// Methods that are told by name; every other one is `OTHER`.
+const METHODS: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Of {
+    application: Arc<str>,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Asked {
     application: Arc<str>,
     route: String,
-    method: String,
+    method: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FailedAt {
+    application: Arc<str>,
+    deployment: String,
+    method: &'static str,
+    error_code: u16,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answered {
     application: Arc<str>,
     route: String,
-    method: String,
+    method: &'static str,
     status_code: u16,
 }
 
@@ -43,57 +58,71 @@ struct Answered {
 struct Failed {
     application: Arc<str>,
     route: String,
-    method: String,
+    method: &'static str,
     error_code: u16,
 }
 
-/// The metrics of one application.
+/// The metrics of one application. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Proxy {
     application: Arc<str>,
+    registry: Arc<Registry>,
     requests: Family<Answered, Counter>,
     errors: Family<Failed, Counter>,
+    errors_at: Family<FailedAt, Counter>,
     latency: Family<Answered, Histogram, fn() -> Histogram>,
     ongoing: Gauge,
 }
 
 impl Proxy {
-    /// Registers the metrics of `application`.
-    pub(super) fn new(registry: &mut Registry, application: &str) -> Self {
-        let latency: fn() -> Histogram = || Histogram::new(BUCKETS);
-        let this = Self {
-            application: application.into(),
-            requests: Family::default(),
-            errors: Family::default(),
-            latency: Family::new_with_constructor(latency),
-            ongoing: Gauge::default(),
-        };
+    /// Of `application`, which has had no request.
+    pub(super) fn new(application: &str) -> Self {
+        let mut registry = Registry::default();
+        let latency: Family<_, _, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS_MS));
+        let (requests, errors, errors_at) = (Family::default(), Family::default(), Family::default());
+        let (application, gauges) = (Arc::<str>::from(application), Family::<Of, Gauge>::default());
+        let ongoing = gauges.get_or_create_owned(&Of { application: Arc::clone(&application) });
         let name = |name: &str| format!("ray_serve_{name}");
+        let answered = "HTTP requests that were answered";
+        registry.register(name("num_http_requests"), answered, Family::clone(&requests));
+        registry.register(name("num_http_error_requests"), "Of them, by 400 or more", Family::clone(&errors));
         registry.register(
-            name("num_http_requests"),
-            "HTTP requests that were answered",
-            this.requests.clone(),
+            name("num_deployment_http_error_requests"),
+            "The same, by the deployment that HTTP goes to",
+            Family::clone(&errors_at),
         );
-        registry.register(name("num_http_error_requests"), "Of them, by 400 or more", this.errors.clone());
         registry.register(
             name("http_request_latency_ms"),
             "From the request to the last byte of its answer",
-            this.latency.clone(),
+            latency.clone(),
         );
-        registry.register(name("num_ongoing_http_requests"), "HTTP requests under way", this.ongoing.clone());
-        this
+        registry.register(name("num_ongoing_http_requests"), "HTTP requests under way", gauges);
+        Self { application, registry: Arc::new(registry), requests, errors, errors_at, latency, ongoing }
     }
 
-    /// A request came.
-    pub(super) fn begin(&self, request: &ServiceRequest) -> Ongoing {
+    /// The text of them.
+    pub(super) fn render(&self) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string does not fail");
+        text
+    }
+
+    /// A request came, for that deployment where it is one of users' actors. `route` is one of few.
+    pub(super) fn begin(
+        &self,
+        request: &ServiceRequest,
+        route: String,
+        deployment: Option<String>,
+    ) -> Ongoing {
         self.ongoing.inc();
         let asked = Asked {
             application: Arc::clone(&self.application),
-            // By pattern, which are few; what matches none is one more.
-            route: request.match_pattern().unwrap_or_else(|| "other".to_owned()),
-            method: request.method().to_string(),
+            route,
+            method: METHODS.into_iter().find(|it| request.method() == *it).unwrap_or("OTHER"),
         };
-        Ongoing { proxy: self.clone(), asked, began: Instant::now(), status_code: 499, span: None }
+        let began = Instant::now();
+        Ongoing { proxy: self.clone(), asked, deployment, began, status_code: 499, span: None }
     }
 }
 
@@ -102,6 +131,7 @@ impl Proxy {
 pub(super) struct Ongoing {
     proxy: Proxy,
     asked: Asked,
+    deployment: Option<String>,
     began: Instant,
     status_code: u16,
     /// Ends with it.
@@ -131,7 +161,11 @@ impl Drop for Ongoing {
         let Asked { application, route, method } = self.asked.clone();
         let code = self.status_code;
         if code >= 400 {
-            let (application, route, method) = (application.clone(), route.clone(), method.clone());
+            if let Some(deployment) = self.deployment.take() {
+                let at = FailedAt { application: application.clone(), deployment, method, error_code: code };
+                self.proxy.errors_at.get_or_create(&at).inc();
+            }
+            let (application, route) = (application.clone(), route.clone());
             self.proxy.errors.get_or_create(&Failed { application, route, method, error_code: code }).inc();
         }
         let answered = Answered { application, route, method, status_code: code };
@@ -164,36 +198,34 @@ mod tests {
     use actix_web::HttpResponse;
     use actix_web::test::TestRequest;
     use futures_util::stream;
-    use prometheus_client::encoding::text::encode;
 
     use super::*;
 
-    fn text(registry: &Registry) -> String {
-        let mut text = String::new();
-        encode(&mut text, registry).unwrap();
-        text
-    }
-
     #[test]
     fn a_request_ends_with_its_last_byte() {
-        let mut registry = Registry::default();
-        let proxy = Proxy::new(&mut registry, "default");
+        let proxy = Proxy::new("default");
+        let begin = |request: &ServiceRequest| proxy.begin(request, "/it".to_owned(), Some("It".to_owned()));
         let request = TestRequest::post().uri("/v1/completions").to_srv_request();
-        let ongoing = proxy.begin(&request);
+        let ongoing = begin(&request);
         let body = stream::pending::<Result<Bytes, actix_web::Error>>();
         let streamed = ongoing.answer(request.into_response(HttpResponse::Ok().streaming(body)), None);
-        assert!(text(&registry).contains("ray_serve_num_ongoing_http_requests 1"), "{}", text(&registry));
+        assert!(
+            proxy.render().contains(r#"ray_serve_num_ongoing_http_requests{application="default"} 1"#),
+            "{}",
+            proxy.render()
+        );
         drop(streamed);
-        let request = TestRequest::get().uri("/nowhere").to_srv_request();
-        let ongoing = proxy.begin(&request);
+        let request = TestRequest::with_uri("/nowhere").method("BREW".parse().unwrap()).to_srv_request();
+        let ongoing = begin(&request);
         drop(ongoing.answer(request.into_response(HttpResponse::NotFound().body("no")), None));
-        let text = text(&registry);
-        let labels = r#"application="default",route="other",method="POST",status_code="200""#;
+        let text = proxy.render();
+        let labels = r#"application="default",route="/it",method="POST",status_code="200""#;
         for line in [
-            "ray_serve_num_ongoing_http_requests 0",
+            r#"ray_serve_num_ongoing_http_requests{application="default"} 0"#,
             &format!("ray_serve_num_http_requests_total{{{labels}}} 1"),
             &format!("ray_serve_http_request_latency_ms_count{{{labels}}} 1"),
-            r#"ray_serve_num_http_error_requests_total{application="default",route="other",method="GET",error_code="404"} 1"#,
+            r#"ray_serve_num_http_error_requests_total{application="default",route="/it",method="OTHER",error_code="404"} 1"#,
+            r#"ray_serve_num_deployment_http_error_requests_total{application="default",deployment="It",method="OTHER",error_code="404"} 1"#,
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }

@@ -19,9 +19,9 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tracing::Instrument;
 
-use super::actors::{self, ActorPool, Terms};
 use super::apps::{AppRoute, Apps};
 use super::error::ApiError;
+use super::forward::{self, ActorPool, Terms};
 use super::handle::Ingress;
 use super::metrics::{CONTENT_TYPE as METRICS_CONTENT_TYPE, spans_of_process};
 use super::openai;
@@ -477,16 +477,20 @@ async fn around(
     {
         admitted = find_app(&apps, &mut request).await;
     }
-    let mut span = traced.and_then(|(tracing, path)| HttpSpan::begin(&tracing, &request, (path, &name)));
+    let route = request.app_data::<Data<Arc<AppRoute>>>().cloned();
+    let of_actors = route.as_ref().filter(|route| route.actors().is_some());
+    let pattern = of_actors.map_or_else(|| request.match_pattern(), |route| Some(route.pattern(&request)));
+    let mut span =
+        traced.and_then(|(tracing, path)| HttpSpan::begin(&tracing, &request, (path, pattern, &name)));
     let ingress = request.app_data::<Data<Ingress>>().cloned();
-    let ongoing = ingress.as_ref().map(|ingress| ingress.begin(&request));
+    let ongoing = route.map(|route| route.begin(&request));
     // Whatever its handler says is said of this request.
     let log = tracing::debug_span!("request", request_id = name);
     let mut response = match admitted {
         Ok(()) => match actors_of(&request) {
             None => next.call(request).instrument(log).await?.map_into_boxed_body(),
             Some((pool, terms)) => {
-                let answer = actors::answer(&pool, &mut request, terms).instrument(log).await;
+                let answer = forward::answer(&pool, &mut request, terms).instrument(log).await;
                 // Keeps the error, which `into_response` does not.
                 ServiceResponse::new(request.into_parts().0, answer)
             }

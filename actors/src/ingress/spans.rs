@@ -27,14 +27,13 @@ pub(super) struct HttpSpan {
 }
 
 impl HttpSpan {
-    /// Of a request that came as `path`; leaves what its sequences need in the request's extensions.
+    /// Of a request that came as `path`, which `route` is the pattern of; leaves what its sequences need in the request's extensions.
     pub(super) fn begin(
         tracing: &Tracing,
         request: &ServiceRequest,
-        (path, request_id): (String, &str),
+        (path, route, request_id): (String, Option<String>, &str),
     ) -> Option<Self> {
         let method = request.method().to_string();
-        let route = request.match_pattern();
         let name = route.as_ref().map_or_else(|| method.clone(), |route| format!("{method} {route}"));
         let connection = request.connection_info();
         let mut attributes = vec![

@@ -14,10 +14,10 @@ use heliostat_runtime::system::System;
 
 use crate::deployment::Duty;
 use crate::ingress::Ingress;
-use crate::ingress::actors::ActorPool;
 use crate::ingress::apps::{AppRoute, Apps, ModelRoute};
 use crate::ingress::dispatch::DispatchConfig;
 use crate::ingress::engine::{Admission, EngineLink, Ranks, Stage};
+use crate::ingress::forward::ActorPool;
 use crate::ingress::metrics::Metrics;
 use crate::ingress::model::ServedModel;
 use crate::ingress::text::TextModel;
@@ -168,8 +168,9 @@ impl Pools {
         let routes = self.table.apps.iter().filter_map(|app| {
             let prefix = app.route_prefix.as_deref()?;
             let of_actors = |it: &TableActors| self.actors.get(&(app.name.clone(), it.name.clone()));
-            if let Some(pool) = app.actors.iter().find_map(of_actors) {
-                return Some(AppRoute::of_actors(&app.name, prefix, pool.clone()));
+            if let Some(ingress) = app.actors.iter().filter(|it| it.ingress).find_map(of_actors) {
+                let behind = app.actors.iter().filter(|it| !it.ingress).filter_map(of_actors).cloned();
+                return Some(AppRoute::of_actors(&app.name, prefix, ingress.clone(), behind.collect()));
             }
             let pool = |it: &TableDeployment| self.pool(&key(app, it)).map(|pool| pool.route.clone());
             let whole = app.deployments.iter().filter(|it| it.duty != Duty::Decode);

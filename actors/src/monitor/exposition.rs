@@ -1,6 +1,7 @@
 //! The cluster in Prometheus' OpenMetrics text, for `/metrics` of the dashboard: Ray's names where it has one.
 //!
-//! Pure: what was seen in, text out. Requests and engines are counted by each ingress, at its own `/metrics`.
+//! Pure: what was seen in, text out. Requests and engines are counted by each ingress, at its own `/metrics`; only calls
+//! between replicas are told here.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,6 +11,7 @@ use heliostat_runtime::cluster::status::{ActorState, ClusterStatus, NodeState, P
 use super::watcher::Seen;
 use crate::deployment::group_of_eplb;
 use crate::eplb::EplbPulse;
+use crate::serve::calls::counts;
 
 /// The text. Empty families stand there as well, so that a dashboard can tell nothing from unknown.
 pub(super) fn render(seen: &Seen) -> String {
@@ -18,6 +20,7 @@ pub(super) fn render(seen: &Seen) -> String {
         cluster(&mut text, status);
     }
     balances(&mut text, seen);
+    text.0.push_str(&counts::render(&seen.calls));
     text.0.push_str("# EOF\n");
     text.0
 }

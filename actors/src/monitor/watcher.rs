@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::future::{join, join_all};
+use futures_util::future::{join_all, join3};
 use heliostat_runtime::cluster::Cluster;
 use heliostat_runtime::cluster::status::ClusterStatus;
 use tokio::task::JoinHandle;
@@ -20,6 +20,9 @@ use super::together::Served;
 use crate::eplb::Eplb;
 use crate::ingress_actor::IngressActor;
 use crate::messages::{GetPulse, GetServing};
+use crate::serve::ServeController;
+use crate::serve::calls::counts::{CallCounts, Of};
+use crate::serve::messages::GetCalls;
 
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -37,6 +40,8 @@ pub struct Seen {
     pub models: BTreeMap<String, Served>,
     /// By the names of EPLB actors.
     pub balances: BTreeMap<String, Balance>,
+    /// Calls between replicas of users' actors, by the deployment that is called.
+    pub(super) calls: Vec<(Of, CallCounts)>,
     /// Of the whole cluster.
     pub status: Option<ClusterStatus>,
 }
@@ -72,7 +77,12 @@ impl Watcher {
             let eplb = cluster.handle::<Eplb>(name).await.ok()?.with_deadline(DEADLINE);
             eplb.ask(GetPulse).await.ok().map(|pulse| (name.clone(), pulse))
         });
-        let (reports, pulses) = join(join_all(reports), join_all(pulses)).await;
+        let controllers = ready::<ServeController>(&status);
+        let calls = controllers.iter().map(async |name| {
+            let controller = cluster.handle::<ServeController>(name).await.ok()?.with_deadline(DEADLINE);
+            controller.ask(GetCalls).await.ok()
+        });
+        let (reports, pulses, calls) = join3(join_all(reports), join_all(pulses), join_all(calls)).await;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let mut seen = self.seen();
         let there = |name: &String| status.actors.iter().any(|actor| actor.name == *name);
@@ -98,6 +108,9 @@ impl Watcher {
         seen.models.values_mut().for_each(|served| served.note(now));
         for (name, pulse) in pulses.into_iter().flatten() {
             seen.balances.entry(name).or_default().push(now, pulse);
+        }
+        if let Some(calls) = calls.into_iter().flatten().next() {
+            seen.calls = calls;
         }
         seen.status = Some(status);
     }

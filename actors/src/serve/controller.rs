@@ -4,11 +4,14 @@ use std::path::PathBuf;
 
 use actix::{Actor, Context, Handler, ResponseFuture};
 use bincode::{Decode, Encode};
-use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, Items, RemoteActor, Spawn};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::core::SiteArgs;
-use super::messages::{DeleteApps, DeployApps, DeployRefused, GetDetails, GetTable};
+use super::messages::{
+    DeleteApps, DeployApps, DeployRefused, GetCalls, GetDetails, GetTable, ReportCalls, TableActors,
+    WatchDeployment,
+};
 use super::service::Service;
 use super::target::{AppTarget, DeploymentTarget, Rollout, Settings, Source};
 use crate::deployment::ModelDeployment;
@@ -65,6 +68,7 @@ impl RemoteActor for ServeController {
 
     fn messages(m: &mut Accepts<Self>) {
         m.accept::<DeployApps>().accept::<DeleteApps>().accept::<GetDetails>().accept::<GetTable>();
+        m.accept_stream::<WatchDeployment>().accept::<ReportCalls>().accept::<GetCalls>();
     }
 }
 
@@ -113,5 +117,29 @@ impl Handler<GetTable> for ServeController {
 
     fn handle(&mut self, asked: GetTable, _: &mut Self::Context) -> Self::Result {
         actix::MessageResult(self.service.welcome(&asked.ingress))
+    }
+}
+
+impl Handler<WatchDeployment> for ServeController {
+    type Result = Items<Option<TableActors>>;
+
+    fn handle(&mut self, watch: WatchDeployment, _: &mut Self::Context) -> Self::Result {
+        Items::new(self.service.watch(watch))
+    }
+}
+
+impl Handler<ReportCalls> for ServeController {
+    type Result = ();
+
+    fn handle(&mut self, report: ReportCalls, _: &mut Self::Context) {
+        self.service.hear_caller(report);
+    }
+}
+
+impl Handler<GetCalls> for ServeController {
+    type Result = actix::MessageResult<GetCalls>;
+
+    fn handle(&mut self, _: GetCalls, _: &mut Self::Context) -> Self::Result {
+        actix::MessageResult(self.service.calls())
     }
 }

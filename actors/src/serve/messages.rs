@@ -1,11 +1,13 @@
-//! All messages of the serve controller, and of the ingress that it tells what is served.
+//! All messages of the serve controller, and of the ingresses and replicas that it tells what is served.
 
 use std::path::PathBuf;
 
 use actix::Message;
 use bincode::{Decode, Encode};
+use heliostat_runtime::actor::{Items, StreamMessage};
 use heliostat_runtime::handle::ActorAddr;
 
+use super::calls::counts::CallCounts;
 use super::target::Backpressure;
 use crate::deployment::Duty;
 use crate::messages::wire;
@@ -15,6 +17,8 @@ wire! {
     DeleteApps => "serve.delete",
     GetDetails => "serve.details",
     GetTable => "serve.table",
+    ReportCalls => "serve.calls",
+    GetCalls => "serve.get_calls",
     SetTable => "ingress.table",
 }
 
@@ -66,6 +70,50 @@ pub struct Welcome {
     pub port: Option<u16>,
 }
 
+/// The replicas of a deployment of users' actors, now and whenever they change, for another replica that asks them. None:
+/// there is no such deployment.
+#[derive(Clone, Debug, Encode, Decode)]
+pub struct WatchDeployment {
+    /// Name of the application.
+    pub application: String,
+    /// Name of the deployment.
+    pub deployment: String,
+    /// The number of the handle, which no other has.
+    pub caller: u64,
+}
+
+impl Message for WatchDeployment {
+    type Result = Items<Option<TableActors>>;
+}
+
+impl StreamMessage for WatchDeployment {
+    type Item = Option<TableActors>;
+    const NAME: &'static str = "serve.watch";
+}
+
+/// What a handle has under way, from whoever watches its deployment.
+#[derive(Clone, Debug, PartialEq, Encode, Decode, Message)]
+#[rtype(result = "()")]
+pub struct ReportCalls {
+    /// Name of the application.
+    pub application: String,
+    /// Name of the deployment.
+    pub deployment: String,
+    /// The number of the handle.
+    pub caller: u64,
+    /// Calls under way and waiting.
+    pub load: u64,
+    /// Calls at each replica that takes nothing new, by number.
+    pub draining: Vec<(u64, u64)>,
+    /// What became of its calls.
+    pub counts: CallCounts,
+}
+
+/// What became of the calls of all handles, by application and deployment.
+#[derive(Clone, Copy, Debug, Encode, Decode, Message)]
+#[rtype(result = "Vec<((String, String), CallCounts)>")]
+pub struct GetCalls;
+
 // ---- to the ingress ------------------------------------------------------------------------------------------------
 
 /// Serve exactly this from now on. Answered with what is in flight under it.
@@ -106,6 +154,8 @@ pub struct TableApp {
 pub struct TableActors {
     /// Its name.
     pub name: String,
+    /// HTTP requests of the application go there.
+    pub ingress: bool,
     /// Requests that each replica may have at once.
     pub max_ongoing_requests: u32,
     /// Requests that may wait for a replica; none: as many as come.

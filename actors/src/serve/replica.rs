@@ -9,10 +9,11 @@ use std::pin::Pin;
 use actix::{Actor, Context, Handler, Message};
 use bincode::{Decode, Encode};
 use futures_util::{Stream, StreamExt, stream};
-use heliostat_runtime::actor::{Accepts, CreateError, Items, RemoteActor, StreamMessage};
+use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, Items, RemoteActor, StreamMessage};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::calls::DeploymentHandle;
 use crate::messages::wire;
 
 wire! {
@@ -41,6 +42,15 @@ impl ReplicaArgs {
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, CreateError> {
         parse(self.args.as_bytes())
             .map_err(|why| CreateError::Failed(format!("args of the application: {why}")))
+    }
+
+    /// The application's deployment of another type of actor, to ask its replicas. `cx` is what `Spawn::create` was given.
+    /// A handle is cloned rather than made twice: what the bounds of the deployment count is counted by handle.
+    ///
+    /// # Errors
+    /// The process is in no cluster, as in a test.
+    pub fn deployment<A: RemoteActor>(&self, cx: &ActorCx) -> Result<DeploymentHandle<A>, CreateError> {
+        DeploymentHandle::new(self, cx)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Carries out what the core decides: looks at the cluster, keeps the state with the head, applies and removes actors,
 //! tells the ingresses.
 
+mod callers;
 mod sites;
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,9 +14,10 @@ use heliostat_runtime::cluster::status::{ActorState, ActorStatus, ClusterStatus}
 use heliostat_runtime::cluster::{Cluster, ClusterError};
 use heliostat_runtime::handle::{AskError, Refusal};
 use heliostat_runtime::spec::{ActorSpec, DeathCause, Lifetime};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use self::sites::IngressOrder;
+use super::calls::callers::Callers;
 use super::controller::ServeArgs;
 use super::core::{Command, Health, Replica, Seen, ServeState, Stage};
 use super::details;
@@ -46,6 +48,8 @@ struct Inner {
     /// Held by whoever changes what is kept: the revision that is there.
     kept: tokio::sync::Mutex<u64>,
     woken: Notify,
+    /// What callers are told.
+    published: watch::Sender<Arc<Table>>,
 }
 
 #[derive(Default)]
@@ -58,6 +62,8 @@ struct State {
     probes: Probes,
     /// What ingresses have answered.
     ingresses: Ingresses,
+    /// The handles of replicas that ask others.
+    callers: Callers,
 }
 
 /// What is to be asked of a replica that is an actor of a user.
@@ -94,6 +100,7 @@ impl Service {
             state: Mutex::new(State { core, ..State::default() }),
             kept: tokio::sync::Mutex::new(revision),
             woken: Notify::new(),
+            published: watch::Sender::default(),
         }));
         let (base, sites) = (service.0.args.base_app(), service.0.args.sites.clone());
         service
@@ -219,6 +226,7 @@ impl Service {
             let now = self.0.started.elapsed();
             state.look_at_ingresses(status);
             state.hear_ingresses();
+            state.hear_callers(now);
             let questions = state.look_at(status, now);
             questions.into_iter().for_each(|question| self.ask(question));
             let State { core, seen, .. } = &mut *state;
@@ -243,6 +251,7 @@ impl Service {
             }
         }
         drop(kept);
+        self.publish();
         join_all(orders.into_iter().map(|order| self.carry_out(order))).await;
     }
 

@@ -34,6 +34,8 @@ pub struct ActorDeployment {
     pub args: String,
     /// What it is told once it lives, JSON; changes without a restart.
     pub user_config: Option<String>,
+    /// HTTP requests of the application go there.
+    pub ingress: bool,
     /// What its process needs.
     pub resources: Resources,
     /// What the labels of its node must be.
@@ -132,7 +134,13 @@ impl From<ActorDeployment> for Workload {
 
 impl ActorDeployment {
     fn has_processes_of(&self, other: &Self) -> bool {
-        Self { user_config: other.user_config.clone(), health: other.health, ..self.clone() } == *other
+        let live = Self {
+            user_config: other.user_config.clone(),
+            health: other.health,
+            ingress: other.ingress,
+            ..self.clone()
+        };
+        live == *other
     }
 
     fn spec(&self, name: String, replica: u64) -> Result<ActorSpec, DeployError> {

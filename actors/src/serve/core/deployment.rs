@@ -280,9 +280,32 @@ impl Deployment {
         self.replicas.iter().filter(|replica| which(replica)).count() as u32
     }
 
+    /// Whether what is wanted serves, or needs nothing that serves.
+    pub(super) fn is_settled(&self) -> bool {
+        self.removing || self.is_proven() || (!self.failed && self.wanted() == 0)
+    }
+
+    /// Whether HTTP requests of the application go there.
+    pub(super) fn is_ingress(&self) -> bool {
+        self.target.workload.actor().is_some_and(|actor| actor.ingress)
+    }
+
+    /// It has no replica left that could ask another deployment.
+    pub(super) fn is_empty(&self) -> bool {
+        self.replicas.is_empty()
+    }
+
     /// Brings the replicas closer to what is wanted.
-    pub(super) fn reconcile(&mut self, now: Duration, numbers: &mut Numbers, may_be_home: bool) {
+    pub(super) fn reconcile(
+        &mut self,
+        now: Duration,
+        numbers: &mut Numbers,
+        (may_be_home, hold): (bool, bool),
+    ) {
         self.give_up_or_prove();
+        if hold {
+            return;
+        }
         let version = self.target.version;
         for replica in self.replicas.iter_mut().filter(|it| it.version == version && it.is_live()) {
             if replica.workload != self.target.workload {
@@ -508,7 +531,7 @@ impl Deployment {
     }
 
     /// As an ingress sees it, where it is an actor of a user. Where its replicas are is not known here.
-    pub(super) fn table_of_actors(&self, name: &str) -> Option<TableActors> {
+    pub(super) fn table_of_actors(&self, name: &str, ingress: bool) -> Option<TableActors> {
         self.target.workload.actor()?;
         let settings = &self.target.settings;
         let seat = |replica: &Replica| TableActorReplica {
@@ -519,6 +542,7 @@ impl Deployment {
         let present = self.replicas.iter().filter(|it| it.stage != Stage::Stopping);
         Some(TableActors {
             name: name.to_owned(),
+            ingress,
             max_ongoing_requests: settings.max_ongoing_requests.unwrap_or(u32::MAX),
             max_queued_requests: settings.max_queued_requests,
             backpressure: settings.backpressure,

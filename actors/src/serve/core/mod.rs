@@ -6,6 +6,7 @@
 
 mod autoscale;
 mod deployment;
+mod order;
 #[cfg(test)]
 mod simulation;
 mod sites;
@@ -304,14 +305,16 @@ impl ServeState {
         self.numbers.wall_ms = wall_ms;
         let mut commands = Vec::new();
         for (app_name, app) in &mut self.apps {
+            for deployment in app.deployments.values_mut().filter(|it| app.deleting && !it.removing) {
+                (deployment.removing, self.changed) = (true, true);
+            }
+            let held = order::held(&app.deployments);
+            let at_home = app.source == Source::Cluster;
             for (name, deployment) in &mut app.deployments {
-                if app.deleting && !deployment.removing {
-                    (deployment.removing, self.changed) = (true, true);
-                }
                 let load = seen.loads.get(&(app_name.clone(), name.clone())).copied().unwrap_or(0);
                 deployment.observe(now, seen);
                 deployment.scale(now, load);
-                deployment.reconcile(now, &mut self.numbers, app.source == Source::Cluster);
+                deployment.reconcile(now, &mut self.numbers, (at_home, held.contains(name)));
                 deployment.orders(now, seen, &mut commands);
                 self.changed |= std::mem::take(&mut deployment.changed);
             }
@@ -333,11 +336,15 @@ impl ServeState {
 
     /// What an ingress serves.
     pub fn table(&self) -> Table {
-        let app = |(name, app): (&String, &App)| TableApp {
-            name: name.clone(),
-            route_prefix: app.route_prefix.clone(),
-            deployments: app.deployments.iter().flat_map(|(it, state)| state.table(name, it)).collect(),
-            actors: app.deployments.iter().filter_map(|(it, state)| state.table_of_actors(it)).collect(),
+        let app = |(name, app): (&String, &App)| {
+            let ingress = order::ingress(&app.deployments);
+            let actors = |(it, state): (&String, &Deployment)| state.table_of_actors(it, ingress == Some(it));
+            TableApp {
+                name: name.clone(),
+                route_prefix: app.route_prefix.clone(),
+                deployments: app.deployments.iter().flat_map(|(it, state)| state.table(name, it)).collect(),
+                actors: app.deployments.iter().filter_map(actors).collect(),
+            }
         };
         Table { apps: self.apps.iter().map(app).collect() }
     }

@@ -65,6 +65,7 @@ pub(in crate::serve) fn actor(name: &str, content: u8) -> ActorDeployment {
         actor_type: name.to_owned(),
         args: "{}".to_owned(),
         user_config: None,
+        ingress: true,
         resources: Resources::default(),
         selector: LabelSelector::default(),
         health: HealthChecks::default(),
@@ -145,7 +146,7 @@ impl Rig {
                 Command::Ensure(number) => {
                     self.ensured.push(number);
                     let (_, _, replica) = self.state.replica(number).unwrap();
-                    let works = !self.broken.contains(&seqs(replica));
+                    let works = replica.workload.model().is_none() || !self.broken.contains(&seqs(replica));
                     let health = if works { Health::Ready } else { Health::Broken("no".to_owned()) };
                     self.seen.health.insert(number, health);
                 }
@@ -464,4 +465,100 @@ fn an_actor_of_a_user_is_updated_by_its_package_and_told_its_settings_live() {
     assert_eq!(numbers(&state), [1, 2]);
     (7..12).for_each(|at| step(&mut state, &mut seen, at));
     assert_eq!(numbers(&state), [2]);
+}
+
+/// An application of a gateway and of what it asks, both of a package with that `content`; those that are listed.
+fn composed(content: u8, behind: &[&str]) -> AppTarget {
+    let part = |name: &str, ingress| DeploymentTarget {
+        name: name.to_owned(),
+        workload: ActorDeployment { ingress, ..actor(name, content) }.into(),
+        settings: replicas(1),
+    };
+    let mut deployments = vec![part("gateway", true)];
+    deployments.extend(behind.iter().map(|name| part(name, false)));
+    AppTarget { deployments, ..target("a", 0, replicas(1)) }
+}
+
+impl Rig {
+    /// Which deployments have replicas, each with the contents of their packages.
+    fn parts(&self) -> Vec<(&str, Vec<u8>)> {
+        let Some(app) = self.state.apps().get("a") else { return Vec::new() };
+        let content = |it: &Replica| it.workload.actor().unwrap().package.sha256.0[0];
+        let there = app.deployments.iter().filter(|(_, it)| !it.replicas().is_empty());
+        there.map(|(name, it)| (name.as_str(), it.replicas().iter().map(content).collect())).collect()
+    }
+
+    /// Looks until nothing changes; every state that was passed through.
+    fn history(&mut self) -> Vec<Vec<(String, Vec<u8>)>> {
+        let mut seen = Vec::new();
+        for _ in 0..40 {
+            self.step();
+            let parts: Vec<_> = self.parts().into_iter().map(|(name, it)| (name.to_owned(), it)).collect();
+            if seen.last() != Some(&parts) {
+                seen.push(parts);
+            }
+        }
+        seen
+    }
+}
+
+#[test]
+fn what_is_asked_comes_before_who_asks_it_and_goes_after_it() {
+    let mut rig = Rig::new();
+    rig.deploy(vec![composed(1, &["words"])]);
+    let first = rig.history();
+    assert!(first[0].iter().all(|(name, _)| name == "words"), "{first:?}");
+    assert_eq!(rig.parts(), [("gateway", vec![1]), ("words", vec![1])]);
+
+    // An update: no new gateway before all that it may ask is new.
+    rig.deploy(vec![composed(2, &["words"])]);
+    for parts in rig.history() {
+        let of = |name: &str| parts.iter().find(|(it, _)| it == name).map(|(_, it)| it.clone()).unwrap();
+        assert!(!of("gateway").contains(&2) || of("words").contains(&2), "{parts:?}");
+    }
+    assert_eq!(rig.parts(), [("gateway", vec![2]), ("words", vec![2])]);
+
+    // What is not listed any more stays until the gateway does without it.
+    rig.deploy(vec![composed(3, &["phrases"])]);
+    for parts in rig.history() {
+        let has = |name: &str, content| parts.iter().any(|(it, all)| it == name && all.contains(&content));
+        assert!(has("words", 2) || !has("gateway", 2), "{parts:?}");
+        assert!(has("phrases", 3) || !has("gateway", 3), "{parts:?}");
+    }
+    assert_eq!(rig.parts(), [("gateway", vec![3]), ("phrases", vec![3])]);
+
+    // At the end who asks goes first, and what it has under way may still ask.
+    let gateway = rig.state.apps()["a"].deployments["gateway"].replicas()[0].number;
+    rig.busy.insert(gateway, 1);
+    rig.state.delete_all();
+    rig.steps(10);
+    let phrases = &rig.state.apps()["a"].deployments["phrases"];
+    assert_eq!(phrases.replicas()[0].stage, Stage::Running);
+    rig.busy.clear();
+    rig.steps(10);
+    assert_eq!(rig.parts(), []);
+    assert!(rig.state.apps().is_empty());
+}
+
+#[test]
+fn http_goes_to_the_old_ingress_until_another_one_serves() {
+    let mut rig = Rig::new();
+    rig.deploy(vec![composed(1, &[])]);
+    rig.steps(6);
+    let mut other = composed(1, &[]);
+    other.deployments[0].name = "portal".to_owned();
+    rig.deploy(vec![other]);
+    let ingress = |rig: &Rig| {
+        let table = rig.state.table();
+        let mut open = table.apps[0].actors.iter().filter(|it| it.ingress);
+        let it = open.next().unwrap();
+        assert!(open.next().is_none() && it.replicas.iter().any(|replica| !replica.draining), "{it:?}");
+        it.name.clone()
+    };
+    assert_eq!(ingress(&rig), "gateway");
+    for _ in 0..10 {
+        rig.step();
+        ingress(&rig);
+    }
+    assert_eq!((ingress(&rig), rig.parts()), ("portal".to_owned(), vec![("portal", vec![1])]));
 }

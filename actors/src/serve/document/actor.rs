@@ -1,5 +1,5 @@
-//! An application that is an actor of a user: `PACKAGE[@VERSION]:ACTOR_TYPE` and Ray's options of a deployment -> what
-//! each replica runs.
+//! An application of users' actors: `PACKAGE[@VERSION]:ACTOR_TYPE` and Ray's options of each deployment -> what their replicas
+//! run.
 
 use heliostat_runtime::package::{PackageId, PackageStatus};
 use heliostat_runtime::spec::{LabelRule, LabelSelector, Quantity, Resources};
@@ -14,6 +14,8 @@ use crate::serve::workload::{ActorDeployment, HealthChecks};
 
 /// Ray's bound for a replica of which nothing is said.
 const MAX_ONGOING_REQUESTS: u32 = 5;
+/// Bytes of the name of a type of actor.
+const TYPE_BYTES_MAX: usize = 128;
 /// Messages that wait at a replica at least: what the runtime gives every actor.
 const MAILBOX_MIN: u32 = 1024;
 
@@ -71,52 +73,84 @@ impl ActorPath {
     }
 }
 
-/// The application's one deployment, called as the actor's type.
-pub(super) fn deployment(
-    of: ActorPath,
-    (app, path): (&str, &str),
-    (args, overrides): (Option<Json>, Vec<(String, Json)>),
-    facts: &Facts<'_>,
-    problems: &Problems,
-) -> DeploymentTarget {
-    let name = of.actor_type.clone();
-    let args = args.unwrap_or_else(|| Json::Object(Map::new()));
-    if !args.is_object() {
-        problems.add(&format!("{path}.args"), format!("it must be an object, not {args}"));
-    }
-    let (mut options_path, mut options) = (format!("{path}.deployments.0"), Map::new());
-    for (number, (path, written)) in overrides.into_iter().enumerate() {
-        let called = written.get("name").cloned().unwrap_or_default();
-        if number > 0 || called != name.as_str() {
-            problems
-                .add(&format!("{path}.name"), format!("no deployment is named {called}; there is {name}"));
-        } else if let Json::Object(written) = written {
-            (options_path, options) = (path, written);
+/// An application of actors of users.
+pub(super) struct ActorApp<'a> {
+    /// The import path's, to which HTTP goes.
+    pub(super) ingress: &'a ActorPath,
+    /// Its name.
+    pub(super) name: &'a str,
+    /// What all its actors are created with, JSON.
+    pub(super) args: String,
+    /// What lies outside of the document.
+    pub(super) facts: &'a Facts<'a>,
+    /// Where all that is wrong is collected.
+    pub(super) problems: &'a Problems,
+}
+
+impl ActorApp<'_> {
+    /// Its deployments, each called as its actor's type: the ingress, and those that are listed besides. `path` is the
+    /// application's.
+    pub(super) fn deployments(&self, path: &str, listed: Vec<(String, Json)>) -> Vec<DeploymentTarget> {
+        let mut made: Vec<DeploymentTarget> = Vec::new();
+        let number = listed.len();
+        for (path, mut options) in listed {
+            let name = options.as_object_mut().and_then(|options| options.shift_remove("name"));
+            let name = name.unwrap_or_default();
+            match name.as_str().filter(|name| is_type(name)) {
+                None => self.problems.add(
+                    &format!("{path}.name"),
+                    format!(
+                        "{name} is not the name of a type of actor; HTTP goes to {}",
+                        self.ingress.actor_type
+                    ),
+                ),
+                Some(name) if made.iter().any(|it| it.name == name) => {
+                    self.problems
+                        .add(&format!("{path}.name"), format!("deployment {name:?} is listed twice"));
+                }
+                Some(name) => made.push(self.deployment(name, path, options)),
+            }
         }
+        if !made.iter().any(|it| it.name == self.ingress.actor_type) {
+            let path = format!("{path}.deployments.{number}");
+            made.push(self.deployment(&self.ingress.actor_type, path, Json::Object(Map::new())));
+        }
+        made
     }
-    options.shift_remove("name");
-    options.entry("max_ongoing_requests").or_insert(MAX_ONGOING_REQUESTS.into());
-    let mut options = Fields::open(options_path, Json::Object(options), problems);
-    let user_config = options.raw("user_config").map(|config| config.to_string());
-    let health = health(&mut options);
-    let (resources, selector) = process(&mut options);
-    router(&mut options);
-    let settings = settings(options);
-    let ongoing = settings.max_ongoing_requests.unwrap_or(MAX_ONGOING_REQUESTS);
-    let actor = ActorDeployment {
-        application: app.to_owned(),
-        deployment: name.clone(),
-        package: of.package,
-        actor_type: of.actor_type,
-        args: args.to_string(),
-        user_config,
-        resources,
-        selector,
-        health,
-        mailbox_capacity: ongoing.saturating_mul(2).max(MAILBOX_MIN),
-        restart: facts.base.restart,
-    };
-    DeploymentTarget { name, workload: actor.into(), settings }
+
+    fn deployment(&self, name: &str, path: String, mut options: Json) -> DeploymentTarget {
+        if let Some(options) = options.as_object_mut() {
+            options.entry("max_ongoing_requests").or_insert(MAX_ONGOING_REQUESTS.into());
+        }
+        let mut options = Fields::open(path, options, self.problems);
+        let user_config = options.raw("user_config").map(|config| config.to_string());
+        let health = health(&mut options);
+        let (resources, selector) = process(&mut options);
+        router(&mut options);
+        let settings = settings(options);
+        let ongoing = settings.max_ongoing_requests.unwrap_or(MAX_ONGOING_REQUESTS);
+        let actor = ActorDeployment {
+            application: self.name.to_owned(),
+            deployment: name.to_owned(),
+            package: self.ingress.package.clone(),
+            actor_type: name.to_owned(),
+            args: self.args.clone(),
+            user_config,
+            ingress: name == self.ingress.actor_type,
+            resources,
+            selector,
+            health,
+            mailbox_capacity: ongoing.saturating_mul(2).max(MAILBOX_MIN),
+            restart: self.facts.base.restart,
+        };
+        DeploymentTarget { name: name.to_owned(), workload: actor.into(), settings }
+    }
+}
+
+fn is_type(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= TYPE_BYTES_MAX
+        && !name.chars().any(|c| c.is_control() || c.is_whitespace())
 }
 
 fn health(options: &mut Fields<'_>) -> HealthChecks {

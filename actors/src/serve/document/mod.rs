@@ -15,9 +15,9 @@ use std::path::Path;
 
 use heliostat_engine::config::ModelConfig;
 use heliostat_runtime::package::PackageStatus;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
-use self::actor::ActorPath;
+use self::actor::{ActorApp, ActorPath};
 use self::fields::{Fields, Problems, Refused, no};
 pub use self::llm::default_redundancy;
 use super::core::ProxyLocation;
@@ -247,7 +247,12 @@ fn app(path: &str, value: Json, facts: &Facts<'_>, problems: &Problems) -> AppTa
             Vec::new()
         }
         (Some(Import::Actor(of)), args) => {
-            vec![actor::deployment(of, (&name, path), (args, overrides), facts, problems)]
+            let args = args.unwrap_or_else(|| Json::Object(Map::new()));
+            if !args.is_object() {
+                problems.add(&format!("{path}.args"), format!("it must be an object, not {args}"));
+            }
+            let app = ActorApp { ingress: &of, name: &name, args: args.to_string(), facts, problems };
+            app.deployments(path, overrides)
         }
         (None, _) => Vec::new(),
     };

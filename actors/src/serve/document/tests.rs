@@ -326,6 +326,33 @@ fn an_actor_of_a_user_has_rays_options() {
 }
 
 #[test]
+fn an_application_of_actors_has_the_deployments_that_it_lists() {
+    let mut document =
+        of_actor("greeter:Gateway", json!({ "name": "Words", "num_replicas": 3, "user_config": 1 }));
+    let made = read_document(document.clone()).unwrap().remove(0).deployments;
+    let shown = made.iter().map(|it| {
+        let actor = it.workload.actor().unwrap();
+        (it.name.as_str(), actor.actor_type.as_str(), actor.ingress, actor.args.as_str(), &it.settings.scale)
+    });
+    let args = r#"{"word":"hi"}"#;
+    assert_eq!(
+        shown.collect::<Vec<_>>(),
+        [
+            ("Words", "Words", false, args, &Scale::Fixed(3)),
+            ("Gateway", "Gateway", true, args, &Scale::Fixed(1)),
+        ]
+    );
+    document["applications"][0]["deployments"] = json!([{ "name": "Words" }, { "name": "Words" }, 7]);
+    assert_eq!(
+        problems(document),
+        [
+            "applications.0.deployments.1.name: deployment \"Words\" is listed twice",
+            "applications.0.deployments.2.name: null is not the name of a type of actor; HTTP goes to Gateway",
+        ]
+    );
+}
+
+#[test]
 fn an_actor_that_cannot_be_is_refused_by_name() {
     let said = |import_path: &str| problems(of_actor(import_path, json!({ "name": "It" }))).remove(0);
     for (import_path, why) in [
@@ -339,7 +366,8 @@ fn an_actor_that_cannot_be_is_refused_by_name() {
         assert!(said.starts_with("applications.0.import_path: ") && said.contains(why), "{said}");
     }
     for (option, why) in [
-        (json!({ "name": "Other" }), "no deployment is named \"Other\"; there is It"),
+        (json!({ "name": "" }), "\"\" is not the name of a type of actor; HTTP goes to It"),
+        (json!({ "num_replicas": 1 }), "null is not the name of a type of actor"),
         (json!({ "name": "It", "ray_actor_options": { "num_gpus": 2 } }), "an actor has one or none"),
         (json!({ "name": "It", "health_check_period_s": 0 }), "it must be above 0"),
         (json!({ "name": "It", "wings": 2 }), "there is no such field"),

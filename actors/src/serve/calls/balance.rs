@@ -1,6 +1,7 @@
 //! Which replica of a user's actor gets a request: the one with fewer calls under way of two that are drawn.
 //!
-//! Pure: replicas, requests and draws come in, places go out. (Ray Serve's power of two choices; Mitzenmacher 2001)
+//! Of one caller, an ingress or a replica that asks others. Pure: replicas, requests and draws come in, places go out. (Ray
+//! Serve's power of two choices; Mitzenmacher 2001)
 //! AP-2: no replica has more requests at once than it may, and who waits longest goes first.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -123,7 +124,17 @@ impl Balance {
 
     /// Requests under way and waiting.
     pub(super) fn load(&self) -> u64 {
-        self.ongoing.values().sum::<u64>() + self.waiting.len() as u64
+        self.ongoing.values().sum::<u64>() + self.waiting()
+    }
+
+    /// Requests that wait.
+    pub(super) fn waiting(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+
+    /// Requests under way, by replica, where there are any.
+    pub(super) fn ongoing(&self) -> &BTreeMap<u64, u64> {
+        &self.ongoing
     }
 
     /// Requests under way at a replica.

@@ -1,7 +1,6 @@
 //! HTTP -> a message to a replica, and its answer -> HTTP.
 //!
-//! A request that certainly reached no actor is tried on another replica. One that a replica may have begun is not:
-//! whether it may be done twice only its client knows.
+//! Which replica gets it, and when another one does, is `serve::calls`' affair.
 
 use std::time::Duration;
 
@@ -13,11 +12,14 @@ use bytes::Bytes;
 use futures_util::{Stream, stream};
 use heliostat_runtime::handle::{AskError, Refusal, Replies, Window};
 
-use super::{ActorPool, NoPlace, Place};
-use crate::ingress::error::ApiError;
-use crate::ingress::openai::not_whole;
-use crate::ingress::server::RequestLimit;
-use crate::serve::replica::{HttpHead, HttpPart, HttpRequest};
+use super::error::ApiError;
+use super::openai::not_whole;
+use super::server::RequestLimit;
+use crate::serve::calls::{Begun, CallError, NoPlace, Place, Pool, begin};
+use crate::serve::replica::{AnyReplica, HttpHead, HttpPart, HttpRequest};
+
+/// The replicas of a deployment that answers HTTP, or stands behind one that does.
+pub(crate) type ActorPool = Pool<AnyReplica>;
 
 /// Of an answer that is on its way: chunks are sent on at once, so few need to be ahead.
 const WINDOW: Window = Window { items: 16, bytes: 1 << 20 };
@@ -37,19 +39,15 @@ const HOP_BY_HOP: &[&str] = &[
 
 /// What a request may cost, and what of it is not for actors.
 #[derive(Clone, Copy)]
-pub(in crate::ingress) struct Terms {
+pub(super) struct Terms {
     /// Until when it must be done.
-    pub(in crate::ingress) limit: Option<RequestLimit>,
+    pub(super) limit: Option<RequestLimit>,
     /// `Authorization` has a key of the server, which no actor should see.
-    pub(in crate::ingress) hide_key: bool,
+    pub(super) hide_key: bool,
 }
 
 /// Answers a request whose path begins at the route.
-pub(in crate::ingress) async fn answer(
-    pool: &ActorPool,
-    request: &mut ServiceRequest,
-    terms: Terms,
-) -> HttpResponse {
+pub(super) async fn answer(pool: &ActorPool, request: &mut ServiceRequest, terms: Terms) -> HttpResponse {
     let asked = async {
         let message = message(request, terms.hide_key).await?;
         call(pool, message, terms.limit).await
@@ -88,54 +86,32 @@ fn end_to_end(headers: &HeaderMap) -> impl Iterator<Item = (&HeaderName, &Header
 /// Has a replica answer. Dropping it, as when the client is gone, cancels the call.
 async fn call(
     pool: &ActorPool,
-    mut message: HttpRequest,
+    message: HttpRequest,
     limit: Option<RequestLimit>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut tried = Vec::new();
-    loop {
-        let place = pool.place(&tried).await?;
-        let left = limit.map(|(until, _)| until.saturating_duration_since(tokio::time::Instant::now()));
-        let handle = left.map_or_else(|| place.handle.clone(), |left| place.handle.with_deadline(left));
-        let mut replies = handle.stream_within(message, WINDOW);
-        let first = replies.next().await;
-        let number = place.seat.number;
-        match first {
-            Some(Ok(part)) => {
-                place.reached(true);
-                return begin(part, place, replies);
-            }
-            Some(Err(AskError::Refused(refused))) if may_pass(&refused.reason) => {
-                tracing::debug!(replica = number, "a request is tried elsewhere: {}", refused.reason);
-                place.reached(false);
-                tried.push(place.seat);
-                message = refused.message;
-            }
-            Some(Err(AskError::Deadline)) => {
-                return Err(late(limit.map_or(Duration::ZERO, |(_, time)| time)));
-            }
-            Some(Err(why)) => {
-                place.reached(!matches!(why, AskError::PeerLost(_) | AskError::Stopped));
-                return Err(failed(number, &why));
-            }
-            None => return Err(gateway(format!("Replica {number} ended its answer before it began."))),
-        }
-    }
+    let until = limit.map(|(until, _)| until);
+    let Begun { place, first, replies } = match begin(pool, message, until, WINDOW).await {
+        Ok(begun) => begun,
+        Err(CallError::NotSent { why, .. }) => return Err(not_sent(why, limit)),
+        Err(CallError::Failed { why: AskError::Deadline, .. }) => return Err(too_late(limit)),
+        Err(CallError::Failed { replica, why }) => return Err(failed(replica, &why)),
+    };
+    let number = place.number();
+    let first =
+        first.ok_or_else(|| gateway(format!("Replica {number} ended its answer before it began.")))?;
+    respond(first, place, replies)
 }
 
-/// Whether another replica may take what one did not.
-fn may_pass(reason: &Refusal) -> bool {
-    match reason {
-        Refusal::MailboxFull
-        | Refusal::NoSuchActor
-        | Refusal::WrongIncarnation
-        | Refusal::WrongProcess
-        | Refusal::QueueFull
-        | Refusal::Elsewhere(_)
-        | Refusal::Unreachable(_)
-        | Refusal::TooManyPending(_) => true,
-        Refusal::UnknownMessage | Refusal::Unsendable(_) | Refusal::Malformed(_) | Refusal::Cancelled => {
-            false
-        }
+fn too_late(limit: Option<RequestLimit>) -> ApiError {
+    late(limit.map_or(Duration::ZERO, |(_, time)| time))
+}
+
+fn not_sent(why: NoPlace, limit: Option<RequestLimit>) -> ApiError {
+    let message = why.to_string();
+    match why {
+        NoPlace::Full(_) => ApiError::busy(message),
+        NoPlace::NotReady(_) => ApiError::not_ready(message),
+        NoPlace::Late => too_late(limit),
     }
 }
 
@@ -166,18 +142,12 @@ fn gateway(message: String) -> ApiError {
     ApiError::new(StatusCode::BAD_GATEWAY, message).with_code("replica_lost")
 }
 
-impl From<NoPlace> for ApiError {
-    fn from(no: NoPlace) -> Self {
-        let message = no.to_string();
-        match no {
-            NoPlace::Full(_) => Self::busy(message),
-            NoPlace::NotReady(_) => Self::not_ready(message),
-        }
-    }
-}
-
-fn begin(part: HttpPart, place: Place, replies: Replies<HttpRequest>) -> Result<HttpResponse, ApiError> {
-    let number = place.seat.number;
+fn respond(
+    part: HttpPart,
+    place: Place<AnyReplica>,
+    replies: Replies<HttpRequest>,
+) -> Result<HttpResponse, ApiError> {
+    let number = place.number();
     match part {
         HttpPart::Whole { head, body } => Ok(response(&head, number)?.body(body)),
         HttpPart::Head(head) => Ok(response(&head, number)?.streaming(chunks(place, replies))),
@@ -205,16 +175,20 @@ fn response(head: &HttpHead, number: u64) -> Result<HttpResponseBuilder, ApiErro
 
 /// The body as it comes. The place is held to its end; an error breaks the connection off, so that the client sees that
 /// the answer is not whole.
-fn chunks(place: Place, replies: Replies<HttpRequest>) -> impl Stream<Item = Result<Bytes, ChunkError>> {
+fn chunks(
+    place: Place<AnyReplica>,
+    replies: Replies<HttpRequest>,
+) -> impl Stream<Item = Result<Bytes, ChunkError>> {
     stream::unfold(Some((place, replies)), |both| async {
-        let (place, mut replies) = both?;
+        let (mut place, mut replies) = both?;
         let error = match replies.next().await? {
             Ok(HttpPart::Chunk(bytes)) => return Some((Ok(bytes.into()), Some((place, replies)))),
             Ok(HttpPart::Failed(why)) => why,
             Ok(HttpPart::Whole { .. } | HttpPart::Head(_)) => "a second head".to_owned(),
             Err(why) => why.to_string(),
         };
-        tracing::info!(replica = place.seat.number, "an answer is broken off: {error}");
+        place.failed(false);
+        tracing::info!(replica = place.number(), "an answer is broken off: {error}");
         Some((Err(ChunkError(error)), None))
     })
 }
