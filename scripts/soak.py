@@ -69,10 +69,11 @@ async def client(name, cluster, menu, book, until):
             except TimeoutError:
                 outcome = clients.lost(f"no end after {clients.PATIENCE_S:.0f} s")
             except (aiohttp.ClientError, OSError) as error:
-                outcome = clients.lost(f"connection: {error!r}")
+                cut = cluster.server_was_away(since=began)
+                outcome = clients.Outcome(clients.CUT) if cut else clients.lost(f"connection: {error!r}")
             book.enter(kind, outcome, time.monotonic() - began)
             # Requests that cost the server nothing must not crowd out the others, and who was refused comes back later.
-            thinks = kind in clients.CHEAP or outcome.end == clients.REFUSED
+            thinks = kind in clients.CHEAP or outcome.end in (clients.REFUSED, clients.CUT)
             await asyncio.sleep(chance.uniform(0.02, 0.2) if thinks else 0)
 
 

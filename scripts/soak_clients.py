@@ -11,7 +11,8 @@ import socket
 
 import aiohttp
 
-COMPLETE, REFUSED, ABORTED, LOST = ENDS = ("complete", "refused", "aborted", "LOST")
+# CUT: the connection was one of a server that was killed, which is all that a client may lose.
+COMPLETE, REFUSED, ABORTED, CUT, LOST = ENDS = ("complete", "refused", "aborted", "cut", "LOST")
 Outcome = collections.namedtuple("Outcome", "end why", defaults=("",))
 PATIENCE_S = 120.0
 # Paths and models of the applications: the one of cluster.toml, and the one that is redeployed.

@@ -1,11 +1,14 @@
 """The cluster of a soak: two nodes of this machine, two ranks of cluster.toml's model, room for an application beside it."""
 
 import asyncio
+import contextlib
 import json
+import math
 import pathlib
 import shutil
 import socket
 import subprocess
+import time
 
 TOML = """\
 [cluster]
@@ -52,6 +55,8 @@ class Cluster:
 
     def __init__(self, helio, model, directory):
         self.helio, self.model, self.directory = helio, model, directory
+        # From when until when nobody may have listened.
+        self.server_away = []
 
     def __enter__(self):
         head, http, dashboard = free_ports(3)
@@ -91,6 +96,16 @@ class Cluster:
                 last = str(error)
             await asyncio.sleep(0.05)
         raise RuntimeError(f"waited {seconds} s in vain for {what}: {json.dumps(last)}")
+
+    @contextlib.contextmanager
+    def without_server(self):
+        began = time.monotonic()
+        self.server_away.append((began, math.inf))
+        yield
+        self.server_away[-1] = (began, time.monotonic())
+
+    def server_was_away(self, since):
+        return any(end >= since for _, end in self.server_away)
 
     def logs(self):
         return [*self.directory.glob("run/logs/*"), *self.directory.glob("run/nodes/*/logs/*")]

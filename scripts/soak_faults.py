@@ -1,5 +1,6 @@
 """What is done to the cluster during a soak. Each returns when the cluster is whole again, and raises when it does not become so."""
 
+import asyncio
 import json
 import os
 import signal
@@ -82,6 +83,29 @@ async def kill_serve_controller(cluster):
     await _kill_and_wait(cluster, "serve")
 
 
+async def kill_ingress(cluster):
+    with cluster.without_server():
+        await _kill_and_wait(cluster, "ingress")
+
+
+async def kill_head(cluster):
+    pid = (await cluster.status())["head"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    await cluster.until("another head", lambda status: status["head"]["pid"] != pid and whole(status))
+
+
+async def freeze_head(cluster):
+    """For longer than a node may be silent. Nobody is given up by a head that could not listen."""
+    pid, before = (await cluster.status())["head"]["pid"], await _pids(cluster)
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.sleep(5)
+    os.kill(pid, signal.SIGCONT)
+    await cluster.until("all actors after a frozen head", whole)
+    after = await _pids(cluster)
+    if before != after:
+        raise RuntimeError(f"a head that stood still gave up on actors: {before} -> {after}")
+
+
 async def kill_node_agent(cluster):
     node = next(node for node in (await cluster.status())["nodes"] if node["name"] == NODE)
     os.kill(node["pid"], signal.SIGKILL)
@@ -103,6 +127,9 @@ ALL = [
     kill_replica,
     kill_eplb,
     kill_serve_controller,
+    kill_ingress,
+    kill_head,
+    freeze_head,
     kill_node_agent,
     drain_node,
 ]

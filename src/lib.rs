@@ -48,7 +48,7 @@ pub mod prelude {
     pub use bincode::{Decode, Encode};
     pub use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn, WireMessage};
     pub use heliostat_runtime::cluster::{Cluster, Idempotent, Named};
-    pub use heliostat_runtime::function::{FunctionPool, PoolOptions, RemoteFunction};
+    pub use heliostat_runtime::function::{FunctionCx, FunctionPool, PoolOptions, RemoteFunction};
     pub use heliostat_runtime::handle::Handle;
     pub use heliostat_runtime::objects::{ObjectBytes, ObjectError, ObjectRef, Objects};
     pub use heliostat_runtime::spec::{ActorSpec, Lifetime};

@@ -73,26 +73,45 @@ macro_rules! message_impl {
 /// Declares stateless functions that can be called on other machines.
 ///
 /// ```
+/// use heliostat::prelude::*;
+///
 /// heliostat::functions! {
 ///     /// The sum of two numbers.
 ///     pub fn add(a: u64, b: u64) -> u64 {
 ///         a + b
 ///     }
+///
+///     /// The sum of the numbers in an object.
+///     pub fn total(cx: &FunctionCx, numbers: ObjectRef) -> Result<u64, ObjectError> {
+///         Ok(cx.get_value::<Vec<u64>>(&numbers)?.iter().sum())
+///     }
 /// }
-/// # use heliostat::prelude::RemoteFunction;
-/// assert_eq!(add::call((1, 2)), 3);
+/// # assert_eq!((add::NAME, total::NAME), ("add", "total"));
 /// ```
 ///
-/// Each is a type of its name, for `Program::function::<add>()` and `pool.call::<add>((1, 2))`. It may block its thread.
+/// Each is a type of its name, for `Program::function::<add>()` and `pool.call::<add>((1, 2))`. It may block its thread. One
+/// that reads or puts objects takes a `&FunctionCx` first, which its callers do not see.
 #[macro_export]
 macro_rules! functions {
     () => {};
     (
         $(#[$meta:meta])*
+        $vis:vis fn $name:ident($cx:ident: &FunctionCx $(, $arg:ident: $type:ty)* $(,)?) -> $output:ty $body:block
+        $($rest:tt)*
+    ) => {
+        $crate::functions!(@one [$(#[$meta])*] $vis $name $cx ($($arg: $type),*) $output, $body);
+        $crate::functions!($($rest)*);
+    };
+    (
+        $(#[$meta:meta])*
         $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $output:ty $body:block
         $($rest:tt)*
     ) => {
-        $(#[$meta])*
+        $crate::functions!(@one [$(#[$meta])*] $vis $name _cx ($($arg: $type),*) $output, $body);
+        $crate::functions!($($rest)*);
+    };
+    (@one [$($meta:tt)*] $vis:vis $name:ident $cx:ident ($($arg:ident: $type:ty),*) $output:ty, $body:block) => {
+        $($meta)*
         #[allow(non_camel_case_types, reason = "it is called like a function")]
         $vis struct $name;
         impl $crate::runtime::function::RemoteFunction for $name {
@@ -100,8 +119,7 @@ macro_rules! functions {
             type Args = ($($type,)*);
             type Output = $output;
 
-            fn call(($($arg,)*): Self::Args) -> Self::Output $body
+            fn call(($($arg,)*): Self::Args, $cx: &$crate::runtime::function::FunctionCx) -> Self::Output $body
         }
-        $crate::functions!($($rest)*);
     };
 }

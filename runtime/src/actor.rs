@@ -145,7 +145,10 @@ impl ActorTypes {
         let create = move |args, mailbox_capacity, cx| {
             let table = table.clone();
             let create = async move |max: u32, cx: ActorCx| {
-                Ok(FunctionActor::new(table, max, cx.system().objects().clone()))
+                let cluster = cx
+                    .cluster()
+                    .ok_or_else(|| CreateError::Failed("functions run in a cluster".to_owned()))?;
+                Ok(FunctionActor::new(table, max, cluster))
             };
             creating(args, mailbox_capacity, cx, create)
         };

@@ -3,6 +3,7 @@
 //! It stands on its own: it serves while the head or the node agent is away, and reports when they are back. Only when
 //! no agent has turned up for the grace period does it end, so that nothing is left behind.
 
+mod code;
 mod hang;
 mod host;
 mod links;

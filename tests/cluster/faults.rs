@@ -172,6 +172,31 @@ async fn a_killed_head_is_replaced_and_serving_never_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_stood_still_gives_up_nobody() {
+    let cluster = Cluster::up(&[("supervision", "node_grace_s = 1.0")]).await;
+    let expected = undisturbed(&cluster).await;
+    let before = cluster.pids();
+    let head = cluster.status().unwrap()["head"]["pid"].as_i64().unwrap().to_string();
+    let (got, pause) = disturbed(&cluster, async || {
+        assert!(Command::new("kill").args(["-STOP", &head]).status().unwrap().success());
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(Command::new("kill").args(["-CONT", &head]).status().unwrap().success());
+    })
+    .await;
+    all_equal(got, &expected);
+    cluster.until_healed().await;
+    assert_eq!(cluster.pids(), before, "no worker was restarted");
+    eprintln!("head frozen for 4 s: longest pause of a stream {pause:?}");
+    // It supervises again.
+    kill(cluster.pid("rank-2"));
+    cluster
+        .until("rank-2 restarted", |cluster| (cluster.actor("rank-2")["restarts"] == 1).then_some(()))
+        .await;
+    cluster.until_healed().await;
+    all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_exhausted_eplb_or_ingress_comes_back() {
     let cluster = Cluster::up(&[]).await;
     let expected = undisturbed(&cluster).await;

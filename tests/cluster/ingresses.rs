@@ -1,6 +1,6 @@
 //! Several ingresses: one on each node, each a whole door to all replicas.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -13,13 +13,18 @@ const NODES: (&str, &str) = ("[nodes]", "name = \"a\"\n[[nodes]]\nname = \"b\"")
 const DEVICES: (&str, &str) = ("devices", "device = \"cpu\"\ncpu = 2\nthreads = 1");
 
 impl Cluster {
-    /// `proxies` of Ray's REST: by node the actor, its status and where it listens.
-    async fn proxies(&self) -> BTreeMap<String, (String, String, String)> {
+    /// What is served, by Ray's REST; null where nobody answers.
+    async fn details(&self) -> Value {
         let url = std::fs::read_to_string(self.dir.path().join("cluster.toml")).unwrap();
         let port = url.split("[dashboard]\nport = ").nth(1).unwrap().lines().next().unwrap().to_owned();
         let url = format!("http://127.0.0.1:{port}/api/serve/applications/");
-        let Ok(answer) = self.client.get(url).send().await else { return BTreeMap::new() };
-        let details: Value = answer.json().await.unwrap_or_default();
+        let Ok(answer) = self.client.get(url).send().await else { return Value::Null };
+        answer.json().await.unwrap_or_default()
+    }
+
+    /// `proxies` of it: by node the actor, its status and where it listens.
+    async fn proxies(&self) -> BTreeMap<String, (String, String, String)> {
+        let details = self.details().await;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let proxies = details["proxies"].as_object().cloned().unwrap_or_default();
         let told = |(node, it): (String, Value)| {
@@ -60,6 +65,16 @@ impl Cluster {
     }
 }
 
+/// The routes of Ray's target groups, and what stands behind each.
+fn target_groups(details: &Value) -> Vec<(String, BTreeSet<String>)> {
+    let address = |target: &Value| format!("{}:{}", target["ip"].as_str().unwrap(), target["port"]);
+    let group = |group: &Value| {
+        let targets = group["targets"].as_array().unwrap().iter().map(address).collect();
+        (group["route_prefix"].as_str().unwrap().to_owned(), targets)
+    };
+    details["target_groups"].as_array().unwrap().iter().map(group).collect()
+}
+
 fn completions(address: &str) -> String {
     format!("http://{address}/v1/completions")
 }
@@ -78,6 +93,8 @@ async fn each_node_has_an_ingress_and_the_end_of_one_is_no_matter_to_the_others(
     let own = format!("127.0.0.1:{}", cluster.http);
     assert_eq!(at.values().filter(|at| **at == own).count(), 1, "one has the configured port: {at:?}");
     assert_ne!(at["a"], at["b"]);
+    let groups = target_groups(&cluster.details().await);
+    assert_eq!(groups, [("/".to_owned(), at.values().cloned().collect())], "what a load balancer is told");
     let shown = text(&cluster.helio(&["serve", "status"]));
     assert!(at.values().all(|at| shown.contains(&format!("HEALTHY  at {at}"))), "{shown}");
     let other = cluster.proxies().await.into_values().find(|(.., at)| *at != own).unwrap();

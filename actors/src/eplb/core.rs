@@ -3,7 +3,7 @@
 //! Pure: events and the time come in, actions go out. One plan is open at a time. It ends when every rank has reported
 //! its end, when the group changes (the ranks then drop it by themselves), or by the watchdog, which abandons it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bincode::{Decode, Encode};
@@ -75,6 +75,15 @@ pub(super) enum Action {
     Abandon(u64),
 }
 
+/// Why a rank did not take a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Untaken {
+    /// It said no.
+    Refused(String),
+    /// No answer came.
+    Untold(String),
+}
+
 /// The actor's state.
 #[derive(Debug)]
 pub(super) struct Core {
@@ -101,6 +110,8 @@ struct Open {
     published_at: Duration,
     progress_at: Duration,
     reports: BTreeMap<u32, PlanReport>,
+    /// Ranks that never opened it, of which no report comes.
+    refused: BTreeSet<u32>,
     abandoned: bool,
 }
 
@@ -192,8 +203,7 @@ impl Core {
             open.remap.error.get_or_insert_with(|| format!("rank {}: {why}", report.rank));
         }
         open.reports.insert(report.rank, report);
-        let ended = open.reports.values().filter(|report| report.end.is_some()).count();
-        if ended == self.args.topology.size() {
+        if open.is_over(self.args.topology.size()) {
             self.close("", now);
             return None;
         }
@@ -206,11 +216,27 @@ impl Core {
         }
     }
 
-    /// A rank refused the plan or could not be told.
-    pub(super) fn on_refused(&mut self, epoch: u64, rank: u32, why: &str, now: Duration) -> Option<Action> {
-        let open = self.open.as_mut().filter(|open| open.plan.epoch == epoch && !open.abandoned)?;
-        open.remap.error.get_or_insert_with(|| format!("rank {rank} did not take the plan: {why}"));
-        open.abandoned = true;
+    /// A rank did not take the plan: it refused it, or could not be told and may have it or not.
+    pub(super) fn on_untaken(
+        &mut self,
+        epoch: u64,
+        rank: u32,
+        why: &Untaken,
+        now: Duration,
+    ) -> Option<Action> {
+        let open = self.open.as_mut().filter(|open| open.plan.epoch == epoch)?;
+        let (Untaken::Refused(said) | Untaken::Untold(said)) = why;
+        open.remap.error.get_or_insert_with(|| format!("rank {rank} did not take the plan: {said}"));
+        if matches!(why, Untaken::Refused(_)) {
+            open.refused.insert(rank);
+        }
+        if open.is_over(self.args.topology.size()) {
+            self.close("", now);
+            return None;
+        }
+        if std::mem::replace(&mut open.abandoned, true) {
+            return None;
+        }
         open.progress_at = now;
         Some(Action::Abandon(epoch))
     }
@@ -291,10 +317,15 @@ impl Core {
             steps: StepTimes::default(),
         };
         let started = RebalanceStarted { epoch: plan.epoch, layers: remap.layers, moves: remap.moves };
-        let (reports, abandoned) = (BTreeMap::new(), false);
-        let open =
-            Open { plan: plan.clone(), remap, published_at: now, progress_at: now, reports, abandoned };
-        self.open = Some(open);
+        self.open = Some(Open {
+            plan: plan.clone(),
+            remap,
+            published_at: now,
+            progress_at: now,
+            reports: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            abandoned: false,
+        });
         Ok((started, plan))
     }
 
@@ -384,6 +415,12 @@ impl Core {
 }
 
 impl Open {
+    /// Whether every rank has dropped it, kept it, or never had it.
+    fn is_over(&self, ranks: usize) -> bool {
+        let ended = self.reports.values().filter(|report| report.end.is_some()).map(|report| report.rank);
+        self.refused.iter().copied().chain(ended).collect::<BTreeSet<u32>>().len() == ranks
+    }
+
     /// The remap with what all ranks have reported.
     fn summary(&self, now: Duration) -> Remap {
         let mut remap = self.remap.clone();

@@ -133,8 +133,20 @@ fn ranks_that_do_not_even_confirm_do_not_block_the_next_plan() {
 fn a_refusal_or_a_failed_stage_ends_the_plan() {
     let mut core = loaded(false);
     core.rebalance(0, at(0)).unwrap();
-    assert_eq!(core.on_refused(1, 1, "stale", at(1)), Some(Action::Abandon(1)));
-    assert_eq!(core.on_refused(1, 0, "stale", at(1)), None, "it is told once");
+    let (refused, untold) = (Untaken::Refused("stale".into()), Untaken::Untold("lost".into()));
+    assert_eq!(core.on_untaken(1, 1, &untold, at(1)), Some(Action::Abandon(1)));
+    assert_eq!(core.on_untaken(1, 0, &refused, at(1)), None, "it is told once");
+    assert!(core.status(at(1)).open.is_some(), "rank 1 may have it");
+    assert_eq!(core.on_report(report(1, 0, Some(PlanEnd::RolledBack)), at(2)), None);
+    let ended = core.status(at(2));
+    assert!(ended.open.is_none(), "rank 0 never had it");
+    assert_eq!(ended.history[0].error.as_deref(), Some("rank 1 did not take the plan: lost"));
+
+    let mut core = loaded(false);
+    core.rebalance(0, at(0)).unwrap();
+    assert_eq!(core.on_untaken(1, 1, &refused, at(1)), Some(Action::Abandon(1)));
+    assert_eq!(core.on_untaken(1, 0, &refused, at(1)), None);
+    assert_eq!(core.rebalance(0, at(2)).unwrap().0.epoch, 2, "nobody has it, so the next may begin");
 
     let mut core = loaded(false);
     core.rebalance(0, at(0)).unwrap();

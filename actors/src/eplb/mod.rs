@@ -23,7 +23,7 @@ use crate::messages::{
     RebalanceRefused, RebalanceStarted, ReportLoad, StepLoad,
 };
 use crate::rank::Rank;
-use core::{Action, Core};
+use core::{Action, Core, Untaken};
 
 /// How often the watchdog looks.
 const TICK: Duration = Duration::from_millis(250);
@@ -86,10 +86,10 @@ impl Eplb {
                     actix::spawn(async move {
                         let why = match handle.ask(message).await {
                             Ok(Ok(())) => return,
-                            Ok(Err(refused)) => refused.to_string(),
-                            Err(lost) => lost.to_string(),
+                            Ok(Err(refused)) => Untaken::Refused(refused.to_string()),
+                            Err(lost) => Untaken::Untold(lost.to_string()),
                         };
-                        me.do_send(PlanRefusedBy { epoch, rank, why });
+                        me.do_send(PlanUntaken { epoch, rank, why });
                     });
                 }
                 Action::Abandon(epoch) => {
@@ -110,17 +110,18 @@ impl Eplb {
 /// A rank did not take a plan.
 #[derive(actix::Message)]
 #[rtype(result = "()")]
-struct PlanRefusedBy {
+struct PlanUntaken {
     epoch: u64,
     rank: u32,
-    why: String,
+    why: Untaken,
 }
 
-impl Handler<PlanRefusedBy> for Eplb {
+impl Handler<PlanUntaken> for Eplb {
     type Result = ();
 
-    fn handle(&mut self, refused: PlanRefusedBy, ctx: &mut Self::Context) {
-        let action = self.core.on_refused(refused.epoch, refused.rank, &refused.why, self.now());
+    fn handle(&mut self, untaken: PlanUntaken, ctx: &mut Self::Context) {
+        let PlanUntaken { epoch, rank, why } = untaken;
+        let action = self.core.on_untaken(epoch, rank, &why, self.now());
         self.act(action, ctx);
     }
 }

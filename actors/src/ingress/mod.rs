@@ -2,7 +2,7 @@
 //!
 //! [`Ingress`] is fed by the actor that hears the ranks and is driven by HTTP handlers; [`server::serve`] puts the
 //! server before it, [`apps::Apps`] finds the model of a request; [`engine::EngineLink`] is its line to the ranks. It never looks at an expert or a weight.
-//! Applications that are actors of users are [`actors`]'.
+//! Requests of applications that are actors of users go through `forward`.
 
 pub mod apps;
 pub mod dispatch;

@@ -31,12 +31,19 @@ pub(super) fn instance(
     for site in others.into_iter().chain(serving) {
         proxies.insert(site.node.clone(), proxy(site, actor(&site.name), http));
     }
+    let targets: Vec<Json> = proxies.values().filter_map(target).collect();
+    let groups = if targets.is_empty() {
+        json!([])
+    } else {
+        json!([{ "targets": targets, "route_prefix": "/", "protocol": "HTTP" }])
+    };
     let apps = core.apps().iter().map(|(name, app)| (name.clone(), application(name, app, seen, status)));
     json!({
         "controller_info": controller,
         "proxy_location": core.sites().location(),
         "http_options": { "host": http.ip().to_string(), "port": http.port() },
         "proxies": proxies,
+        "target_groups": groups,
         "applications": apps.collect::<Map<_, _>>(),
         "target_capacity": null,
     })
@@ -63,6 +70,14 @@ fn proxy(site: &Site, actor: Option<&ActorStatus>, http: SocketAddr) -> Json {
     proxy.insert("status".into(), status.into());
     proxy.insert("http_address".into(), port.map(|port| format!("{ip}:{port}")).into());
     Json::Object(proxy)
+}
+
+/// A proxy that takes connections, for a load balancer before all of them.
+fn target(proxy: &Json) -> Option<Json> {
+    let (ip, port) = proxy["http_address"].as_str()?.rsplit_once(':')?;
+    let port: u16 = port.parse().ok()?;
+    let target = || json!({ "ip": ip, "port": port, "instance_id": "", "name": proxy["actor_name"] });
+    (proxy["status"] == "HEALTHY").then(target)
 }
 
 /// Where an actor is, in Ray's words.

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use actix::{Actor, Context, Handler, ResponseFuture};
 use bincode::{Decode, Encode};
 
-use super::{FunctionError, FunctionTable};
+use super::{FunctionCx, FunctionError, FunctionTable};
 use crate::actor::{Accepts, RemoteActor, WireMessage};
-use crate::objects::Table;
+use crate::cluster::Cluster;
 use crate::panics;
 
 /// Its type in a program's table.
@@ -34,14 +34,19 @@ impl WireMessage for CallFunction {
 /// Runs functions, each on a thread that it may block, and so many at once.
 pub struct FunctionActor {
     table: FunctionTable,
-    objects: Arc<Table>,
+    cx: Arc<FunctionCx>,
     running: Arc<AtomicU32>,
     running_max: u32,
 }
 
 impl FunctionActor {
-    pub(crate) fn new(table: FunctionTable, running_max: u32, objects: Arc<Table>) -> Self {
-        Self { table, objects, running: Arc::default(), running_max: running_max.max(1) }
+    pub(crate) fn new(table: FunctionTable, running_max: u32, cluster: &Cluster) -> Self {
+        Self {
+            table,
+            cx: Arc::new(FunctionCx::new(cluster)),
+            running: Arc::default(),
+            running_max: running_max.max(1),
+        }
     }
 }
 
@@ -74,7 +79,7 @@ impl Handler<CallFunction> for FunctionActor {
             Ok(run) => run,
             Err(unknown) => return Box::pin(async { Err(unknown) }),
         };
-        let (running, objects) = (Running(self.running.clone()), self.objects.clone());
+        let (running, cx) = (Running(self.running.clone()), self.cx.clone());
         if self.running.fetch_add(1, Ordering::Relaxed) >= self.running_max {
             let busy = FunctionError::Busy(self.running_max);
             return Box::pin(async move {
@@ -87,7 +92,7 @@ impl Handler<CallFunction> for FunctionActor {
             // The place is free when the function has ended, also if nobody waits for it any more.
             let ran = tokio::task::spawn_blocking(move || {
                 let _running = running;
-                run(&args, &objects)
+                run(&args, &cx)
             });
             match ran.await {
                 Ok(result) => result,

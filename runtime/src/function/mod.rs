@@ -3,6 +3,7 @@
 //! A function knows no actor and keeps no state, so a call whose worker dies may be made again elsewhere.
 
 mod actor;
+mod cx;
 mod pool;
 
 use std::collections::HashMap;
@@ -10,10 +11,11 @@ use std::sync::Arc;
 
 use bincode::{Decode, Encode};
 
-use crate::objects::{Table, scope};
+use crate::objects::scope;
 use crate::wire::{from_bytes, to_bytes};
 
 pub use actor::{FUNCTIONS, FunctionActor};
+pub use cx::FunctionCx;
 pub use pool::{CallError, FunctionPool, PoolError, PoolOptions};
 
 /// A function that can be called on another machine.
@@ -25,8 +27,8 @@ pub trait RemoteFunction: 'static {
     /// What it returns; a `Result` of its own where it may fail.
     type Output: Encode + Decode<()> + Send + 'static;
 
-    /// Runs it, on a thread that it may block.
-    fn call(args: Self::Args) -> Self::Output;
+    /// Runs it, on a thread that it may block; `cx` reads and puts objects.
+    fn call(args: Self::Args, cx: &FunctionCx) -> Self::Output;
 }
 
 /// Why a function has no result.
@@ -61,7 +63,7 @@ pub enum FunctionError {
     Busy(u32),
 }
 
-type RunFn = fn(&[u8], &Arc<Table>) -> Result<Vec<u8>, FunctionError>;
+type RunFn = fn(&[u8], &FunctionCx) -> Result<Vec<u8>, FunctionError>;
 
 /// The visible table of a program's functions.
 #[derive(Default, Clone)]
@@ -94,9 +96,9 @@ impl FunctionTable {
 }
 
 /// Refs in the arguments count as this process's; those in the result are on their way to the caller.
-fn run<F: RemoteFunction>(args: &[u8], objects: &Arc<Table>) -> Result<Vec<u8>, FunctionError> {
+fn run<F: RemoteFunction>(args: &[u8], cx: &FunctionCx) -> Result<Vec<u8>, FunctionError> {
     let codec = |why: String| FunctionError::Codec { name: F::NAME.to_owned(), why };
-    let args = scope::received(objects, || from_bytes::<F::Args>(args));
-    let output = F::call(args.map_err(|error| codec(error.to_string()))?);
+    let args = cx.objects().received(|| from_bytes::<F::Args>(args));
+    let output = F::call(args.map_err(|error| codec(error.to_string()))?, cx);
     scope::sent_to_one(|| to_bytes(&output)).map_err(|error| codec(error.to_string()))
 }

@@ -13,7 +13,7 @@ use futures_util::stream;
 use tokio::sync::watch;
 
 use super::authority::Authority;
-use super::clock::Clock;
+use super::clock::{Clock, LOOK, Waking};
 use super::core::{Command, Event, HeadState};
 use super::keeper::Keeper;
 use super::lives::Lives;
@@ -54,7 +54,7 @@ pub(crate) struct HeadActor {
     pub(super) authority: Arc<Authority>,
     /// Where heads that stand by may be, beside this one.
     heads: Vec<String>,
-    clock: Clock,
+    clock: Waking,
     pub(super) nodes: HashMap<String, NodeLink>,
     workers: HashMap<Incarnation, Handle<WorkerActor>>,
     pub(super) version: watch::Sender<u64>,
@@ -96,7 +96,7 @@ impl HeadActor {
             keeper,
             authority,
             heads,
-            clock,
+            clock: Waking::new(clock),
             nodes: HashMap::new(),
             workers: HashMap::new(),
             closed,
@@ -353,6 +353,9 @@ impl Actor for HeadActor {
             let now = health.borrow_and_update().clone();
             Some((now, health))
         }));
+        ctx.run_interval(LOOK, |head, _| {
+            head.now();
+        });
         self.rearm(ctx);
     }
 }

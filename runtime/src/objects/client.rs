@@ -247,6 +247,11 @@ impl Objects {
         (here, others)
     }
 
+    /// Refs that `decode` makes count as this process's.
+    pub(crate) fn received<R>(&self, decode: impl FnOnce() -> R) -> R {
+        scope::received(&self.table, decode)
+    }
+
     fn size(&self, addr: &ObjectAddr) -> Result<usize, ObjectError> {
         usize::try_from(addr.bytes).map_err(ObjectError::io)
     }

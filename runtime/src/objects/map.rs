@@ -1,4 +1,4 @@
-//! Shared memory: sealed memfds and their mappings. The only file outside of `kernels` with `unsafe`.
+//! Shared memory: sealed memfds and their mappings. Besides `worker/code.rs` the only file outside of `kernels` with `unsafe`.
 //!
 //! It decides nothing: who may write when is the business of `pool`, who may read of `store`.
 

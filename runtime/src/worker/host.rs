@@ -6,6 +6,7 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler};
 use tokio::sync::{Notify, watch};
 
+use super::code;
 use super::hang::{self, Watched};
 use super::views::Views;
 use crate::actor::{Accepts, ActorCx, ActorTypes, CreateError, CxParts, RemoteActor, Reports};
@@ -165,6 +166,7 @@ impl Host {
                 }
                 self.views.open();
                 self.news.notify_one();
+                code::give_back();
                 tokio::select! {
                     ended = ended => match ended {
                         Some(ActorEnd::Panicked(panic)) => DeathCause::panicked(panic),

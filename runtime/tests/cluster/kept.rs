@@ -6,8 +6,8 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler};
 use heliostat_runtime::actor::{Accepts, ActorCx, CreateError, RemoteActor, Spawn};
 use heliostat_runtime::cluster::status::{ActorState, ClusterStatus};
-use heliostat_runtime::function::{FunctionPool, FunctionTable, PoolOptions, RemoteFunction};
-use heliostat_runtime::objects::ObjectRef;
+use heliostat_runtime::function::{FunctionCx, FunctionPool, FunctionTable, PoolOptions, RemoteFunction};
+use heliostat_runtime::objects::{ObjectError, ObjectRef, StoreStatus};
 use heliostat_runtime::spec::{ActorSpec, Placement, RestartPolicy};
 use rustix::process::Signal;
 
@@ -67,7 +67,7 @@ impl RemoteFunction for Echo {
     type Args = (String, ObjectRef);
     type Output = ObjectRef;
 
-    fn call((marker, object): Self::Args) -> ObjectRef {
+    fn call((marker, object): Self::Args, _: &FunctionCx) -> ObjectRef {
         if !Path::new(&marker).exists() {
             std::fs::write(&marker, "").unwrap();
             std::process::abort();
@@ -76,8 +76,25 @@ impl RemoteFunction for Echo {
     }
 }
 
+/// The bytes of all objects behind one another, as a new object.
+pub(crate) struct Join;
+
+impl RemoteFunction for Join {
+    const NAME: &'static str = "join";
+    type Args = Vec<ObjectRef>;
+    type Output = Result<ObjectRef, ObjectError>;
+
+    fn call(parts: Self::Args, cx: &FunctionCx) -> Self::Output {
+        let mut whole = Vec::new();
+        for part in &parts {
+            whole.extend_from_slice(&cx.get(part)?);
+        }
+        cx.put(&whole)
+    }
+}
+
 pub(crate) fn functions() -> FunctionTable {
-    FunctionTable::default().with::<Echo>()
+    FunctionTable::default().with::<Echo>().with::<Join>()
 }
 
 fn state(status: &ClusterStatus) -> (u64, &ActorState) {
@@ -149,6 +166,39 @@ pub(crate) async fn refs_of_functions() {
     drop(back);
     let took = stores(&cluster, "freed", no_objects).await;
     println!("  freed {took:?} after a function's result was dropped");
+    pool.close().await.unwrap();
+    cluster.end().await;
+}
+
+/// A function reads objects of its own node, of another and of its caller, small ones and large ones, and puts one that its
+/// caller reads; without the last ref all are freed.
+pub(crate) async fn functions_read_objects() {
+    let cluster = vaults(&[0, 0]).await;
+    let placement = Placement::Node("n1".into());
+    let options = PoolOptions { workers: 1, placement, ..PoolOptions::default() };
+    let pool = FunctionPool::start(&cluster.cluster, options).await.unwrap();
+    let own = cluster.cluster.objects().put(&[1; 100]).await.unwrap();
+    let (other, near) = (make(&cluster, "a", MIB, 2).await, make(&cluster, "far", MIB, 3).await);
+    let whole = pool.call::<Join>(vec![own, other, near]).await.unwrap().unwrap();
+    let bytes = cluster.cluster.objects().get(&whole).await.unwrap();
+    assert_eq!(bytes.len(), 100 + 2 * MIB);
+    assert_eq!([bytes[0], bytes[99], bytes[100], bytes[99 + MIB], bytes[100 + MIB]], [1, 1, 2, 2, 3]);
+
+    // What is gone is an error of the call, and the worker goes on.
+    let lost = make(&cluster, "b", MIB, 4).await;
+    let status = cluster.cluster.status().await.unwrap();
+    signal(status.actor("b").unwrap().pid.unwrap(), Signal::KILL);
+    let id = lost.id().to_string();
+    let is_gone = |stores: &[StoreStatus]| {
+        stores.iter().flat_map(|store| &store.objects).all(|object| object.object != id)
+    };
+    stores(&cluster, "the object goes with its owner", is_gone).await;
+    let gone = pool.call::<Join>(vec![lost]).await.unwrap().unwrap_err();
+    assert!(matches!(gone, ObjectError::OwnerDied { .. }), "{gone}");
+    assert_eq!(pool.call::<Join>(vec![whole.clone()]).await.unwrap().map(drop), Ok(()));
+    drop((whole, bytes));
+    let took = stores(&cluster, "freed", no_objects).await;
+    println!("  freed {took:?} after the last ref was dropped");
     pool.close().await.unwrap();
     cluster.end().await;
 }

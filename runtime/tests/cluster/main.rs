@@ -57,6 +57,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("objects_on_disk", || Box::pin(objects::objects_on_disk())),
     ("refs_in_arguments", || Box::pin(kept::refs_in_arguments())),
     ("refs_of_functions", || Box::pin(kept::refs_of_functions())),
+    ("functions_read_objects", || Box::pin(kept::functions_read_objects())),
     ("etcd_killed", || Box::pin(scenarios::etcd_killed())),
 ];
 
