@@ -1,7 +1,7 @@
 //! Gives back the pages of the program that only its start needed.
 //!
 //! All processes of a node share one copy of their program in the page cache, but every page that a process has mapped is
-//! kept there and counts as its memory, and the kernel maps 16 around each that is touched. A page that is needed again
+//! kept there and counts as its memory, and the kernel maps many around each that is touched. A page that is needed again
 //! is mapped again, from the same cache.
 
 #![allow(unsafe_code, reason = "the kernel is told an address; only pages that a file holds are given back")]
