@@ -171,18 +171,40 @@ async fn a_killed_head_is_replaced_and_serving_never_stops() {
     all_equal(disturbed(&cluster, async || ()).await.0, &expected);
 }
 
+/// Has processes stand still for a while.
+async fn freeze(pids: &[i64], time: Duration) {
+    let signal = |name: &str| {
+        let pids = pids.iter().map(i64::to_string);
+        assert!(Command::new("kill").arg(name).args(pids).status().unwrap().success());
+    };
+    signal("-STOP");
+    tokio::time::sleep(time).await;
+    signal("-CONT");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_stood_still_goes_on() {
+    let cluster = Cluster::up(&[]).await;
+    let expected = undisturbed(&cluster).await;
+    let (before, status) = (cluster.pids(), cluster.status().unwrap());
+    let mut pids: Vec<i64> = before.iter().map(|(_, pid)| *pid).collect();
+    pids.extend([&status["head"]["pid"], &status["nodes"][0]["pid"]].map(|pid| pid.as_i64().unwrap()));
+    // Longer than a handler may take, and than a node may be silent.
+    let still = Duration::from_secs(12);
+    all_equal(disturbed(&cluster, async || freeze(&pids, still).await).await.0, &expected);
+    cluster.until_healed().await;
+    assert_eq!(cluster.pids(), before, "no worker was restarted");
+    all_equal(disturbed(&cluster, async || ()).await.0, &expected);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_stood_still_gives_up_nobody() {
     let cluster = Cluster::up(&[("supervision", "node_grace_s = 1.0")]).await;
     let expected = undisturbed(&cluster).await;
-    let before = cluster.pids();
-    let head = cluster.status().unwrap()["head"]["pid"].as_i64().unwrap().to_string();
-    let (got, pause) = disturbed(&cluster, async || {
-        assert!(Command::new("kill").args(["-STOP", &head]).status().unwrap().success());
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        assert!(Command::new("kill").args(["-CONT", &head]).status().unwrap().success());
-    })
-    .await;
+    let (before, status) = (cluster.pids(), cluster.status().unwrap());
+    let head = [status["head"]["pid"].as_i64().unwrap()];
+    let still = Duration::from_secs(4);
+    let (got, pause) = disturbed(&cluster, async || freeze(&head, still).await).await;
     all_equal(got, &expected);
     cluster.until_healed().await;
     assert_eq!(cluster.pids(), before, "no worker was restarted");
