@@ -1,8 +1,8 @@
 //! How a command reaches a cluster: the address it was given, else that of the run directory, else the default.
 
 use crate::args::{self, DEFAULT_PORT, with_ports};
-use crate::config::{Config, Token};
-use crate::failure::{Failure, NO_CLUSTER};
+use crate::config::{Config, DEFAULT_FILE, Places, Token};
+use crate::failure::{Failure, NO_CLUSTER, say};
 use crate::rundir::{RunDir, read_token};
 use anyhow::{Context, Result};
 use heliostat_runtime::cluster::status::ClusterStatus;
@@ -44,18 +44,31 @@ impl Access {
     /// As the options of a command say.
     pub(crate) fn find(target: &args::Target) -> Result<Self> {
         let run = run_dir(target.run_dir.as_deref(), None)?;
-        let token = match &target.token_file {
-            Some(path) => Some(read_token(path)?),
+        // Set in jobs; a run directory that is named by hand is another matter.
+        let variable =
+            |name| std::env::var_os(name).filter(|value| target.run_dir.is_none() && !value.is_empty());
+        let token = match target.token_file.clone().or_else(|| variable("HELIOSTAT_TOKEN_FILE").map(Into::into)) {
+            Some(path) => Some(read_token(&path)?),
             None => read_token(&run.token_path()).ok(),
         };
-        let tls = target.tls.files().context("--tls")?.or_else(|| run.tls());
-        let (address, source) = match (&target.address, run.address()) {
-            (Some(address), _) => (with_ports(address, DEFAULT_PORT), "of --address".into()),
-            (None, Some(address)) => (address, format!("of {}", run.path().display())),
-            (None, None) => (
-                format!("127.0.0.1:{DEFAULT_PORT}"),
-                format!("by default; {} names none", run.path().display()),
-            ),
+        let tls = match (target.tls.files().context("--tls")?, variable("HELIOSTAT_TLS")) {
+            (Some(files), _) => Some(files),
+            (None, Some(path)) => Some(heliostat::tls_files(Path::new(&path))?),
+            (None, None) => run.tls(),
+        };
+        let in_file = || places(target.run_dir.as_deref()).map(|places| reachable(places.head).to_string());
+        let of_variable = variable("HELIOSTAT_ADDRESS").and_then(|value| value.into_string().ok());
+        let (address, source) = match (&target.address, of_variable, run.address()) {
+            (Some(address), ..) => (with_ports(address, DEFAULT_PORT), "of --address".to_owned()),
+            (None, Some(address), _) => (with_ports(&address, DEFAULT_PORT), "of HELIOSTAT_ADDRESS".to_owned()),
+            (None, None, Some(address)) => (address, format!("of {}", run.path().display())),
+            (None, None, None) => match in_file() {
+                Some(address) => (address, format!("of {DEFAULT_FILE}")),
+                None => (
+                    format!("127.0.0.1:{DEFAULT_PORT}"),
+                    format!("by default; {} names none", run.path().display()),
+                ),
+            },
         };
         Ok(Self { address, token, tls, source })
     }
@@ -79,6 +92,11 @@ impl Access {
 
     fn nobody(&self, why: &str) -> anyhow::Error {
         let Self { address, source, .. } = self;
+        // Whoever speaks of tokens and certificates is a cluster.
+        if ["token", "certificate", "TLS"].iter().any(|word| why.contains(word)) {
+            let fix = "see --token-file, --tls and --tls-server-name, or name another head with --address";
+            return Failure::error(NO_CLUSTER, format!("the cluster at {address} ({source}) refuses: {why}\n  {fix}"));
+        }
         let fix = "start a cluster with `helio up`, or name its head with --address HOST:PORT";
         Failure::error(NO_CLUSTER, format!("no cluster answers at {address} ({source}): {why}\n  {fix}"))
     }
@@ -95,7 +113,7 @@ pub(crate) async fn status(access: &Access) -> Result<ClusterStatus> {
     let cluster = access.connect().await?;
     let status = cluster.status().await?;
     if let Some((head, _)) = cluster.stood_by() {
-        eprintln!("the head at {head} stands by; {} leads", status.head.endpoint);
+        say(format_args!("the head at {head} stands by; {} leads", status.head.endpoint));
     }
     Ok(status)
 }
@@ -106,10 +124,16 @@ pub(crate) fn run_dir(given: Option<&Path>, file: Option<&Path>) -> Result<RunDi
         return RunDir::new(path);
     }
     if file.is_some() {
-        return RunDir::new(&Config::run_dir(file)?);
+        return RunDir::new(&Config::places(file)?.run_dir);
     }
     // A broken file here must not keep one from looking at a cluster that runs.
-    RunDir::new(&Config::run_dir(None).unwrap_or_else(|_| PathBuf::from("run")))
+    RunDir::new(&Config::places(None).map_or_else(|_| PathBuf::from("run"), |places| places.run_dir))
+}
+
+/// Where ./cluster.toml says that its cluster is; nowhere where a run directory is named instead, or there is no such file.
+pub(crate) fn places(run_dir: Option<&Path>) -> Option<Places> {
+    let is_meant = run_dir.is_none() && Path::new(DEFAULT_FILE).is_file();
+    is_meant.then(|| Config::places(None).ok()).flatten()
 }
 
 /// An address to connect to for an address to listen on.

@@ -2,7 +2,7 @@
 
 use crate::config::ConfigError;
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 /// Something failed.
 pub(crate) const FAILED: u8 = 1;
@@ -37,6 +37,12 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// A line to people, on stderr. Where nobody can read it (a full disk, a terminal that went away) the work goes on without
+/// it: `eprintln!` would end the process, and a cluster with it.
+pub(crate) fn say(line: impl fmt::Display) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// Prints the error to stderr and returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
     if is_broken_pipe(error) {
@@ -44,7 +50,7 @@ pub(crate) fn report(error: &anyhow::Error) -> u8 {
     }
     let red = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let head = if red { "\u{1b}[1;31merror\u{1b}[0m" } else { "error" };
-    eprintln!("{head}: {}", text(error));
+    say(format_args!("{head}: {}", text(error)));
     code(error)
 }
 

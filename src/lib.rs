@@ -30,6 +30,8 @@ pub use actix;
 pub use bincode;
 pub use heliostat_actors as actors;
 pub use heliostat_runtime as runtime;
+#[doc(hidden)]
+pub use program::tls as tls_files;
 pub use program::{BoxError, Driver, DriverError, Program, connect};
 
 /// What an actor needs that is a deployment of an application (`docs/serve.md`).

@@ -26,7 +26,11 @@ pub enum Whose<'a> {
 /// its own keeps it.
 pub fn init(level: &str, whose: &Whose<'_>) {
     let filter = EnvFilter::try_from_env("HELIO_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Its own complaint about a log that cannot be written, on a full disk, would end the process.
+    let log = tracing_subscriber::fmt()
+        .log_internal_errors(false)
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let set = if std::env::var_os("HELIO_LOG_FORMAT").is_some_and(|format| format == "json") {
         log.fmt_fields(JsonFields::new()).event_format(JsonLines::of(whose)).try_init()
     } else {

@@ -23,6 +23,7 @@ from ._errors import (
     JobNotFound,
     NoAnswer,
     RequestRefused,
+    WaitTimeout,
 )
 from ._jobs import Job, JobDetails, JobStatus
 from ._serve import ApplicationState, DeploymentState, ReplicaState
@@ -52,5 +53,6 @@ __all__ = [
     "PlacementGroupState",
     "ReplicaState",
     "RequestRefused",
+    "WaitTimeout",
     "connect",
 ]

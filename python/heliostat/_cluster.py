@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import TracebackType
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Type, Union
@@ -20,6 +21,20 @@ _DEFAULT_URL = "http://127.0.0.1:8265"
 _LIMIT_MAX = 10_000
 
 
+def _ca_of_cluster() -> Optional[str]:
+    """The CA in the directory, or in the file of paths, that HELIOSTAT_TLS names."""
+    tls = os.environ.get("HELIOSTAT_TLS")
+    if not tls:
+        return None
+    if os.path.isdir(tls):
+        return os.path.join(tls, "ca.crt")
+    try:
+        with open(tls, encoding="utf-8") as file:
+            return str(json.load(file)["ca"])
+    except (OSError, ValueError, KeyError) as why:
+        raise HeliostatError(f"HELIOSTAT_TLS={tls}: {why!r}") from why
+
+
 def connect(
     url: Optional[str] = None,
     *,
@@ -31,7 +46,8 @@ def connect(
 
     url: of the dashboard; without it HELIOSTAT_DASHBOARD, else http://127.0.0.1:8265. In a job it is set.
     api_key: the dashboard's key; without it the content of the file that HELIOSTAT_DASHBOARD_KEY_FILE names, if any.
-    ca_file: whose certificates are trusted, for https with a CA of one's own.
+    ca_file: whose certificates are trusted, for https with a CA of one's own; without it the cluster's, where HELIOSTAT_TLS
+        names it, as in a job.
     timeout: seconds that an answer may take.
     """
     key_file = os.environ.get("HELIOSTAT_DASHBOARD_KEY_FILE")
@@ -41,6 +57,7 @@ def connect(
                 api_key = file.read().strip()
         except OSError as why:
             raise HeliostatError(f"HELIOSTAT_DASHBOARD_KEY_FILE={key_file}: {why}") from why
+    ca_file = ca_file or _ca_of_cluster()
     url = url or os.environ.get("HELIOSTAT_DASHBOARD") or _DEFAULT_URL
     cluster = Cluster(Http(url, api_key, ca_file, timeout))
     try:

@@ -24,6 +24,10 @@ class RequestRefused(HeliostatError):
         self.status = status
 
 
+class WaitTimeout(HeliostatError, TimeoutError):
+    """What was waited for has not happened in time. Nothing was changed."""
+
+
 class DeployFailed(HeliostatError):
     """What was deployed does not run. `application` is its state, if there is one."""
 

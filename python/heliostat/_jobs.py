@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass, fields
 from typing import IO, Any, Dict, Iterator, Mapping, Optional, Sequence, Union
 
-from ._errors import HeliostatError, NoAnswer
+from ._errors import HeliostatError, NoAnswer, WaitTimeout
 from ._http import Http, job_refused, path
 
 # How long a dashboard that went away while a log was followed may take to be back, seconds.
@@ -106,7 +106,7 @@ class Job:
                 time.sleep(0.05)
 
     def wait(self, timeout: Optional[float] = None) -> JobStatus:
-        """Waits for its end and returns how it ended; raises TimeoutError after `timeout` seconds."""
+        """Waits for its end and returns how it ended; raises WaitTimeout after `timeout` seconds."""
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             left = _WAIT_PART_S if until is None else min(_WAIT_PART_S, until - time.monotonic())
@@ -123,7 +123,7 @@ class Job:
             if job.status.is_terminal():
                 return job.status
             if until is not None and time.monotonic() >= until:
-                raise TimeoutError(f"job {self.id} is {job.status.value} after {timeout} s")
+                raise WaitTimeout(f"job {self.id} is {job.status.value} after {timeout} s")
 
     def stop(self) -> bool:
         """Asks for its end: SIGTERM to all its processes, then SIGKILL. False where it has ended already."""
@@ -187,17 +187,27 @@ def _parts(file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.read(1 << 20), b"")
 
 
+def _leads_back(link: str, parent: str) -> bool:
+    """Whether a link leads to a directory that it lies in."""
+    to = os.path.realpath(link)
+    return os.path.commonpath([to, os.path.realpath(parent)]) == to
+
+
 def _pack(directory: str, out: IO[bytes]) -> None:
-    """The same files to the same bytes: in order, without times."""
+    """The same files to the same bytes: in order, without times. Links are followed."""
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as package:
-        for parent, directories, names in os.walk(directory):
+        for parent, directories, names in os.walk(directory, followlinks=True):
             directories[:] = sorted(name for name in directories if name != ".git")
             for name in sorted(directories + names):
                 whole = os.path.join(parent, name)
                 mode = os.stat(whole).st_mode
                 is_directory = stat.S_ISDIR(mode)
-                if is_directory and os.path.islink(whole) or not (is_directory or stat.S_ISREG(mode)):
+                if not (is_directory or stat.S_ISREG(mode)):
                     raise HeliostatError(f"working_dir: {whole} is neither a file nor a directory")
+                if is_directory and os.path.islink(whole) and _leads_back(whole, parent):
+                    raise HeliostatError(
+                        f"working_dir: {whole} is a link to a directory that it lies in itself: leave it out"
+                    )
                 within = os.path.relpath(whole, directory).replace(os.sep, "/")
                 info = zipfile.ZipInfo(within + "/" if is_directory else within)
                 info.external_attr = mode << 16

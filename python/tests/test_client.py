@@ -158,7 +158,7 @@ class ClientTest(unittest.TestCase):
 
     def test_a_job_is_waited_for_and_stopped(self) -> None:
         job = self.cluster.submit("sleep 100")
-        with self.assertRaisesRegex(TimeoutError, "PENDING|RUNNING"):
+        with self.assertRaisesRegex(heliostat.WaitTimeout, "PENDING|RUNNING"):
             job.wait(0.2)
         self.assertFalse(job.status().is_terminal())
         self.assertTrue(job.stop())

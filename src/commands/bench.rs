@@ -2,7 +2,7 @@
 
 use super::{print, print_json};
 use crate::args::{Bench, BenchExchange, BenchGpu, BenchOps, BenchRanks, BenchSlice, PrefillArg};
-use crate::failure::{FAILED, Failure};
+use crate::failure::{FAILED, Failure, say};
 use crate::{config, gpus, show};
 use anyhow::Result;
 use heliostat_actors::bench::meeting::{Guest, Meeting};
@@ -78,7 +78,7 @@ fn guest(rank: u32, ranks: u32) -> Result<Guest> {
 }
 
 fn progress(line: &str) {
-    eprintln!("{line}");
+    say(format_args!("{line}"));
 }
 
 fn failed(why: &SliceError) -> anyhow::Error {

@@ -4,7 +4,7 @@ use super::{cert, print};
 use crate::args::Check;
 use crate::config::{Config, Devices};
 use crate::deploy;
-use crate::failure::{self, Failure, USAGE};
+use crate::failure::{self, Failure, USAGE, say};
 use crate::gpus::{self, Gpu};
 use anyhow::Result;
 
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &Check) -> Result<()> {
 fn warn(config: &Config) {
     let ends = config.security.iter().filter_map(|tls| cert::ends_soon(&tls.cert));
     for text in config.in_clear().into_iter().chain(ends) {
-        eprintln!("warning: {text}");
+        say(format_args!("warning: {text}"));
     }
 }
 

@@ -3,14 +3,14 @@
 use super::{print, print_json};
 use crate::args::{Job, JobArgs, Submit};
 use crate::client::client;
-use crate::cluster::run_dir;
-use crate::failure::{FAILED, Failure, NO_CLUSTER};
+use crate::cluster::{places, run_dir};
+use crate::failure::{FAILED, Failure, NO_CLUSTER, say};
 use crate::rundir::read_token;
 use crate::show;
 use anyhow::{Context, Result};
 use futures_util::StreamExt;
 use heliostat_actors::jobs::package;
-use reqwest::{Client, Method, RequestBuilder, Response};
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Map, Value as Json, json};
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
@@ -83,14 +83,14 @@ pub(super) async fn start(api: &Api, args: &Submit, entrypoint: String, as_json:
         return if as_json { print_json(&accepted) } else { print(&format!("{id}\n")) };
     }
     if !as_json {
-        eprintln!("job {id} is submitted (helio job stop {id})");
+        say(format_args!("job {id} is submitted (helio job stop {id})"));
         api.follow(id).await?;
     }
     let job = api.end(id).await?;
     if as_json {
         print_json(&job)?;
     } else if job["status"] == "STOPPED" {
-        eprintln!("job {id} was stopped");
+        say(format_args!("job {id} was stopped"));
     }
     failed_if(&job)
 }
@@ -154,14 +154,17 @@ impl Api {
         (url, api_key_file, tls_ca): (Option<String>, Option<&Path>, Option<PathBuf>),
         run: Option<&Path>,
     ) -> Result<Self> {
+        let in_file = || places(run).and_then(|places| places.dashboard);
+        let in_job = std::env::var_os("HELIOSTAT_TLS").filter(|path| run.is_none() && !path.is_empty());
+        let in_job = in_job.map(|path| heliostat::tls_files(Path::new(&path))).transpose()?;
         let run = run_dir(run, None)?;
-        let url = url.or_else(|| run.dashboard()).unwrap_or_else(|| DEFAULT_URL.into());
+        let url = url.or_else(|| run.dashboard()).or_else(in_file).unwrap_or_else(|| DEFAULT_URL.into());
         let url = if url.contains("://") { url } else { format!("http://{url}") };
         let key = match api_key_file {
             Some(path) => Some(read_token(path)?.0),
             None => read_token(&run.dashboard_key_path()).ok().map(|token| token.0),
         };
-        let ca = tls_ca.or_else(|| Some(run.tls()?.ca));
+        let ca = tls_ca.or_else(|| Some(in_job.or_else(|| run.tls())?.ca));
         let client = client(ca.as_deref())?;
         Ok(Self { url: url.trim_end_matches('/').to_owned(), key, client })
     }
@@ -183,6 +186,11 @@ impl Api {
         let status = response.status();
         let text = response.text().await.unwrap_or_default();
         let text = if text.trim().is_empty() { status.to_string() } else { text };
+        let text = if status == StatusCode::UNAUTHORIZED {
+            format!("{}\n  name the file of the key with --api-key-file", text.trim())
+        } else {
+            text
+        };
         Err(Failure::error(FAILED, text.trim()))
     }
 
@@ -191,8 +199,17 @@ impl Api {
         while let Some(source) = cause.source() {
             cause = source;
         }
-        let fix = "start a cluster with `helio up`, or name its dashboard with --address URL";
-        Failure::error(NO_CLUSTER, format!("no dashboard answers at {}: {cause}\n  {fix}", self.url))
+        let (cause, url) = (cause.to_string(), &self.url);
+        if cause.contains("UnknownIssuer") || cause.contains("certificate") {
+            let fix = "name the certificate of its CA with --tls-ca";
+            return Failure::error(NO_CLUSTER, format!("the dashboard at {url} is not trusted: {cause}\n  {fix}"));
+        }
+        let fix = if cause.contains("invalid HTTP version") {
+            "if it speaks HTTPS, say so: --address https://HOST:PORT"
+        } else {
+            "start a cluster with `helio up`, or name its dashboard with --address URL"
+        };
+        Failure::error(NO_CLUSTER, format!("no dashboard answers at {url}: {cause}\n  {fix}"))
     }
 
     async fn json(&self, method: Method, path: &str) -> Result<Json> {

@@ -2,6 +2,7 @@
 //! directory.
 
 use super::print;
+use crate::failure::say;
 use crate::args::Logs;
 use crate::cluster::{Access, run_dir};
 use anyhow::{Context, Result};
@@ -34,7 +35,7 @@ async fn follow_actor(cluster: &Cluster, actor: &str, follow: bool) -> Result<()
             Ok(chunk) => chunk,
             // The actor moves, or its node or head comes back: go on where it ended.
             Err(e) if follow && offset > 0 => {
-                eprintln!("{e}; trying again");
+                say(format_args!("{e}; trying again"));
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
             }

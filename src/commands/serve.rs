@@ -4,7 +4,7 @@ use super::{print, print_json};
 use crate::args::{Serve, ServeArgs};
 use crate::cluster::Access;
 use crate::config::{Config, KvCache};
-use crate::failure::{FAILED, Failure, USAGE};
+use crate::failure::{FAILED, Failure, USAGE, say};
 use anyhow::{Context, Result};
 use heliostat_actors::deployment::SERVE;
 use heliostat_actors::serve::ServeController;
@@ -35,7 +35,7 @@ pub(crate) async fn run(args: &ServeArgs) -> Result<()> {
         Serve::Run { file } => {
             let names = client.deploy(file).await?;
             client.until_running(&names).await?;
-            eprintln!("{} serves; Ctrl-C ends it", names.join(", "));
+            say(format_args!("{} serves; Ctrl-C ends it", names.join(", ")));
             tokio::signal::ctrl_c().await.context("cannot wait for Ctrl-C")?;
             client.send(r#"{"applications": []}"#.to_owned()).await?;
             client.until_gone(|app| names.contains(app)).await

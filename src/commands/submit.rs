@@ -2,6 +2,7 @@
 
 use super::job::{self, Api};
 use super::package::push;
+use crate::failure::say;
 use crate::args::SubmitProgram;
 use crate::cluster::Access;
 use anyhow::{Context, Result};
@@ -20,7 +21,7 @@ pub(crate) async fn run(args: &SubmitProgram) -> Result<()> {
     let cluster = Access::find(&args.target)?.connect().await?;
     let id = push(&cluster, Path::new(binary), args.replace).await?;
     if !args.json {
-        eprintln!("package {id} is registered");
+        say(format_args!("package {id} is registered"));
     }
     let words = if words.is_empty() { String::new() } else { format!(" -- {}", job::join(words)) };
     job::start(&api, &args.job, format!("{ENTRYPOINT} {}{words}", id.sha256), args.json).await

@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 use validate::Facts;
 
 /// The name of the file in the current directory that commands take without an argument.
-const DEFAULT_FILE: &str = "cluster.toml";
+pub(crate) const DEFAULT_FILE: &str = "cluster.toml";
 
 /// A checked cluster: every path absolute, every default filled in.
 #[derive(Debug, Clone)]
@@ -300,6 +300,21 @@ pub(crate) struct Cuda {
     pub(crate) fault_injection: bool,
 }
 
+/// Where a cluster is, by its file alone.
+pub(crate) struct Places {
+    /// The run directory.
+    pub(crate) run_dir: PathBuf,
+    /// What the head binds.
+    pub(crate) head: SocketAddr,
+    /// URL of the dashboard, if there is one.
+    pub(crate) dashboard: Option<String>,
+}
+
+fn dashboard_url(dashboard: &raw::Dashboard, is_tls: bool) -> Option<String> {
+    let at = SocketAddr::new(dashboard.host, dashboard.port);
+    dashboard.enabled.then(|| heliostat_actors::dashboard::url(at, is_tls))
+}
+
 impl Config {
     /// Where the HTTP server is.
     pub(crate) fn serve_url(&self) -> String {
@@ -309,8 +324,7 @@ impl Config {
 
     /// Where the dashboard is, if there is one.
     pub(crate) fn dashboard_url(&self) -> Option<String> {
-        let at = SocketAddr::new(self.dashboard.host, self.dashboard.port);
-        self.dashboard.enabled.then(|| heliostat_actors::dashboard::url(at, self.dashboard_tls.is_some()))
+        dashboard_url(&self.dashboard, self.dashboard_tls.is_some())
     }
 
     /// What others on the network could read, and how to keep them from it.
@@ -362,12 +376,17 @@ impl Config {
         Ok(Self::parse(&source.text, &source.shown, &source.dir, |_| None)?)
     }
 
-    /// The run directory that the file names. Checks its form only: a file that was broken since must not keep one from
+    /// Where the file says that its cluster is. Checks its form only: a file that was broken since must not keep one from
     /// looking at a cluster that runs.
-    pub(crate) fn run_dir(file: Option<&Path>) -> Result<PathBuf> {
+    pub(crate) fn places(file: Option<&Path>) -> Result<Places> {
         let Source { text, shown, dir } = Source::read(file)?;
         let raw = read::read(&text).map_err(|problems| ConfigError { file: shown, text, problems })?;
-        Ok(dir.join(raw.cluster.run_dir))
+        let is_tls = raw.dashboard.tls_cert.is_some();
+        Ok(Places {
+            run_dir: dir.join(&raw.cluster.run_dir),
+            head: raw.head.bind,
+            dashboard: dashboard_url(&raw.dashboard, is_tls),
+        })
     }
 
     /// Reads and checks `text`; `file` names it in errors and relative paths start at `dir`. `gpus` counts those of this

@@ -77,8 +77,8 @@ pub async fn connect() -> Result<Cluster, DriverError> {
     cluster.map_err(|source| DriverError::Connect { source })
 }
 
-/// A directory as `helio cert` writes it, or a file with the paths of the three, as a run directory has it.
-fn tls(path: &Path) -> Result<TlsFiles, DriverError> {
+/// HELIOSTAT_TLS: a directory as `helio cert` writes it, or a file with the paths of the three, as a run directory has it.
+pub fn tls(path: &Path) -> Result<TlsFiles, DriverError> {
     if path.is_dir() {
         return Ok(TlsFiles::in_dir(path));
     }

@@ -6,6 +6,7 @@ mod driver;
 
 use std::error::Error;
 use std::future::Future;
+use std::io::Write;
 use std::process::ExitCode;
 
 use heliostat_runtime::actor::{ActorTypes, Spawn};
@@ -14,7 +15,7 @@ use heliostat_runtime::package::{DESCRIBE, WORKER};
 use heliostat_runtime::worker::{self, WorkerConfig};
 
 use crate::logging::{self, Whose};
-pub use driver::{Driver, DriverError, connect};
+pub use driver::{Driver, DriverError, connect, tls};
 
 /// What a driver may fail with.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -94,7 +95,8 @@ impl Program {
         match ended {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("error: {}", chain(&*error));
+                // Nobody may be there to read it.
+                let _ = writeln!(std::io::stderr(), "error: {}", chain(&*error));
                 ExitCode::FAILURE
             }
         }

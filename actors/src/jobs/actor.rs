@@ -1,4 +1,4 @@
-//! The jobs actor: opens the directory, serves REST, and ends its jobs when it is stopped in good order.
+//! The jobs actor: opens the directory and serves REST.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -73,9 +73,8 @@ pub struct JobsActor {
 impl Actor for JobsActor {
     type Context = Context<Self>;
 
-    /// Stopped in good order: the cluster ends, and its jobs with it. One that is killed leaves them to the next.
+    /// Its jobs go on: the next one adopts them. They end with the cluster, by whoever ends that.
     fn stopped(&mut self, _: &mut Self::Context) {
-        self.jobs.terminate_all();
         self.watching.iter().for_each(JoinHandle::abort);
     }
 }

@@ -33,6 +33,9 @@ pub enum PackageError {
     /// An entry would lie elsewhere, or is no file and no directory.
     #[error("the package holds {0:?}, which is no file or directory below the working directory")]
     Escapes(String),
+    /// A link leads back to where it lies.
+    #[error("{0:?} is a link to a directory that it lies in itself: leave it out of the working directory")]
+    Loop(String),
     /// It is too large.
     #[error("the package {0}")]
     TooLarge(String),
@@ -82,19 +85,24 @@ pub fn promised(name: &str) -> Option<&str> {
     name.strip_prefix(PREFIX)?.strip_suffix(".zip")
 }
 
-/// Zips all below `dir` but `.git`, the same files to the same bytes.
+/// Zips all below `dir` but `.git`, the same files to the same bytes. Links are followed, as Ray's client does: the package
+/// holds what they lead to.
 ///
 /// # Errors
-/// A file cannot be read, or is neither file nor directory.
+/// A file cannot be read, or is neither file nor directory; a link leads back to where it lies, or there are too many entries.
 pub fn pack<W: Write + Seek>(dir: &Path, out: W) -> Result<W, PackageError> {
     let mut zip = ZipWriter::new(out);
     let mut waiting = vec![dir.to_path_buf()];
+    let mut entries_left = ENTRIES_MAX;
     while let Some(next) = waiting.pop() {
         let entries = fs::read_dir(&next).and_then(Iterator::collect::<io::Result<Vec<_>>>);
         let mut paths: Vec<PathBuf> = entries.map_err(io_at(&next))?.iter().map(fs::DirEntry::path).collect();
         paths.sort();
         for path in paths.into_iter().filter(|path| !path.ends_with(".git")) {
             let name = path.strip_prefix(dir).unwrap_or(&path).to_string_lossy().into_owned();
+            entries_left = entries_left
+                .checked_sub(1)
+                .ok_or_else(|| PackageError::TooLarge(format!("would hold more than {ENTRIES_MAX} entries")))?;
             let metadata = fs::metadata(&path).map_err(io_at(&path))?;
             let options = SimpleFileOptions::default()
                 .compression_method(CompressionMethod::Deflated)
@@ -104,7 +112,10 @@ pub fn pack<W: Write + Seek>(dir: &Path, out: W) -> Result<W, PackageError> {
                 zip.start_file(name, options)?;
                 let mut file = File::open(&path).map_err(io_at(&path))?;
                 io::copy(&mut file, &mut zip).map_err(io_at(&path))?;
-            } else if metadata.is_dir() && !path.is_symlink() {
+            } else if metadata.is_dir() {
+                if path.is_symlink() && leads_back(&path).map_err(io_at(&path))? {
+                    return Err(PackageError::Loop(name));
+                }
                 zip.add_directory(name, options)?;
                 waiting.push(path);
             } else {
@@ -113,6 +124,12 @@ pub fn pack<W: Write + Seek>(dir: &Path, out: W) -> Result<W, PackageError> {
         }
     }
     Ok(zip.finish()?)
+}
+
+/// Whether a link leads to a directory that it lies in.
+fn leads_back(link: &Path) -> io::Result<bool> {
+    let parent = link.parent().unwrap_or(link);
+    Ok(parent.canonicalize()?.starts_with(link.canonicalize()?))
 }
 
 /// Unpacks into a directory that is there, at most `bytes_max` in all.
@@ -199,6 +216,24 @@ mod tests {
         let mode = fs::metadata(to.join("sub/run.sh")).expect("there").permissions().mode();
         assert_eq!(mode & 0o777, 0o750);
         assert!(to.join("sub/empty").is_dir() && !to.join(".git").exists());
+    }
+
+    #[test]
+    fn links_are_followed_and_those_that_lead_back_are_named() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::create_dir_all(from.join("lib/inner")).expect("create");
+        fs::create_dir(&to).expect("create");
+        fs::write(from.join("lib/inner/a"), "x").expect("write");
+        // As a Python environment has it.
+        std::os::unix::fs::symlink("lib", from.join("lib64")).expect("link");
+        let package = dir.path().join("p.zip");
+        pack(&from, File::create(&package).expect("create")).expect("packs");
+        unpack(&package, &to, 100).expect("unpacks");
+        assert_eq!(fs::read_to_string(to.join("lib64/inner/a")).expect("there"), "x");
+        std::os::unix::fs::symlink("..", from.join("lib/up")).expect("link");
+        let looped = pack(&from, Cursor::new(Vec::new())).map(drop);
+        assert!(matches!(&looped, Err(PackageError::Loop(name)) if name == "lib/up"), "{looped:?}");
     }
 
     #[test]

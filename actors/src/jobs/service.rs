@@ -266,11 +266,6 @@ impl Jobs {
         Ok(())
     }
 
-    /// Has every keeper end its job; they need nobody for that.
-    pub fn terminate_all(&self) {
-        held(&self.inner.keepers).values().for_each(Keeper::terminate);
-    }
-
     /// A part of a job's log.
     ///
     /// # Errors

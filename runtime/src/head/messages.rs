@@ -42,6 +42,7 @@ wire! {
     GetValue = "head.get_value" -> Option<Kept>;
     WatchPlacementGroup = "head.watch_placement_group" -> Option<PlacementGroupStatus>;
     // To a node agent.
+    WhoIs = "node.who" -> (String, u64);
     StartWorker = "node.start" -> Result<Result<(), String>, Superseded>;
     StopWorker = "node.stop_worker" -> Result<(), Superseded>;
     PrepareBundles = "node.prepare_bundles" -> Result<Result<(), String>, Superseded>;
@@ -522,6 +523,11 @@ pub struct StopWorker {
     /// Term of the head that orders it.
     pub term: u64,
 }
+
+/// Asks a node agent for its name and its boot. A head asks at the address that a report names before it takes the first
+/// one: so it knows that orders will arrive there, and with TLS that the certificate there is a node's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct WhoIs;
 
 /// Has a node end its workers and itself.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

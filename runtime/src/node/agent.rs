@@ -511,12 +511,21 @@ impl RemoteActor for NodeActor {
     const TYPE: &'static str = "node";
 
     fn messages(m: &mut Accepts<Self>) {
-        m.accept::<StartWorker>()
+        m.accept::<WhoIs>()
+            .accept::<StartWorker>()
             .accept::<StopWorker>()
             .accept::<PrepareBundles>()
             .accept::<StopNode>()
             .accept::<WorkerHello>()
             .accept::<ReadLog>();
+    }
+}
+
+impl Handler<WhoIs> for NodeActor {
+    type Result = MessageResult<WhoIs>;
+
+    fn handle(&mut self, _: WhoIs, _: &mut Self::Context) -> Self::Result {
+        MessageResult((self.agent.config.name.clone(), self.agent.boot))
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn run(args: &args::Up, run: &RunDir) -> Result<()> {
         match report {
             Report::Note { .. } | Report::Progress { .. } => {}
             Report::Ready(ready) => {
-                print!("{}", report::welcome(&ready, true));
+                report::welcome(&ready, true);
                 return Ok(());
             }
             Report::Failed { code, message } => {

@@ -3,6 +3,7 @@
 //! They are restarted at once when they die, up to the limit of `[supervision]`. Everything below them ends with them: this
 //! process is a subreaper, so a worker whose node agent died becomes a child here and is ended like the rest.
 
+use crate::failure::say;
 use crate::processes;
 use crate::rundir::RunDir;
 use anyhow::{Context, Result};
@@ -15,8 +16,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// What is left when nodes and head are gone should be nothing; it gets this long before it is killed.
-const LEFTOVER_GRACE: Duration = Duration::from_secs(2);
+/// Name of the head among the members.
+pub(crate) const HEAD: &str = "head";
+/// Until a process is started again that could not be.
+const SPAWN_AGAIN: Duration = Duration::from_secs(1);
 
 /// One process that is kept alive.
 #[derive(Debug)]
@@ -35,8 +38,19 @@ pub(crate) struct Death {
     pub(crate) name: String,
     /// Exit code or signal, in words.
     pub(crate) cause: String,
-    /// Whether it is started again.
-    pub(crate) restarted: bool,
+    /// What becomes of it.
+    pub(crate) next: Next,
+}
+
+/// What follows from a death.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// It is started again.
+    Restart,
+    /// It died too often.
+    GiveUp,
+    /// A node that ended in good order: it has left the cluster, and stays away.
+    Left,
 }
 
 /// All members.
@@ -100,14 +114,16 @@ impl Family {
             let Some(member) = self.members.iter_mut().find(|m| m.pid == Some(pid)) else { continue };
             member.pid = None;
             let cause = cause(status);
-            let restarted = match member.history.died(&self.policy, &cause, self.born.elapsed()) {
+            let left = member.name != HEAD && cause == DeathCause::Exited { code: 0 };
+            let next = match member.history.died(&self.policy, &cause, self.born.elapsed()) {
+                _ if left => Next::Left,
                 Action::Restart { delay, .. } => {
                     member.restart_at = Some(Instant::now() + delay);
-                    true
+                    Next::Restart
                 }
-                Action::GiveUp => false,
+                Action::GiveUp => Next::GiveUp,
             };
-            deaths.push(Death { name: member.name.clone(), cause: describe(&cause), restarted });
+            deaths.push(Death { name: member.name.clone(), cause: describe(&cause), next });
         }
         deaths
     }
@@ -117,35 +133,41 @@ impl Family {
         self.members.iter().filter_map(|m| m.restart_at).min()
     }
 
-    /// Starts what is due.
-    pub(crate) fn restart_due(&mut self) -> Result<()> {
+    /// Starts what is due. What cannot be started now (no memory, no room for its log) is tried again.
+    pub(crate) fn restart_due(&mut self) {
         let now = Instant::now();
         for i in 0..self.members.len() {
             if self.members[i].restart_at.is_some_and(|at| at <= now) {
-                self.members[i].restart_at = None;
-                self.members[i].pid = Some(self.spawn(&self.members[i])?);
+                match self.spawn(&self.members[i]) {
+                    Ok(pid) => (self.members[i].restart_at, self.members[i].pid) = (None, Some(pid)),
+                    Err(why) => {
+                        say(format_args!("{why:#}; tried again in {} s", SPAWN_AGAIN.as_secs()));
+                        self.members[i].restart_at = Some(now + SPAWN_AGAIN);
+                    }
+                }
             }
         }
-        Ok(())
     }
 
-    /// Ends all: nodes (which end their workers), then the head, then what is left below this process. Blocks; each step
-    /// takes at most `grace` before it kills, and no time at all once `hurry` is set.
+    /// Ends all: nodes (which end their workers), then what is left below this process (the keepers of jobs, which end their
+    /// jobs), then the head. Blocks; each step takes at most `grace` before it kills, and no time at all once `hurry` is set.
     pub(crate) fn stop(self, grace: Duration, hurry: &AtomicBool) {
-        let (heads, nodes): (Vec<&Member>, Vec<&Member>) =
-            self.members.iter().partition(|m| m.name == "head");
-        for group in [nodes, heads] {
-            let list = || {
-                reap_all();
-                group.iter().filter_map(|m| processes::read(m.pid?)).collect()
-            };
-            processes::end_all(list, grace, hurry);
-        }
-        let list = || {
+        let head = self.pid(HEAD);
+        let nodes = || {
+            reap_all();
+            self.members.iter().filter(|m| m.name != HEAD).filter_map(|m| processes::read(m.pid?)).collect()
+        };
+        processes::end_all(nodes, grace, hurry);
+        let left = || {
+            reap_all();
+            processes::children().into_iter().filter(|child| Some(child.pid) != head).collect()
+        };
+        processes::end_all(left, grace, hurry);
+        let all = || {
             reap_all();
             processes::children()
         };
-        processes::end_all(list, LEFTOVER_GRACE, hurry);
+        processes::end_all(all, grace, hurry);
         reap_all();
     }
 }

@@ -12,10 +12,10 @@ use crate::args;
 use crate::cluster::Access;
 use crate::config::{Config, Devices, Node};
 use crate::deploy;
-use crate::failure::{self, Failure, NOT_STARTED};
+use crate::failure::{self, Failure, NOT_STARTED, say};
 use crate::rundir::{Lock, Owner, RunDir, tail};
 use anyhow::{Context, Result};
-use family::{Death, Family};
+use family::{Death, Family, HEAD, Next};
 use heliostat_runtime::system::TlsFiles;
 use report::{Display, Ready, Report, Row};
 use std::net::{SocketAddr, TcpListener};
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use watch::{Wanted, Watch};
 
-/// How long nodes may take to end their workers, and the head to end itself, before they are killed.
+/// How long nodes may take to end their workers, jobs to end, and the head to end itself, before they are killed.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Lines of a log that are shown with an error.
 const TAIL_LINES: usize = 12;
@@ -142,7 +142,7 @@ impl Supervisor<'_> {
         if self.daemon {
             detach::close_stdout()?;
         } else {
-            print!("{}", report::welcome(&ready, false));
+            report::welcome(&ready, false);
         }
         self.while_serving(signals).await
     }
@@ -164,7 +164,7 @@ impl Supervisor<'_> {
     fn start(&mut self) -> Result<()> {
         let snapshot = self.run.path().join("cluster.toml");
         self.run.write_private("cluster.toml", &self.config.effective)?;
-        self.family.add("head", head_args(&snapshot, self.run))?;
+        self.family.add(HEAD, head_args(&snapshot, self.run))?;
         for node in &self.config.nodes {
             match &node.host {
                 None => self.family.add(&node.name, node_args(self.config, node, self.run))?,
@@ -215,7 +215,7 @@ impl Supervisor<'_> {
                 }
             };
             tokio::select! {
-                () = restart => self.family.restart_due()?,
+                () = restart => self.family.restart_due(),
                 heard = signals.next() => match heard {
                     Heard::Stop => return Ok(()),
                     Heard::Child => self.handle_deaths()?,
@@ -227,16 +227,20 @@ impl Supervisor<'_> {
     /// Says who died; fails where one died too often.
     fn handle_deaths(&mut self) -> Result<()> {
         for death in self.family.reap() {
-            if !death.restarted {
-                return Err(self.gave_up(&death));
+            match death.next {
+                Next::Restart => say(format_args!("{} {}, restarting it", death.name, death.cause)),
+                Next::GiveUp => return Err(self.gave_up(&death)),
+                Next::Left => say(format_args!(
+                    "{} has left the cluster; it is back when the cluster is started again",
+                    death.name
+                )),
             }
-            eprintln!("{} {}, restarting it", death.name, death.cause);
         }
         Ok(())
     }
 
     fn process_rows(&self) -> Vec<Row> {
-        let names = std::iter::once("head").chain(self.config.nodes.iter().map(|n| n.name.as_str()));
+        let names = std::iter::once(HEAD).chain(self.config.nodes.iter().map(|n| n.name.as_str()));
         let row = |name: &str| {
             let pid = self.family.pid(name)?;
             Some(Row { name: name.into(), place: format!("pid {pid}"), state: report::RowState::Ready })

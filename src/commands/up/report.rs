@@ -1,6 +1,7 @@
 //! What `helio up` has to say while a cluster starts, and how it is shown: bars on a terminal, lines elsewhere, JSON to
 //! the process that waits for `--detach`.
 
+use crate::failure::say;
 use anyhow::{Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -111,11 +112,17 @@ impl Display {
         }
     }
 
-    /// Shows one report. Fails where nobody reads any more.
+    /// Shows one report. Fails where the one who waits for `--detach` is gone; what people would read may be lost.
     pub(crate) fn show(&mut self, report: &Report) -> Result<()> {
         match self {
-            Self::Bars(bars) => bars.show(report),
-            Self::Lines(lines) => lines.show(report),
+            Self::Bars(bars) => {
+                bars.show(report);
+                Ok(())
+            }
+            Self::Lines(lines) => {
+                lines.show(report);
+                Ok(())
+            }
             Self::Json => {
                 let mut line = serde_json::to_string(report).context("cannot encode a report")?;
                 line.push('\n');
@@ -136,9 +143,9 @@ pub(crate) struct Bars {
 }
 
 impl Bars {
-    fn show(&mut self, report: &Report) -> Result<()> {
+    fn show(&mut self, report: &Report) {
         match report {
-            Report::Note { text } => self.multi.println(text).context("cannot write to the terminal"),
+            Report::Note { text } => drop(self.multi.println(text)),
             Report::Progress { rows } => {
                 self.bars.retain(|name, bar| {
                     let stays = rows.iter().any(|row| row.name == *name);
@@ -151,7 +158,6 @@ impl Bars {
                 for row in rows {
                     self.show_row(row, width);
                 }
-                Ok(())
             }
             Report::Ready(_) | Report::Failed { .. } => {
                 for bar in self.bars.values().filter(|bar| !bar.is_finished()) {
@@ -159,7 +165,6 @@ impl Bars {
                 }
                 self.bars.clear();
                 self.multi = MultiProgress::new();
-                Ok(())
             }
         }
     }
@@ -212,18 +217,15 @@ impl Default for Lines {
 }
 
 impl Lines {
-    fn show(&mut self, report: &Report) -> Result<()> {
+    fn show(&mut self, report: &Report) {
         let lines = match report {
             Report::Note { text } => vec![text.clone()],
             Report::Progress { rows } => rows.iter().filter_map(|row| self.change(row)).collect(),
             Report::Ready(_) | Report::Failed { .. } => Vec::new(),
         };
-        let mut out = std::io::stderr().lock();
         for line in lines {
-            writeln!(out, "{:7.2}s  {line}", self.started.elapsed().as_secs_f64())
-                .context("cannot write to stderr")?;
+            say(format_args!("{:7.2}s  {line}", self.started.elapsed().as_secs_f64()));
         }
-        Ok(())
     }
 
     /// The line for a row, if it says anything new.
@@ -243,8 +245,12 @@ impl Lines {
     }
 }
 
-/// What stands on the terminal once the cluster serves.
-pub(crate) fn welcome(ready: &Ready, detached: bool) -> String {
+/// Says on stdout where a cluster is reached that serves. Nobody need be there to read it.
+pub(crate) fn welcome(ready: &Ready, detached: bool) {
+    let _ = std::io::stdout().write_all(welcome_text(ready, detached).as_bytes());
+}
+
+fn welcome_text(ready: &Ready, detached: bool) -> String {
     let Ready { cluster, model, dashboard, url, head, run_dir, took_ms } = ready;
     let seconds = *took_ms as f64 / 1000.0;
     let stop = if detached { "helio down" } else { "Ctrl-C, or helio down" };

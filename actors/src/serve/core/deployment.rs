@@ -1,8 +1,8 @@
 //! One deployment: its replicas, from the first start over updates and load to the last drain.
 //!
-//! SE-1: while an update by surge runs, no replica that serves is drained unless the wanted number serves without it.
-//! SE-2: a version that never served whole does not stay: what served before it comes back.
-//! SE-3: a replica ends only when its ingress has said that nothing is in flight there, or its grace has passed, or it
+//! SD-1: while an update by surge runs, no replica that serves is drained unless the wanted number serves without it.
+//! SD-2: a version that never served whole does not stay: what served before it comes back.
+//! SD-3: a replica ends only when its ingress has said that nothing is in flight there, or its grace has passed, or it
 //! is broken.
 
 use std::time::Duration;

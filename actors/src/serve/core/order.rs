@@ -1,7 +1,7 @@
 //! In which order the deployments of one application of users' actors come and go: those that are asked before the one that
 //! asks them, the ingress; and the other way round at the end.
 //!
-//! SE-6: no replica of a new ingress is started before all other deployments serve as they are wanted, and none of them is
+//! SD-6: no replica of a new ingress is started before all other deployments serve as they are wanted, and none of them is
 //! drained that is not wanted any more before the ingress has done without it.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,6 +1,6 @@
 //! Random documents, loads, deaths and controllers that start anew; then healing. Prints its seed.
 //!
-//! Checks at every step that SE-1 holds, that numbers are never used twice, and that nothing runs that is not known;
+//! Checks at every step that SD-1 holds, that numbers are never used twice, and that nothing runs that is not known;
 //! at the end that everything is as the last document says.
 
 use std::collections::BTreeMap;
@@ -100,7 +100,7 @@ impl World {
                     replica.stage == Stage::Draining && before.get(&replica.number) == Some(&Stage::Running)
                 });
                 if drained.count() > 0 {
-                    assert!(running >= deployment.replicas_wanted() as usize, "SE-1: {app}/{name}");
+                    assert!(running >= deployment.replicas_wanted() as usize, "SD-1: {app}/{name}");
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Where HTTP is served: the ingresses, each on a node of its own, from the first start to the last stream.
 //!
-//! SE-4: an ingress that is to go takes no connection any more, and ends when nothing is open there, or its node is gone.
-//! SE-5: of the ingresses of a machine that take connections one at most has the configured port; the others have ports of
+//! SD-4: an ingress that is to go takes no connection any more, and ends when nothing is open there, or its node is gone.
+//! SD-5: of the ingresses of a machine that take connections one at most has the configured port; the others have ports of
 //! their own, which they keep when they start again.
 
 use std::collections::BTreeMap;

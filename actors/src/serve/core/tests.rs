@@ -234,9 +234,9 @@ fn an_update_never_drops_below_capacity_and_waits_for_what_is_in_flight() {
     rig.deploy(vec![target("a", 9, replicas(3))]);
     for _ in 0..12 {
         rig.step();
-        assert!(rig.serving("a").len() >= 3, "SE-1: {:?}", rig.serving("a"));
+        assert!(rig.serving("a").len() >= 3, "SD-1: {:?}", rig.serving("a"));
     }
-    assert!(rig.removed.is_empty(), "SE-3: they are busy");
+    assert!(rig.removed.is_empty(), "SD-3: they are busy");
     assert_eq!(rig.state("a"), DeploymentState::Updating);
     rig.busy.clear();
     rig.steps(12);
@@ -268,7 +268,7 @@ fn a_version_that_does_not_start_is_rolled_back() {
     rig.deploy(vec![target("a", 9, replicas(2))]);
     for _ in 0..60 {
         rig.step();
-        assert_eq!(rig.serving("a"), [8, 8], "SE-2: what served goes on");
+        assert_eq!(rig.serving("a"), [8, 8], "SD-2: what served goes on");
     }
     let (state, message) = rig.deployment("a").state();
     assert_eq!(state, DeploymentState::DeployFailed);
