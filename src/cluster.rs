@@ -47,10 +47,11 @@ impl Access {
         // Set in jobs; a run directory that is named by hand is another matter.
         let variable =
             |name| std::env::var_os(name).filter(|value| target.run_dir.is_none() && !value.is_empty());
-        let token = match target.token_file.clone().or_else(|| variable("HELIOSTAT_TOKEN_FILE").map(Into::into)) {
-            Some(path) => Some(read_token(&path)?),
-            None => read_token(&run.token_path()).ok(),
-        };
+        let token =
+            match target.token_file.clone().or_else(|| variable("HELIOSTAT_TOKEN_FILE").map(Into::into)) {
+                Some(path) => Some(read_token(&path)?),
+                None => read_token(&run.token_path()).ok(),
+            };
         let tls = match (target.tls.files().context("--tls")?, variable("HELIOSTAT_TLS")) {
             (Some(files), _) => Some(files),
             (None, Some(path)) => Some(heliostat::tls_files(Path::new(&path))?),
@@ -60,7 +61,9 @@ impl Access {
         let of_variable = variable("HELIOSTAT_ADDRESS").and_then(|value| value.into_string().ok());
         let (address, source) = match (&target.address, of_variable, run.address()) {
             (Some(address), ..) => (with_ports(address, DEFAULT_PORT), "of --address".to_owned()),
-            (None, Some(address), _) => (with_ports(&address, DEFAULT_PORT), "of HELIOSTAT_ADDRESS".to_owned()),
+            (None, Some(address), _) => {
+                (with_ports(&address, DEFAULT_PORT), "of HELIOSTAT_ADDRESS".to_owned())
+            }
             (None, None, Some(address)) => (address, format!("of {}", run.path().display())),
             (None, None, None) => match in_file() {
                 Some(address) => (address, format!("of {DEFAULT_FILE}")),
@@ -95,7 +98,10 @@ impl Access {
         // Whoever speaks of tokens and certificates is a cluster.
         if ["token", "certificate", "TLS"].iter().any(|word| why.contains(word)) {
             let fix = "see --token-file, --tls and --tls-server-name, or name another head with --address";
-            return Failure::error(NO_CLUSTER, format!("the cluster at {address} ({source}) refuses: {why}\n  {fix}"));
+            return Failure::error(
+                NO_CLUSTER,
+                format!("the cluster at {address} ({source}) refuses: {why}\n  {fix}"),
+            );
         }
         let fix = "start a cluster with `helio up`, or name its head with --address HOST:PORT";
         Failure::error(NO_CLUSTER, format!("no cluster answers at {address} ({source}): {why}\n  {fix}"))

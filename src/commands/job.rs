@@ -202,7 +202,10 @@ impl Api {
         let (cause, url) = (cause.to_string(), &self.url);
         if cause.contains("UnknownIssuer") || cause.contains("certificate") {
             let fix = "name the certificate of its CA with --tls-ca";
-            return Failure::error(NO_CLUSTER, format!("the dashboard at {url} is not trusted: {cause}\n  {fix}"));
+            return Failure::error(
+                NO_CLUSTER,
+                format!("the dashboard at {url} is not trusted: {cause}\n  {fix}"),
+            );
         }
         let fix = if cause.contains("invalid HTTP version") {
             "if it speaks HTTPS, say so: --address https://HOST:PORT"

@@ -2,9 +2,9 @@
 //! directory.
 
 use super::print;
-use crate::failure::say;
 use crate::args::Logs;
 use crate::cluster::{Access, run_dir};
+use crate::failure::say;
 use anyhow::{Context, Result};
 use heliostat_runtime::cluster::Cluster;
 use std::io::{Read, Seek, SeekFrom, Write};

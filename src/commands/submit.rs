@@ -2,9 +2,9 @@
 
 use super::job::{self, Api};
 use super::package::push;
-use crate::failure::say;
 use crate::args::SubmitProgram;
 use crate::cluster::Access;
+use crate::failure::say;
 use anyhow::{Context, Result};
 use std::path::Path;
 

@@ -363,8 +363,9 @@ fn package_status(why: &PackageError) -> StatusCode {
     match why {
         PackageError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
         PackageError::Io { .. } => StatusCode::INSUFFICIENT_STORAGE,
-        PackageError::Zip(_) | PackageError::Escapes(_) | PackageError::Hash { .. } => {
-            StatusCode::BAD_REQUEST
-        }
+        PackageError::Zip(_)
+        | PackageError::Escapes(_)
+        | PackageError::Loop(_)
+        | PackageError::Hash { .. } => StatusCode::BAD_REQUEST,
     }
 }

@@ -100,9 +100,9 @@ pub fn pack<W: Write + Seek>(dir: &Path, out: W) -> Result<W, PackageError> {
         paths.sort();
         for path in paths.into_iter().filter(|path| !path.ends_with(".git")) {
             let name = path.strip_prefix(dir).unwrap_or(&path).to_string_lossy().into_owned();
-            entries_left = entries_left
-                .checked_sub(1)
-                .ok_or_else(|| PackageError::TooLarge(format!("would hold more than {ENTRIES_MAX} entries")))?;
+            entries_left = entries_left.checked_sub(1).ok_or_else(|| {
+                PackageError::TooLarge(format!("would hold more than {ENTRIES_MAX} entries"))
+            })?;
             let metadata = fs::metadata(&path).map_err(io_at(&path))?;
             let options = SimpleFileOptions::default()
                 .compression_method(CompressionMethod::Deflated)

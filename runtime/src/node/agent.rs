@@ -18,7 +18,7 @@ use crate::head::core::Manner;
 use crate::head::finder::Heads;
 use crate::head::messages::{
     HelloReply, LogChunk, NodeReport, NodeStage, PrepareBundles, ProcessStatus, ReadLog, StartWorker,
-    StopNode, StopWorker, WorkerHello, WorkerProcess,
+    StopNode, StopWorker, WhoIs, WorkerHello, WorkerProcess,
 };
 use crate::head::tenure::{Allegiance, Superseded};
 use crate::package::{self, Digest};

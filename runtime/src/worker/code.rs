@@ -73,7 +73,8 @@ mod tests {
             entry("7fff000-8000000 r-xp 00000000 fe:00 9    /lib/libc.so.6", 0, 0),
         ];
         assert_eq!(clean_code(&maps.concat()), [0x1000..0x3000, 0x3000..0x6000, 0x7fff000..0x8000000]);
-        assert_eq!(clean_code("1000-3000 r-xp 00000000 fe:00 77 /bin/helio\nRss: 8 kB\n"), [], "torn");
+        let torn = clean_code("1000-3000 r-xp 00000000 fe:00 77 /bin/helio\nRss: 8 kB\n");
+        assert!(torn.is_empty(), "{torn:?}");
     }
 
     #[test]
