@@ -9,7 +9,7 @@ use clap::Args;
 Examples:
   helio drain b                  before b is rebooted; it stays in the cluster, empty, until `helio undrain b`
   helio drain b --deadline 300   actors that fit nowhere else go on for five minutes
-  helio drain b --leave          b leaves the cluster when it is empty; a lost node is forgotten
+  helio drain b --leave          b leaves the cluster when it is empty, until it is started again; a lost node is forgotten
 
 What fits on another node moves at once; what fits nowhere else goes on until the deadline and then waits for a place. A
 move is a stop (SIGTERM first) and a start elsewhere, and does not count as a failure. Returns when the node is empty.")]

@@ -34,7 +34,7 @@ pub(crate) struct JobArgs {
     #[arg(long, value_name = "DIR", global = true)]
     pub(crate) run_dir: Option<PathBuf>,
     /// File that holds the dashboard's key.
-    #[arg(long, value_name = "FILE", global = true)]
+    #[arg(long, value_name = "FILE", global = true, env = "HELIOSTAT_DASHBOARD_KEY_FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
     /// Certificate of the CA of a dashboard with HTTPS. Without it: the CA of the cluster in the run directory.
     #[arg(long, value_name = "FILE", global = true)]

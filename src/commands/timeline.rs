@@ -3,6 +3,7 @@
 use super::print;
 use crate::args::Timeline;
 use crate::cluster::Access;
+use crate::failure::{FAILED, Failure};
 use anyhow::{Context, Result};
 use heliostat_actors::monitor::{timeline, trace};
 use std::path::Path;
@@ -12,6 +13,12 @@ use std::time::Duration;
 pub(crate) async fn run(args: &Timeline) -> Result<()> {
     let cluster = Access::find(&args.target)?.connect().await?;
     let recording = timeline::record(&cluster, Duration::from_secs_f64(args.seconds)).await?;
+    if recording.ranks.is_empty() {
+        return Err(Failure::error(
+            FAILED,
+            "no model is served: there is no rank whose steps could be recorded",
+        ));
+    }
     let json = trace::chrome(&recording).to_string();
     if args.output == Path::new("-") {
         return print(&json);

@@ -18,6 +18,7 @@ pub(crate) use raw::{
     All2All, Dashboard, Eplb, Objects, Packages, PlacementStrategy, Policy, ProxyLocation, Serve, Supervision,
 };
 
+use crate::failure::{Failure, USAGE};
 use crate::gpus;
 use anyhow::{Context, Result};
 use heliostat_actors::http::{ApiKeys, CertFiles};
@@ -470,8 +471,8 @@ impl Source {
             let text = if model.is_dir() { "[model]\n" } else { "" };
             return Ok(Self { text: text.into(), shown: "the default cluster".into(), dir: here });
         };
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .map_err(|why| Failure::error(USAGE, format!("cannot read {}: {why}", path.display())))?;
         let shown = file.unwrap_or(Path::new(DEFAULT_FILE)).display().to_string();
         Ok(Self { text, shown, dir: path.parent().map_or(here, Path::to_path_buf) })
     }

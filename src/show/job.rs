@@ -12,11 +12,18 @@ pub(crate) fn list(jobs: &Json) -> String {
     let mut rows = table(["job", "status", "took", "exit", "command"]);
     for job in jobs.as_array().into_iter().flatten() {
         let word = |key: &str| job[key].as_str().unwrap_or("-").to_owned();
-        let command: String = word("entrypoint").replace('\n', " ").chars().take(COMMAND_CHARS).collect();
+        let command = shortened(&word("entrypoint").replace('\n', " "));
         let exit = job["driver_exit_code"].as_i64().map_or_else(|| "-".into(), |code| code.to_string());
         rows.add_row([word("submission_id"), word("status"), took(job), exit, command]);
     }
     render(&rows)
+}
+
+fn shortened(command: &str) -> String {
+    if command.chars().count() <= COMMAND_CHARS {
+        return command.to_owned();
+    }
+    command.chars().take(COMMAND_CHARS - 1).chain(['…']).collect()
 }
 
 /// One job.

@@ -232,6 +232,32 @@ async fn a_killed_keeper_is_told_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_actor_that_is_stopped_leaves_its_jobs_to_the_next() {
+    let cluster = Cluster::up(&SMALL).await;
+    let go = cluster.dir.path().join("go");
+    submit(&cluster, "long", &format!("until [ -e {} ]; do sleep 0.05; done; echo done", go.display()));
+    until(&cluster, "long", "RUNNING").await;
+    let pid = cluster.pid("jobs");
+    let stopped = Command::new("kill").args(["-TERM", &pid.to_string()]).status().unwrap();
+    assert!(stopped.success());
+    let replaced = |cluster: &Cluster| cluster.actor("jobs")["pid"].as_i64().filter(|new| *new != pid);
+    cluster.until("another jobs actor", replaced).await;
+    cluster.until_healed().await;
+    assert_eq!(job(&cluster, "long")["status"], "RUNNING");
+    std::fs::write(go, "").unwrap();
+    until(&cluster, "long", "SUCCEEDED").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_in_a_job_find_their_cluster() {
+    let cluster = Cluster::up(&SMALL).await;
+    let script = "\"$HELIOSTAT_PROGRAM\" status && \"$HELIOSTAT_PROGRAM\" job list";
+    let inner = cluster.helio(&["job", "submit", "--submission-id", "inner", "--", "sh", "-c", script]);
+    let said = text(&inner);
+    assert!(inner.status.success() && said.contains("actors; head") && said.contains("RUNNING"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn down_ends_jobs_and_keeps_their_records() {
     let cluster = Cluster::up(&SMALL).await;
     let shell = cluster.dir.path().join("shell");

@@ -120,3 +120,40 @@ fn a_torn_checkpoint_is_named_before_anything_is_served() {
     let status = helio(&["status", "--address", "127.0.0.1:1"]);
     assert_eq!(status.status.code(), Some(3), "{}", text(&status));
 }
+
+/// Two nodes of this machine, without a model.
+const TWO: [(&str, &str); 2] =
+    [("devices", "device = \"cpu\"\ncpu = 1"), ("[nodes]", "name = \"a\"\n[[nodes]]\nname = \"b\"")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_left_stays_away() {
+    let cluster = Cluster::up_bare(&TWO).await;
+    let left = cluster.helio(&["drain", "b", "--leave"]);
+    assert!(left.status.success(), "{}", text(&left));
+    let log = cluster.dir.path().join("run/logs/up.log");
+    let said = |_: &Cluster| std::fs::read_to_string(&log).ok()?.contains("b has left").then_some(());
+    cluster.until("the supervisor sees it", said).await;
+    let status = cluster.status().unwrap();
+    let names: Vec<&str> =
+        status["nodes"].as_array().unwrap().iter().map(|node| node["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a"]);
+}
+
+/// A supervisor says what it does to a terminal, or to a log on a disk. Neither need be there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_that_nobody_hears_goes_on() {
+    let cluster = Cluster::by_hand().await;
+    let (file, _) = write_config(cluster.dir.path(), &bundled(), &[]);
+    let mut up = Command::new(env!("CARGO_BIN_EXE_helio"));
+    let mut up = up.arg("up").arg(file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop((up.stdout.take(), up.stderr.take()));
+    cluster.until("the head", Cluster::status).await;
+    cluster.until_healed().await;
+    let agent = |cluster: &Cluster| cluster.status()?["nodes"][0]["pid"].as_i64();
+    let before = cluster.until("a node", agent).await;
+    kill(before);
+    cluster.until("another agent", |cluster| agent(cluster).filter(|pid| *pid != before)).await;
+    assert!(up.try_wait().unwrap().is_none(), "the supervisor lives");
+    assert!(cluster.helio(&["down"]).status.success());
+    assert!(up.wait().unwrap().success());
+}

@@ -1,6 +1,8 @@
 //! A cluster that talks TLS only: what works with certificates, and who stays outside.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::rig::{Cluster, greedy, helio, kill, text};
 
@@ -69,6 +71,21 @@ async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
     assert!(told.status.success(), "{}", text(&told));
     let stranger = list(theirs.path());
     assert!(stranger.status.code() == Some(3), "{}", text(&stranger));
+    // SE-2: nor can it be a node, which the head connects to.
+    let zz = tempfile::tempdir().unwrap();
+    let mut poser = Command::new(env!("CARGO_BIN_EXE_helio"))
+        .args(["node", "--join", address, "--name", "zz", "--devices", "cpu=1", "--run-dir"])
+        .arg(zz.path())
+        .arg("--tls")
+        .arg(ours.path().join("ada"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(poser.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains("its certificate is a client's")));
+    assert_eq!(cluster.status().unwrap()["nodes"].as_array().unwrap().len(), 1);
+    poser.kill().unwrap();
+    poser.wait().unwrap();
     // A rank is replaced, and its group complete again, over TLS.
     let pid = cluster.pid("rank-1");
     kill(pid);

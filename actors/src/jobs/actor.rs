@@ -110,6 +110,9 @@ impl Spawn for JobsActor {
 
     async fn create(args: JobsArgs, cx: ActorCx) -> Result<Self, CreateError> {
         let head = cx.cluster().map(|cluster| cluster.head().to_owned()).unwrap_or_default();
+        let node = node_of(&cx)
+            .await
+            .unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned());
         // The binary that this worker runs, even where its file was replaced since.
         let keeper = vec!["/proc/self/exe".to_owned(), "entrypoint".to_owned()];
         let config = JobsConfig {
@@ -117,6 +120,7 @@ impl Spawn for JobsActor {
             limits: args.limits(),
             keeper,
             head,
+            node,
             url: dashboard::url(args.bind, args.door.tls.is_some()),
             program: std::env::current_exe().map_err(CreateError::failed)?,
             token_file: args.token_file.clone(),
@@ -150,6 +154,12 @@ impl Spawn for JobsActor {
         tracing::info!("the dashboard is at {url}, jobs are taken there");
         Ok(Self { jobs, watching, _server: server })
     }
+}
+
+/// The node that this actor is on, as the head knows it.
+async fn node_of(cx: &ActorCx) -> Option<String> {
+    let status = cx.cluster()?.status().await.ok()?;
+    status.actor(cx.name())?.node.clone()
 }
 
 /// What whoever changes the cluster over the dashboard must know. Where the token is not on this machine, nobody can.

@@ -62,7 +62,6 @@ impl From<Refused> for HttpResponse {
 
 /// What Ray's clients call `JobDetails`.
 pub fn to_json(jobs: &Jobs, job: &Job) -> Json {
-    let node = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let message = job.message.as_deref().unwrap_or(match job.status {
         Status::Pending => "Job has not started yet. It may be waiting for other jobs to end.",
         Status::Running => "Job is currently running.",
@@ -88,7 +87,7 @@ pub fn to_json(jobs: &Jobs, job: &Job) -> Json {
         "metadata": job.submission.metadata,
         "runtime_env": job.submission.runtime_env,
         "driver_agent_http_address": (job.status != Status::Pending).then_some(url),
-        "driver_node_id": (job.status != Status::Pending).then_some(node),
+        "driver_node_id": (job.status != Status::Pending).then_some(&jobs.config().node),
         "driver_exit_code": job.exit_code,
     })
 }

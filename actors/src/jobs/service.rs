@@ -47,6 +47,8 @@ pub struct JobsConfig {
     pub token_file: Option<PathBuf>,
     /// File that names certificates: HELIOSTAT_TLS of entrypoints.
     pub tls_file: Option<PathBuf>,
+    /// Name of the node that runs jobs.
+    pub node: String,
     /// Where REST is served.
     pub url: String,
     /// Bytes of a job's log that are kept.

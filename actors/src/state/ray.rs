@@ -252,11 +252,13 @@ fn death_cause(actor: &ActorStatus, cause: &DeathCause) -> Json {
 
 /// All nodes.
 pub(super) fn nodes(status: &ClusterStatus) -> Vec<Row> {
-    let head = host(&status.head.endpoint);
-    status.nodes.iter().map(|one| node(one, head)).collect()
+    let at_head = |node: &&NodeStatus| host(&node.endpoint) == host(&status.head.endpoint);
+    // Ray has one head node, where several of ours may be on the head's machine.
+    let head = status.nodes.iter().find(at_head).map(|node| node.name.as_str());
+    status.nodes.iter().map(|one| node(one, head == Some(one.name.as_str()))).collect()
 }
 
-fn node(node: &NodeStatus, head: &str) -> Row {
+fn node(node: &NodeStatus, is_head: bool) -> Row {
     let (state, message) = match &node.state {
         NodeState::Ready => ("ALIVE", None),
         NodeState::Draining { actors } => {
@@ -279,7 +281,7 @@ fn node(node: &NodeStatus, head: &str) -> Row {
     row(json!({
         "node_id": node.name,
         "node_ip": host(&node.endpoint),
-        "is_head_node": host(&node.endpoint) == head,
+        "is_head_node": is_head,
         "state": state,
         "state_message": message,
         "node_name": node.name,

@@ -603,7 +603,7 @@ impl Handler<FindLog> for HeadActor {
     fn handle(&mut self, find: FindLog, _: &mut Context<Self>) -> Self::Result {
         let actor = find.actor;
         if !self.core.knows(&actor) {
-            return Err(format!("no actor is named {actor:?}"));
+            return Err(format!("no actor is named {actor:?} (helio list actors)"));
         }
         let node =
             self.core.node_of(&actor).ok_or_else(|| format!("{actor} has never been placed on a node"))?;
