@@ -15,6 +15,21 @@ pub(crate) fn certificates(dir: &Path) {
     }
 }
 
+/// Starts a node agent that is told so.
+fn join_as_node(head: &str, tls: &Path, told: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Command::new(env!("CARGO_BIN_EXE_helio"))
+        .args(["node", "--join", head, "--name", "zz", "--devices", "cpu=1", "--run-dir"])
+        .args([dir.path(), Path::new("--tls"), tls])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(node.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains(told)));
+    node.kill().unwrap();
+    node.wait().unwrap();
+}
+
 /// SE-1, SE-2: head, node agent, ranks and commands all talk TLS; whoever has no certificate learns so.
 #[tokio::test]
 async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
@@ -72,20 +87,8 @@ async fn a_cluster_with_certificates_serves_and_keeps_others_out() {
     let stranger = list(theirs.path());
     assert!(stranger.status.code() == Some(3), "{}", text(&stranger));
     // SE-2: nor can it be a node, which the head connects to.
-    let zz = tempfile::tempdir().unwrap();
-    let mut poser = Command::new(env!("CARGO_BIN_EXE_helio"))
-        .args(["node", "--join", address, "--name", "zz", "--devices", "cpu=1", "--run-dir"])
-        .arg(zz.path())
-        .arg("--tls")
-        .arg(ours.path().join("ada"))
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(poser.stderr.take().unwrap()).lines().map_while(Result::ok);
-    assert!(said.any(|line| line.contains("its certificate is a client's")));
+    join_as_node(address, &ours.path().join("ada"), "its certificate is a client's");
     assert_eq!(cluster.status().unwrap()["nodes"].as_array().unwrap().len(), 1);
-    poser.kill().unwrap();
-    poser.wait().unwrap();
     // A rank is replaced, and its group complete again, over TLS.
     let pid = cluster.pid("rank-1");
     kill(pid);

@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(fs::read_to_string(to.join("lib64/inner/a")).expect("there"), "x");
         std::os::unix::fs::symlink("..", from.join("lib/up")).expect("link");
         let looped = pack(&from, Cursor::new(Vec::new())).map(drop);
-        assert!(matches!(&looped, Err(PackageError::Loop(name)) if name == "lib/up"), "{looped:?}");
+        assert!(matches!(&looped, Err(PackageError::Loop(name)) if name.ends_with("/up")), "{looped:?}");
     }
 
     #[test]
