@@ -1,5 +1,6 @@
 //! Starting and stopping, and starts that fail.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -146,9 +147,10 @@ async fn a_supervisor_that_nobody_hears_goes_on() {
     let (file, _) = write_config(cluster.dir.path(), &bundled(), &[]);
     let mut up = Command::new(env!("CARGO_BIN_EXE_helio"));
     let mut up = up.arg("up").arg(file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    drop((up.stdout.take(), up.stderr.take()));
-    cluster.until("the head", Cluster::status).await;
-    cluster.until_healed().await;
+    drop(up.stderr.take());
+    let mut said = BufReader::new(up.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.starts_with("Stop:")), "it serves");
+    drop(said);
     let agent = |cluster: &Cluster| cluster.status()?["nodes"][0]["pid"].as_i64();
     let before = cluster.until("a node", agent).await;
     kill(before);
