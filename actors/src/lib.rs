@@ -26,5 +26,6 @@ pub fn actor_types() -> ActorTypes {
         .with::<eplb::Eplb>()
         .with::<ingress_actor::IngressActor>()
         .with::<jobs::JobsActor>()
+        .with::<jobs::runner::JobRunner>()
         .with::<serve::ServeController>()
 }

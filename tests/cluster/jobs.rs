@@ -15,7 +15,7 @@ use crate::rig::{Cluster, PATIENCE, helio, is_alive, kill, text, write_config};
 const SMALL: [(&str, &str); 2] =
     [("devices", "device = \"cpu\"\ncpu = 1"), ("dashboard", "max_log_bytes = 2000\nstop_grace_s = 1.0")];
 
-fn job(cluster: &Cluster, id: &str) -> Value {
+pub(crate) fn job(cluster: &Cluster, id: &str) -> Value {
     let output = cluster.helio(&["job", "status", id, "--json"]);
     serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
 }
@@ -27,13 +27,13 @@ fn submit(cluster: &Cluster, id: &str, script: &str) {
 }
 
 /// Waits until a job has this status.
-async fn until(cluster: &Cluster, id: &str, status: &str) -> Value {
+pub(crate) async fn until(cluster: &Cluster, id: &str, status: &str) -> Value {
     let is = |cluster: &Cluster| Some(job(cluster, id)).filter(|job| job["status"] == status);
     cluster.until(&format!("{id} is {status}"), is).await
 }
 
 /// What a job wrote to a file of the test: a process id.
-async fn pid_in(cluster: &Cluster, path: &Path) -> i64 {
+pub(crate) async fn pid_in(cluster: &Cluster, path: &Path) -> i64 {
     let read = |_: &Cluster| std::fs::read_to_string(path).ok()?.trim().parse().ok();
     cluster.until("a job writes its pid", read).await
 }

@@ -12,6 +12,7 @@ mod faults;
 mod hosts;
 mod ingresses;
 mod jobs;
+mod jobs_elsewhere;
 mod lifecycle;
 mod logs;
 mod page;

@@ -135,7 +135,7 @@ impl Spawn for JobsActor {
         let http = DashboardArgs { bind: args.bind, door: args.door };
         let url = dashboard::url(http.bind, http.door.tls.is_some());
         let listener = http.listen().map_err(failed)?;
-        let pool = cx.cluster().map(|cluster| Pool::new(cluster.clone(), cx.name()));
+        let pool = cx.cluster().map(|cluster| Pool::new(cluster.clone()));
         let jobs = Jobs::open(config, pool).await.map_err(|why| CreateError::Failed(why.to_string()))?;
         let watcher = Watcher::default();
         let token = args.token_file.as_deref().map(orders_token);

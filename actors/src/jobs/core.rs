@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
 use super::request::Submission;
@@ -98,7 +99,7 @@ pub struct Job {
 }
 
 /// How the process that keeps an entrypoint ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
 #[serde(tag = "end", rename_all = "snake_case")]
 pub enum End {
     /// The entrypoint ended by itself.
@@ -117,6 +118,13 @@ pub enum End {
     },
     /// The keeper itself was killed; what it kept is ended.
     Lost,
+    /// It ran on another node, and that, or what ran it there, is gone.
+    NodeLost {
+        /// The node.
+        node: String,
+        /// What was heard of it last.
+        why: String,
+    },
 }
 
 /// What the shell is to do, in this order.
@@ -347,7 +355,7 @@ impl JobsState {
                         format!("Job entrypoint command failed with exit code {code}{separator}{logs}");
                     failed(job, ErrorType::JobEntrypointCommandError, message);
                 }
-                End::Terminated if unreserved.is_some() => {
+                End::Terminated | End::NodeLost { .. } if unreserved.is_some() => {
                     let why = unreserved.unwrap_or_default();
                     let message =
                         format!("The job was ended because what was set aside for it is lost: {why}");
@@ -366,6 +374,10 @@ impl JobsState {
                 End::Lost => {
                     let message = "The process that kept the job was killed: how the job ended is lost.";
                     failed(job, ErrorType::JobSupervisorActorDied, message.into());
+                }
+                End::NodeLost { node, why } => {
+                    let message = format!("The job was lost on node {node}, where it ran: {why}");
+                    failed(job, ErrorType::JobSupervisorActorDied, message);
                 }
             }
         })

@@ -87,7 +87,7 @@ pub fn to_json(jobs: &Jobs, job: &Job) -> Json {
         "metadata": job.submission.metadata,
         "runtime_env": job.submission.runtime_env,
         "driver_agent_http_address": (job.status != Status::Pending).then_some(url),
-        "driver_node_id": (job.status != Status::Pending).then_some(&jobs.config().node),
+        "driver_node_id": (job.status != Status::Pending).then(|| jobs.node_of(&job.id)),
         "driver_exit_code": job.exit_code,
     })
 }

@@ -22,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::core::{End, ProcessId};
 use super::log::LogWriter;
 use super::process::{descendants, identify, signal_all};
+use super::relay::{self, Remote};
 use super::store;
 
 /// Names the devices of a job.
@@ -32,6 +33,8 @@ const GPUS: &str = "CUDA_VISIBLE_DEVICES";
 const LOOK: Duration = Duration::from_millis(500);
 /// How often it looks whether a tree that was asked to end has done so.
 const POLL: Duration = Duration::from_millis(20);
+/// How long a pipe may stay open that nobody should have any more.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long killed processes may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -58,6 +61,12 @@ pub struct Order {
     pub lock: PathBuf,
     /// How long the job lives on while nobody holds the lock.
     pub orphan_grace: Duration,
+    /// Where it runs, if not here.
+    #[serde(default)]
+    pub remote: Option<Remote>,
+    /// Nobody looks into the directory once the job is an orphan: it is removed.
+    #[serde(default)]
+    pub passing: bool,
 }
 
 /// Who keeps a job: `keeper.json`.
@@ -80,9 +89,17 @@ pub async fn run(dir: &Path, environment: impl Fn(&str) -> Option<String>) -> io
     let me = std::process::id();
     set_child_subreaper(Some(rustix::process::getpid()))?;
     let mut log = LogWriter::create(&dir.join(store::LOG), order.log_bytes_max)?;
-    log.write(format!("Running entrypoint for job {}: {}\n", order.id, order.entrypoint).as_bytes())?;
+    // Of one that runs elsewhere the keeper there says so.
+    if order.remote.is_none() {
+        log.write(format!("Running entrypoint for job {}: {}\n", order.id, order.entrypoint).as_bytes())?;
+    }
     let keeper = identify(me).ok_or_else(|| io::Error::other("/proc cannot be read"))?;
     let mut terminate = signal(SignalKind::terminate())?;
+    if let Some(remote) = &order.remote {
+        store::write_json(&dir.join(store::KEEPER), &Kept { keeper, driver: None })?;
+        let end = relay::run(&order, remote, &mut log, &mut terminate).await;
+        return store::write_json(&dir.join(store::EXIT), &end);
+    }
     let end = match start(&order, dir, environment) {
         Err(error) => {
             store::write_json(&dir.join(store::KEEPER), &Kept { keeper, driver: None })?;
@@ -106,6 +123,9 @@ pub async fn run(dir: &Path, environment: impl Fn(&str) -> Option<String>) -> io
             }
         }
     };
+    if order.passing && end == End::Orphaned {
+        return fs::remove_dir_all(dir);
+    }
     store::write_json(&dir.join(store::EXIT), &end)
 }
 
@@ -162,7 +182,7 @@ fn expand(value: &str, environment: impl Fn(&str) -> Option<String>) -> String {
 }
 
 /// Ends when no jobs actor has held the lock for the grace.
-async fn orphaned(order: &Order) {
+pub(super) async fn orphaned(order: &Order) {
     let mut since: Option<Instant> = None;
     loop {
         tokio::time::sleep(LOOK).await;
@@ -196,7 +216,7 @@ impl Running<'_> {
             }
         };
         self.kill_rest().await;
-        self.drain();
+        self.last_words().await;
         Ok(End::Exited { code: code(status) })
     }
 
@@ -221,7 +241,7 @@ impl Running<'_> {
             child.wait().await?;
         }
         self.kill_rest().await;
-        self.drain();
+        self.last_words().await;
         Ok(())
     }
 
@@ -233,6 +253,19 @@ impl Running<'_> {
             Err(error) => {
                 tracing::error!(%error, "the output of a job cannot be read");
                 *closed = true;
+            }
+        }
+    }
+
+    /// Copies what is left to its end, at most a few pipes full: all writers are gone, unless one got away.
+    async fn last_words(&mut self) {
+        for _ in 0..16 {
+            if self.closed {
+                return;
+            }
+            let copied = Self::copy(&mut self.log, &mut self.output, &mut self.buffer, &mut self.closed);
+            if tokio::time::timeout(LAST_WORDS, copied).await.is_err() {
+                return;
             }
         }
     }
@@ -264,7 +297,7 @@ impl Running<'_> {
 }
 
 /// A full disk costs the job its log, not its life.
-fn write(log: &mut LogWriter, bytes: &[u8]) {
+pub(super) fn write(log: &mut LogWriter, bytes: &[u8]) {
     if let Err(error) = log.write(bytes) {
         let _ = writeln!(io::stderr(), "the log cannot be written: {error}");
     }
@@ -305,6 +338,8 @@ mod tests {
             stop_grace: Duration::ZERO,
             lock: PathBuf::new(),
             orphan_grace: Duration::ZERO,
+            remote: None,
+            passing: false,
         };
         let own = |order: &Order, shown: Option<&str>| {
             format!("{:?}", own_devices(order, |_| shown.map(str::to_owned)))

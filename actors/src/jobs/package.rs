@@ -85,6 +85,16 @@ pub fn promised(name: &str) -> Option<&str> {
     name.strip_prefix(PREFIX)?.strip_suffix(".zip")
 }
 
+/// Checks that a package is the one of that SHA-256.
+///
+/// # Errors
+/// It is another.
+pub fn check(package: &[u8], expected: &str) -> Result<(), PackageError> {
+    let found = hex(&Sha256::digest(package));
+    let (name, expected) = (name_of(expected), expected.to_owned());
+    if found == expected { Ok(()) } else { Err(PackageError::Hash { name, expected, found }) }
+}
+
 /// Zips all below `dir` but `.git`, the same files to the same bytes. Links are followed, as Ray's client does: the package
 /// holds what they lead to.
 ///
@@ -138,7 +148,15 @@ fn leads_back(link: &Path) -> io::Result<bool> {
 /// It is no zip file, holds what must not be there, or is too large. What was unpacked until then stays.
 pub fn unpack(package: &Path, into: &Path, bytes_max: u64) -> Result<(), PackageError> {
     let file = File::open(package).map_err(io_at(package))?;
-    let mut archive = ZipArchive::new(io::BufReader::new(file))?;
+    unpack_from(io::BufReader::new(file), into, bytes_max)
+}
+
+/// The same from what can be read.
+///
+/// # Errors
+/// As `unpack`.
+pub fn unpack_from(package: impl Read + Seek, into: &Path, bytes_max: u64) -> Result<(), PackageError> {
+    let mut archive = ZipArchive::new(package)?;
     if archive.len() > ENTRIES_MAX {
         return Err(PackageError::TooLarge(format!(
             "holds {} entries, at most {ENTRIES_MAX}",

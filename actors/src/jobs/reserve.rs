@@ -1,5 +1,5 @@
-//! What jobs ask of their node: a placement group of one bundle per job, taken from the same pool as actors and placed by
-//! the head, on the node that runs jobs.
+//! What jobs ask for: a placement group of one bundle per job, taken from the same pool as actors and placed by the head, on
+//! any node.
 //!
 //! It asks the head and tells what it hears; what follows for the job is decided by `core`.
 
@@ -9,10 +9,7 @@ use std::time::Duration;
 use heliostat_runtime::backoff::Backoff;
 use heliostat_runtime::cluster::status::{PlacementGroupState, PlacementGroupStatus};
 use heliostat_runtime::cluster::{Cluster, ClusterError, PlacementGroup};
-use heliostat_runtime::spec::{
-    Bundle, Device, InvalidSpec, LabelRule, NODE_LABEL, PlacementGroupSpec, Strategy,
-};
-use tokio::sync::OnceCell;
+use heliostat_runtime::spec::{Bundle, Device, InvalidSpec, PlacementGroupSpec, Strategy};
 use tokio_util::sync::CancellationToken;
 
 use super::request::Submission;
@@ -30,8 +27,13 @@ fn reconnect() -> Backoff {
 /// What is heard of what a job asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Seen {
-    /// It is set aside, these devices among it.
-    Reserved(Vec<Device>),
+    /// It is set aside.
+    Reserved {
+        /// On this node.
+        node: String,
+        /// These devices among it.
+        devices: Vec<Device>,
+    },
     /// It is not there, and why.
     Waits(String),
     /// It was set aside and is no more, and why: a job that runs must end, one that does not waits again.
@@ -43,15 +45,12 @@ pub(super) enum Seen {
 /// The resources of the cluster, as the jobs actor asks for them.
 pub(super) struct Pool {
     cluster: Cluster,
-    /// The jobs actor, which starts jobs where it is itself.
-    actor: String,
-    node: OnceCell<String>,
 }
 
 impl Pool {
-    /// For the jobs actor of that name.
-    pub(super) fn new(cluster: Cluster, actor: &str) -> Self {
-        Self { cluster, actor: actor.to_owned(), node: OnceCell::new() }
+    /// Those of that cluster.
+    pub(super) fn new(cluster: Cluster) -> Self {
+        Self { cluster }
     }
 
     /// Has what a job asks for set aside, and tells how that is, until it is `released`; then it is given back.
@@ -111,7 +110,11 @@ impl Pool {
         let mut status = group.status().await?;
         loop {
             match &status.state {
-                PlacementGroupState::Created => told(Seen::Reserved(self.devices(&status).await?)),
+                PlacementGroupState::Created => {
+                    let node = status.bundles.first().and_then(|bundle| bundle.node.clone());
+                    let node = node.unwrap_or_default();
+                    told(Seen::Reserved { node, devices: self.devices(&status).await? });
+                }
                 PlacementGroupState::Pending { reason } | PlacementGroupState::Prepared { reason } => {
                     told(Seen::Waits(reason.clone()));
                 }
@@ -126,18 +129,10 @@ impl Pool {
 
     async fn group(&self, id: &str, submission: &Submission) -> Result<PlacementGroup, ClusterError> {
         let Submission { resources, selector, .. } = submission.clone();
-        let node = self.node.get_or_try_init(|| self.find_node()).await?.clone();
-        let selector = selector.and(NODE_LABEL, LabelRule::In(vec![node]));
         let bundles = vec![Bundle { resources, selector }];
         let spec =
             PlacementGroupSpec { name: name(id), bundles, strategy: Strategy::default(), topology: None };
         self.cluster.placement_group(spec).await
-    }
-
-    async fn find_node(&self) -> Result<String, ClusterError> {
-        let status = self.cluster.status().await?;
-        let node = status.actor(&self.actor).and_then(|actor| actor.node.clone());
-        node.ok_or_else(|| ClusterError::NotReady(self.actor.clone()))
     }
 
     async fn devices(&self, group: &PlacementGroupStatus) -> Result<Vec<Device>, ClusterError> {
@@ -168,6 +163,7 @@ impl Pool {
     }
 }
 
-fn name(id: &str) -> String {
+/// The placement group of a job.
+pub(super) fn name(id: &str) -> String {
     format!("{PREFIX}{id}")
 }

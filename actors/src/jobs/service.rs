@@ -3,7 +3,7 @@
 //! [`Jobs`] is a handle for any thread. One lock holds the state; whoever changes it writes the record before letting go,
 //! so that the disk never shows an earlier state than an answer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,8 +19,9 @@ use super::keeper::{self, Order};
 use super::log::{self, Chunk};
 use super::package::PackageError;
 use super::process::{self, Keeper};
+use super::relay::Remote;
 use super::request::Submission;
-use super::reserve::{Pool, Seen};
+use super::reserve::{self, Pool, Seen};
 use super::store::{self, Lock, Store, Upload};
 
 /// How long the actor before this one may take to be gone.
@@ -122,6 +123,8 @@ struct Reservation {
     released: CancellationToken,
     /// Ends when it was given back.
     task: JoinHandle<()>,
+    /// Where, once that is known.
+    node: Option<String>,
     devices: Vec<Device>,
 }
 
@@ -387,14 +390,14 @@ impl Jobs {
                 None => jobs.seen(&job, Seen::Refused("no cluster is there to set it aside".to_owned())),
             }
         });
-        reservations.insert(id, Reservation { released, task, devices: Vec::new() });
+        reservations.insert(id, Reservation { released, task, node: None, devices: Vec::new() });
     }
 
     fn seen(&self, id: &str, seen: Seen) {
         self.change(|state| match seen {
-            Seen::Reserved(devices) => {
+            Seen::Reserved { node, devices } => {
                 if let Some(reservation) = held(&self.inner.reservations).get_mut(id) {
-                    reservation.devices = devices;
+                    (reservation.node, reservation.devices) = (Some(node), devices);
                 }
                 state.reserved(id)
             }
@@ -424,53 +427,93 @@ impl Jobs {
         self.change(|state| state.not_started(&id, failed.0, failed.1, now()));
     }
 
-    /// Makes the working directory and starts the keeper.
+    /// Makes the working directory, unless the job runs elsewhere, and starts the keeper.
     fn prepare(&self, id: &str, submission: &Submission) -> Result<Keeper, (ErrorType, String)> {
         let config = &self.inner.config;
+        let not_started = |why: String| {
+            (ErrorType::JobSupervisorActorStartFailure, format!("the job cannot be started: {why}"))
+        };
+        let no_directory =
+            |why: String| (ErrorType::RuntimeEnvSetupFailure, format!("runtime_env.working_dir: {why}"));
         let unpacked_max = config.package_bytes_max.saturating_mul(UNPACKED_FACTOR);
-        let work = self.inner.store.make_work_dir(id, submission.package.as_deref(), unpacked_max);
-        work.map_err(|why| (ErrorType::RuntimeEnvSetupFailure, format!("runtime_env.working_dir: {why}")))?;
-        let mut env = submission.env_vars.clone();
-        let program = config.program.to_string_lossy();
-        for (name, path) in
-            [("HELIOSTAT_TOKEN_FILE", &config.token_file), ("HELIOSTAT_TLS", &config.tls_file)]
-        {
-            if let Some(path) = path {
-                env.entry(name.to_owned()).or_insert_with(|| path.to_string_lossy().into_owned());
+        let (node, devices) = {
+            let reservations = held(&self.inner.reservations);
+            let reserved = reservations.get(id);
+            reserved.map_or((None, Vec::new()), |reserved| (reserved.node.clone(), reserved.devices.clone()))
+        };
+        let remote = match node.filter(|node| *node != config.node) {
+            Some(node) => {
+                let package = submission.package.as_deref().map(|name| self.inner.store.package(name));
+                let package = package.transpose().map_err(|why| no_directory(why.to_string()))?;
+                Some(self.remote(id, node, package, unpacked_max))
             }
-        }
-        for (name, value) in [
-            ("HELIOSTAT_PROGRAM", &*program),
-            ("HELIOSTAT_ADDRESS", config.head.as_str()),
-            ("HELIOSTAT_JOB_ID", id),
-            ("HELIOSTAT_DASHBOARD", config.url.as_str()),
-            // Where Ray's own job client looks for a cluster.
-            ("RAY_API_SERVER_ADDRESS", config.url.as_str()),
-            ("PYTHONUNBUFFERED", "1"),
-        ] {
-            env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
-        }
-        let devices =
-            held(&self.inner.reservations).get(id).map(|held| held.devices.clone()).unwrap_or_default();
+            None => {
+                let work = self.inner.store.make_work_dir(id, submission.package.as_deref(), unpacked_max);
+                work.map_err(|why| no_directory(why.to_string()))?;
+                None
+            }
+        };
         let dir = self.inner.store.job_dir(id);
         let order = Order {
             gpus: devices.iter().filter_map(Device::gpu).collect(),
             devices: devices.iter().map(|device| device.index).collect(),
             id: id.to_owned(),
             entrypoint: submission.entrypoint.clone(),
-            env,
+            env: self.environment(id, submission, remote.is_none()),
             log_bytes_max: config.log_bytes_max,
             stop_grace: config.stop_grace,
             lock: self.inner.store.lock_path(),
             orphan_grace: config.orphan_grace,
+            remote,
+            passing: false,
         };
         let start = || {
             store::write_json(&dir.join(store::ORDER), &order)?;
             Keeper::start(&config.keeper, &dir)
         };
-        start().map_err(|why| {
-            (ErrorType::JobSupervisorActorStartFailure, format!("the job cannot be started: {why}"))
-        })
+        start().map_err(|why| not_started(why.to_string()))
+    }
+
+    fn remote(
+        &self,
+        id: &str,
+        node: String,
+        package: Option<(PathBuf, String)>,
+        unpacked_max: u64,
+    ) -> Remote {
+        let JobsConfig { head, token_file, tls_file, .. } = self.inner.config.clone();
+        Remote { node, group: reserve::name(id), head, token_file, tls_file, package, unpacked_max }
+    }
+
+    /// What a job's environment has beside that of its node. What is a matter of the node is added there.
+    fn environment(&self, id: &str, submission: &Submission, is_here: bool) -> BTreeMap<String, String> {
+        let config = &self.inner.config;
+        let mut env = submission.env_vars.clone();
+        let path = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let here = [("HELIOSTAT_PROGRAM", path(&config.program)), ("HELIOSTAT_ADDRESS", config.head.clone())];
+        let files = [("HELIOSTAT_TOKEN_FILE", &config.token_file), ("HELIOSTAT_TLS", &config.tls_file)];
+        let files = files.into_iter().filter_map(|(name, file)| Some((name, path(file.as_ref()?))));
+        let anywhere = [
+            ("HELIOSTAT_JOB_ID", id.to_owned()),
+            ("HELIOSTAT_DASHBOARD", config.url.clone()),
+            // Where Ray's own job client looks for a cluster.
+            ("RAY_API_SERVER_ADDRESS", config.url.clone()),
+            ("PYTHONUNBUFFERED", "1".to_owned()),
+        ];
+        for (name, value) in here.into_iter().filter(|_| is_here).chain(files).chain(anywhere) {
+            env.entry(name.to_owned()).or_insert(value);
+        }
+        env
+    }
+
+    /// The node that a job runs on, or ran on.
+    pub fn node_of(&self, id: &str) -> String {
+        let reserved = held(&self.inner.reservations).get(id).and_then(|reserved| reserved.node.clone());
+        let ordered = || {
+            let order: Order = store::read_json(&self.inner.store.job_dir(id).join(store::ORDER)).ok()?;
+            Some(order.remote?.node)
+        };
+        reserved.or_else(ordered).unwrap_or_else(|| self.inner.config.node.clone())
     }
 
     fn watch(&self, id: String, keeper: Keeper) {

@@ -148,6 +148,16 @@ impl Store {
         Ok(work)
     }
 
+    /// Where a package lies that was uploaded, and its SHA-256.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn package(&self, name: &str) -> io::Result<(PathBuf, String)> {
+        let path = self.package_path(name);
+        let sha256 = fs::read_to_string(hash_path(&path))?;
+        Ok((path, sha256))
+    }
+
     /// Deletes the working directory of a job that has ended.
     pub fn remove_work_dir(&self, id: &str) {
         match fs::remove_dir_all(self.job_dir(id).join(WORK)) {
