@@ -94,7 +94,7 @@ pub(crate) struct Submit {
     /// Id of the job. Without it: a random one.
     #[arg(long, value_name = "ID")]
     pub(crate) submission_id: Option<String>,
-    /// CPUs to set aside on the node that runs jobs; the job waits until they are free.
+    /// CPUs to set aside on any node, where the job then runs; it waits until they are free.
     #[arg(long, value_name = "NUMBER")]
     pub(crate) entrypoint_num_cpus: Option<f64>,
     /// Devices that the command is to own; GPUs are those of its CUDA_VISIBLE_DEVICES.

@@ -361,7 +361,8 @@ section! {
         host: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST),
         /// Port to listen on.
         port: u16 = 8265,
-        /// Name of the node that runs jobs. Without it: the first node of the head's machine.
+        /// Name of the node with the jobs actor, the dashboard and the jobs that ask for nothing. Without it: the first node of
+        /// the head's machine.
         node: Option<String> = None,
         /// A file with the keys of which clients must send one as `Authorization: Bearer KEY`, one per line. Commands on the
         /// head's machine take the first.

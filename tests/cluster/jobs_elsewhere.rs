@@ -83,6 +83,16 @@ async fn a_job_elsewhere_is_stopped_and_leaves_nothing() {
     until(&cluster, "unkept", "FAILED").await;
     gone(&cluster, "unkept", pid).await;
 
+    // Its node is drained: it cannot move, and does not run a second time.
+    let pid = endless(&cluster, "drained", "").await;
+    assert!(cluster.helio(&["drain", "b", "--deadline", "0"]).status.success());
+    let drained = until(&cluster, "drained", "FAILED").await;
+    assert_eq!(drained["error_type"], "JOB_SUPERVISOR_ACTOR_DIED", "{drained}");
+    assert!(cluster.helio(&["undrain", "b"]).status.success());
+    gone(&cluster, "drained", pid).await;
+    let file = std::fs::read_to_string(cluster.dir.path().join("drained")).unwrap();
+    assert_eq!(file.trim(), pid.to_string());
+
     // What runs it there is killed.
     let pid = endless(&cluster, "lost", "").await;
     kill(cluster.pid("job.lost"));

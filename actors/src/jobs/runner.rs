@@ -1,7 +1,8 @@
 //! A job on another node than the jobs actor's: an actor in the job's bundle that has a keeper run it there, and says what
 //! it writes and how it ends.
 //!
-//! The keeper is the same as that of other jobs. It ends its job soon after this actor is gone, however that went, so that
+//! A job runs at most once, and an actor may be created again where its bundle was moved to. So the actor only makes ready;
+//! the job is begun by whoever follows it, and that is asked of one incarnation, once. The keeper is the same as that of other jobs. It ends its job soon after this actor is gone, however that went, so that
 //! nothing is left on the node.
 
 use std::fs::File;
@@ -50,6 +51,12 @@ pub struct RunnerArgs {
 /// The actor.
 pub struct JobRunner {
     dir: TempDir,
+    order: Order,
+    running: Option<Running>,
+}
+
+/// A job that was begun.
+struct Running {
     keeper: Keeper,
     /// While this is held the keeper goes on.
     _lock: File,
@@ -59,7 +66,7 @@ impl Actor for JobRunner {
     type Context = Context<Self>;
 
     fn stopped(&mut self, _: &mut Self::Context) {
-        self.keeper.terminate();
+        self.stop();
     }
 }
 
@@ -108,20 +115,31 @@ impl Spawn for JobRunner {
         {
             order.env.entry(name.to_owned()).or_insert_with(|| value.into_owned());
         }
-        let start = || {
-            let lock = File::options().create_new(true).write(true).mode(0o600).open(&order.lock)?;
-            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-            store::write_json(&dir.path().join(store::ORDER), &order)?;
-            // The binary that this worker runs, even where its file was replaced since.
-            let keeper = ["/proc/self/exe".to_owned(), "entrypoint".to_owned()];
-            Ok::<_, io::Error>((lock, Keeper::start(&keeper, dir.path())?))
-        };
-        let (lock, keeper) = start().map_err(CreateError::failed)?;
-        Ok(Self { dir, keeper, _lock: lock })
+        Ok(Self { dir, order, running: None })
     }
 }
 
-/// What the job writes, from the start, and at last how it ended.
+impl JobRunner {
+    /// Starts the keeper, unless that was done.
+    fn begin(&mut self) -> io::Result<Keeper> {
+        if let Some(running) = &self.running {
+            return Ok(running.keeper.clone());
+        }
+        let lock = File::options().create_new(true).write(true).mode(0o600).open(&self.order.lock)?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        store::write_json(&self.dir.path().join(store::ORDER), &self.order)?;
+        // The binary that this worker runs, even where its file was replaced since.
+        let keeper = Keeper::start(&["/proc/self/exe".to_owned(), "entrypoint".to_owned()], self.dir.path())?;
+        self.running = Some(Running { keeper: keeper.clone(), _lock: lock });
+        Ok(keeper)
+    }
+
+    fn stop(&self) {
+        self.running.iter().for_each(|running| running.keeper.terminate());
+    }
+}
+
+/// Begins the job, and tells what it writes, from the start, and at last how it ended.
 #[derive(Clone, Copy, Debug, Encode, Decode)]
 pub struct FollowJob;
 
@@ -156,7 +174,13 @@ impl Handler<FollowJob> for JobRunner {
     type Result = Items<Said>;
 
     fn handle(&mut self, _: FollowJob, _: &mut Self::Context) -> Self::Result {
-        let (dir, keeper) = (self.dir.path().to_path_buf(), self.keeper.clone());
+        let (dir, keeper) = match self.begin() {
+            Ok(keeper) => (self.dir.path().to_path_buf(), keeper),
+            Err(why) => {
+                let why = format!("the entrypoint could not be started: {why}");
+                return Items::new(stream::iter([Said::Ended(End::NotStarted { why })]));
+            }
+        };
         let reading = Some(Reading { offset: 0, skipped: 0, over: false });
         Items::new(stream::unfold(reading, move |reading| {
             let (dir, keeper) = (dir.clone(), keeper.clone());
@@ -199,7 +223,7 @@ impl Handler<StopJob> for JobRunner {
     type Result = MessageResult<StopJob>;
 
     fn handle(&mut self, _: StopJob, _: &mut Self::Context) -> Self::Result {
-        self.keeper.terminate();
+        self.stop();
         MessageResult(())
     }
 }
