@@ -21,6 +21,8 @@ use super::store;
 
 /// How long the other node may take to start it.
 const START_MAX: Duration = Duration::from_secs(120);
+/// How long the end of a job waits until the head knows of it.
+const GOODBYE_MAX: Duration = Duration::from_secs(2);
 /// How much longer than the job's own grace its end may take to be heard of.
 const END_MAX: Duration = Duration::from_secs(15);
 
@@ -60,9 +62,12 @@ pub(super) async fn run(order: &Order, remote: &Remote, log: &mut LogWriter, ter
         }
     };
     let end = follow(order, remote, &runner, log, terminate).await;
-    // The actor is the driver's and would end with it, but be listed as dead.
-    let _ = driver.cluster().remove_actor(&remote.group).await;
-    let _ = driver.end().await;
+    // The actor is the driver's and would end with it, but be listed as dead. The job's end does not wait for a head that is away.
+    let goodbye = async {
+        let _ = driver.cluster().remove_actor(&remote.group).await;
+        let _ = driver.end().await;
+    };
+    let _ = tokio::time::timeout(GOODBYE_MAX, goodbye).await;
     end
 }
 
