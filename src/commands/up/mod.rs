@@ -10,7 +10,7 @@ mod watch;
 
 use crate::args;
 use crate::cluster::Access;
-use crate::config::{Config, Devices, Node};
+use crate::config::{Config, Devices, Node, State};
 use crate::deploy;
 use crate::failure::{self, Failure, NOT_STARTED, say};
 use crate::rundir::{Lock, Owner, RunDir, tail};
@@ -58,6 +58,10 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
     for text in config.in_clear() {
         display.show(&Report::Note { text: format!("warning: {text}") })?;
     }
+    let may_be_left = match &config.state {
+        State::Embedded { dir } => dir.exists(),
+        State::Etcd { .. } => true,
+    };
     let mut signals = Signals::new()?;
     let mut family = Family::new(run.clone(), deploy::restart(config))?;
     let ready = Ready {
@@ -70,7 +74,8 @@ async fn foreground(config: &Config, run: &RunDir, display: &mut Display, daemon
         took_ms: 0,
     };
     let mut supervisor = Supervisor { config, run, family: &mut family, display, daemon };
-    let wanted = Wanted { names: plan.names(), serves: ready.model.is_some(), ingresses: plan.ingresses };
+    let wanted =
+        Wanted { names: plan.names(), serves: ready.model.is_some(), ingresses: plan.ingresses, may_be_left };
     let outcome = supervisor.serve(&mut signals, ready, wanted).await;
     let _ = display.show(&Report::Note { text: "stopping".into() });
     signals.stop(family, &Access::of(config)).await;

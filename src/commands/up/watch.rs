@@ -42,6 +42,8 @@ pub(crate) struct Wanted {
     pub(crate) serves: bool,
     /// So many ingresses must be ready.
     pub(crate) ingresses: usize,
+    /// The state may hold actors of an earlier life of the cluster.
+    pub(crate) may_be_left: bool,
 }
 
 /// A task that looks at the cluster until it is dropped.
@@ -70,11 +72,20 @@ impl Watch {
                 tokio::time::sleep(PERIOD).await;
             };
             let mut version = 0;
+            let mut before = None;
             loop {
                 match cluster.watch(version, LONGEST_LOOK).await {
                     Ok(status) => {
                         version = status.version;
-                        let mut seen = see(&status, &wanted);
+                        let first = before.is_none();
+                        let before = before.get_or_insert_with(|| match wanted.may_be_left {
+                            true => failed_before(&status, &wanted),
+                            false => Vec::new(),
+                        });
+                        if first {
+                            revive(&cluster, before).await;
+                        }
+                        let mut seen = see(&status, &wanted, before);
                         let asleep = seen.ready && wanted.serves && !takes_requests(&cluster, &status).await;
                         seen.ready &= !asleep;
                         if seen.failed.is_none() && (asleep || awaits_controller(&status, &wanted.names)) {
@@ -134,7 +145,9 @@ fn awaits_controller(status: &ClusterStatus, expected: &[String]) -> bool {
 }
 
 /// What the status means for somebody who waits for the cluster to serve.
-pub(crate) fn see(status: &ClusterStatus, wanted: &Wanted) -> Seen {
+///
+/// `before` are actors as an earlier cluster left them in this state: only what happens to them from then on counts.
+pub(crate) fn see(status: &ClusterStatus, wanted: &Wanted, before: &[ActorStatus]) -> Seen {
     let expected = &wanted.names;
     let rows: Vec<Row> = expected
         .iter()
@@ -145,7 +158,10 @@ pub(crate) fn see(status: &ClusterStatus, wanted: &Wanted) -> Seen {
         ready: all_ready
             && ingresses(status).filter(|it| it.state == ActorState::Ready).count() >= wanted.ingresses
             && status.groups.iter().all(|group| group.complete),
-        failed: expected.iter().filter_map(|name| failure(status.actor(name)?)).next(),
+        failed: expected
+            .iter()
+            .filter_map(|name| status.actor(name).filter(|actor| is_news(actor, before)))
+            .find_map(failure),
         rows,
     }
 }
@@ -171,6 +187,30 @@ fn row(actor: &ActorStatus) -> Row {
     let pid = actor.pid.iter().map(|p| format!("pid {p}"));
     let place = node.chain(device).chain(pid).collect::<Vec<_>>().join(" ");
     Row { name: actor.name.clone(), place, state }
+}
+
+/// Actors that had failed when the cluster was first looked at: in an earlier life of it, which did not end in good order.
+fn failed_before(status: &ClusterStatus, wanted: &Wanted) -> Vec<ActorStatus> {
+    let known = wanted.names.iter().filter_map(|name| status.actor(name));
+    known.filter(|actor| failure(actor).is_some()).cloned().collect()
+}
+
+/// Has those that stayed dead start again: whoever starts a cluster wants them to live.
+async fn revive(cluster: &Cluster, before: &[ActorStatus]) {
+    for actor in before.iter().filter(|actor| matches!(actor.state, ActorState::Dead { .. })) {
+        if let Err(error) = cluster.restart_actor(&actor.name).await {
+            tracing::warn!(actor = actor.name, %error, "cannot be started again");
+        }
+    }
+}
+
+/// Whether what became of an actor is of this life of the cluster.
+fn is_news(actor: &ActorStatus, before: &[ActorStatus]) -> bool {
+    let is_dead = matches!(actor.state, ActorState::Dead { .. });
+    before
+        .iter()
+        .filter(|old| old.name == actor.name)
+        .all(|old| old.incarnation != actor.incarnation && (is_dead || old.last_death != actor.last_death))
 }
 
 /// Why a start cannot succeed: an actor that could not be created fails the same way again.
@@ -236,15 +276,15 @@ mod tests {
 
     fn names(names: &[&str]) -> Wanted {
         let names = names.iter().map(|n| n.to_string()).collect();
-        Wanted { names, serves: false, ingresses: 0 }
+        Wanted { names, serves: false, ingresses: 0, may_be_left: false }
     }
 
     #[test]
     fn ready_means_every_expected_actor_and_a_complete_group() {
         let ready = || actor("rank-0", ActorState::Ready, None);
-        assert!(see(&cluster(vec![ready()], true), &names(&["rank-0"])).ready);
-        assert!(!see(&cluster(vec![ready()], false), &names(&["rank-0"])).ready);
-        let seen = see(&cluster(vec![ready()], true), &names(&["rank-0", "eplb"]));
+        assert!(see(&cluster(vec![ready()], true), &names(&["rank-0"]), &[]).ready);
+        assert!(!see(&cluster(vec![ready()], false), &names(&["rank-0"]), &[]).ready);
+        let seen = see(&cluster(vec![ready()], true), &names(&["rank-0", "eplb"]), &[]);
         assert!(!seen.ready && seen.failed.is_none());
         assert_eq!(seen.rows[1].state, RowState::Waiting { reason: "to be deployed".into() });
     }
@@ -254,8 +294,27 @@ mod tests {
         let torn = || Some(DeathCause::CreateFailed { message: "model.safetensors is torn".into() });
         let again = ActorState::Restarting { attempt: 1, in_ms: 0 };
         let actors = vec![actor("rank-0", again.clone(), torn()), actor("rank-1", again, torn())];
-        let failed = see(&cluster(actors, false), &names(&["rank-0", "rank-1"])).failed;
+        let failed = see(&cluster(actors, false), &names(&["rank-0", "rank-1"]), &[]).failed;
         assert_eq!(failed.as_deref(), Some("rank-0 could not be created:\nmodel.safetensors is torn"));
+    }
+
+    #[test]
+    fn what_an_earlier_life_left_is_no_failure_of_this_one() {
+        let no_room = || Some(DeathCause::StartFailed { message: "no space left".into() });
+        let starting = || ActorState::Starting { progress: Progress::default() };
+        let with = |incarnation, state, death| {
+            let actor = actor("jobs", state, death);
+            cluster(vec![ActorStatus { incarnation: Incarnation(incarnation), ..actor }], true)
+        };
+        let dead = || ActorState::Dead { cause: no_room().unwrap() };
+        let wanted = names(&["jobs"]);
+        let before = failed_before(&with(1, dead(), no_room()), &wanted);
+        let failed = |status: &ClusterStatus| see(status, &wanted, &before).failed;
+        assert_eq!(failed(&with(1, dead(), no_room())), None);
+        assert_eq!(failed(&with(2, starting(), no_room())), None);
+        assert!(failed(&with(2, dead(), no_room())).is_some(), "it happened again");
+        let torn = Some(DeathCause::CreateFailed { message: "torn".into() });
+        assert!(failed(&with(2, starting(), torn)).is_some(), "something else happened");
     }
 
     #[test]
@@ -265,6 +324,7 @@ mod tests {
         let seen = see(
             &cluster(vec![actor("rank-0", ActorState::Starting { progress }, killed)], false),
             &names(&["rank-0"]),
+            &[],
         );
         assert_eq!(seen.failed, None);
         assert_eq!(seen.rows[0].place, "node-0 pid 7");
